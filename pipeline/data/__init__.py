@@ -1,0 +1,1 @@
+"""Text in, packed tokens out: sources, chat templates, masks, mixtures, decontamination."""

@@ -1,0 +1,1 @@
+"""Measures of a checkpoint: perplexity, KL to the parent, tasks, toggle compliance, speed."""

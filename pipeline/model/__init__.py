@@ -1,0 +1,1 @@
+"""Tensors: the heterogeneous Llama, its checkpoints, surgery, fusion and export formats."""

@@ -1,0 +1,1 @@
+"""Puzzle: search space, importance, block-wise local distillation, scores, profile, MIP, assembly."""

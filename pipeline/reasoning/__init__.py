@@ -1,0 +1,1 @@
+"""Reasoning on demand: verifiable tasks, traces, the toggle dataset, rewards, rollouts, GRPO."""

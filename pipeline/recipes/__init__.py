@@ -1,0 +1,1 @@
+"""Recipes as strict YAML, one file per experiment."""

@@ -1,0 +1,1 @@
+"""One module per stage: run(config, inputs, out_dir) -> StageResult."""

@@ -1,0 +1,1 @@
+"""One DeepSpeed engine and one loop for every training of the recipe."""
