@@ -1,0 +1,236 @@
+"""Artifacts on disk: a directory per fingerprint, finished by an atomically renamed manifest, guarded by a lock.
+
+    <root>/<asset>/<fingerprint>/...            the files
+    <root>/<asset>/<fingerprint>/manifest.json  written last; without it the directory is an unfinished run to resume
+    <root>/<asset>/<fingerprint>.lock           held by the process that is making it
+
+`content_hash` is computed from names and bytes alone, free of clocks and paths, so that equal artifacts are equal.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pipeline.architecture import Frozen
+from pipeline.errors import ArtifactError, MissingInputError
+from pipeline.fingerprint import fingerprint
+from pipeline.stage import VIEW_DIR, WORK_DIR, StageResult
+
+MANIFEST = "manifest.json"
+RESULT = "result.json"
+PROGRESS = "progress.jsonl"
+MIN_FREE_BYTES = 512 * 2**20
+
+
+class FileEntry(Frozen):
+    """One file of an artifact: its size and the sha256 of its bytes."""
+
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(Frozen):
+    """What a finished artifact is."""
+
+    asset: str
+    fingerprint: str
+    content_hash: str
+    files: dict[str, FileEntry]
+    provenance: dict[str, str | int | float]
+
+
+class RunRecord(Frozen):
+    """What a stage reported and how long it ran; kept beside the manifest and outside the content hash."""
+
+    result: StageResult
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A finished artifact that has been opened and whose sizes have been checked."""
+
+    path: Path
+    manifest: Manifest
+    record: RunRecord
+
+    @property
+    def content_hash(self) -> str:
+        """The hash that downstream fingerprints read; Dagster's data version."""
+        return self.manifest.content_hash
+
+    def verify_hashes(self) -> None:
+        """Read every byte and compare it with the manifest.
+
+        Raises:
+            ArtifactError: naming the first file that differs.
+        """
+        for name, entry in self.manifest.files.items():
+            got = sha256_file(self.path / name)
+            if got != entry.sha256:
+                raise ArtifactError(
+                    f"{self.path / name} has sha256 {got[:12]}..., its manifest says {entry.sha256[:12]}...: "
+                    f"the file was changed after it was published; delete {self.path} and materialize "
+                    f"{self.manifest.asset} again"
+                )
+
+
+class ArtifactStore:
+    """The directory that holds every artifact of every recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def directory(self, asset: str, artifact_fingerprint: str) -> Path:
+        """Return where the artifact of that fingerprint is, or will be."""
+        return self.root / asset / artifact_fingerprint
+
+    def find(self, asset: str, artifact_fingerprint: str) -> Artifact | None:
+        """Return the finished artifact, or None when there is none yet.
+
+        Raises:
+            ArtifactError: when the manifest is there but a file of it is missing or has another size.
+        """
+        path = self.directory(asset, artifact_fingerprint)
+        if not (path / MANIFEST).is_file():
+            return None
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        for name, entry in manifest.files.items():
+            file = path / name
+            size_bytes = file.stat().st_size if file.is_file() else None
+            if size_bytes != entry.size_bytes:
+                got = "missing" if size_bytes is None else f"{size_bytes:,} bytes"
+                raise ArtifactError(
+                    f"{file} is {got}, its manifest says {entry.size_bytes:,} bytes: delete {path} and materialize "
+                    f"{asset} again"
+                )
+        record = RunRecord.model_validate_json((path / RESULT).read_bytes())
+        return Artifact(path=path, manifest=manifest, record=record)
+
+    def open(self, asset: str, artifact_fingerprint: str) -> Artifact:
+        """Return the finished artifact.
+
+        Raises:
+            MissingInputError: when it has not been materialized.
+        """
+        artifact = self.find(asset, artifact_fingerprint)
+        if artifact is None:
+            raise MissingInputError(
+                f"{asset} {artifact_fingerprint} is not in {self.root}: materialize {asset} for this recipe first"
+            )
+        return artifact
+
+    @contextlib.contextmanager
+    def locked(self, asset: str, artifact_fingerprint: str) -> Iterator[Path]:
+        """Hold the artifact's lock and give its directory; the lock dies with the process.
+
+        Raises:
+            ArtifactError: when another process holds it, naming that process.
+        """
+        path = self.directory(asset, artifact_fingerprint)
+        path.mkdir(parents=True, exist_ok=True)
+        lock_path = path.with_name(path.name + ".lock")
+        with lock_path.open("a+", encoding="utf-8") as lock:
+            _acquire(lock, asset=asset, path=path)
+            yield path
+
+    def publish(
+        self,
+        asset: str,
+        artifact_fingerprint: str,
+        *,
+        result: StageResult,
+        wall_s: float,
+        provenance: dict[str, str | int | float],
+    ) -> Artifact:
+        """Hash the files of a finished stage and write its manifest by rename; `_work/` is removed.
+
+        `provenance` is kept in the manifest (code version, ranks, hardware); it is not part of the content hash.
+        """
+        path = self.directory(asset, artifact_fingerprint)
+        files = {
+            file.relative_to(path).as_posix(): FileEntry(size_bytes=file.stat().st_size, sha256=sha256_file(file))
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and _is_published(file.relative_to(path))
+        }
+        content = {name: entry.sha256 for name, entry in files.items() if Path(name).parts[0] != VIEW_DIR}
+        manifest = Manifest(
+            asset=asset,
+            fingerprint=artifact_fingerprint,
+            content_hash=fingerprint(content),
+            files=files,
+            provenance=provenance,
+        )
+        record = RunRecord(result=result, wall_s=wall_s)
+        write_atomically(path / RESULT, record.model_dump_json(indent=1).encode())
+        write_atomically(path / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        shutil.rmtree(path / WORK_DIR, ignore_errors=True)
+        return Artifact(path=path, manifest=manifest, record=record)
+
+    def require_free_space(self, needed_bytes: int = MIN_FREE_BYTES) -> None:
+        """Refuse to begin when the disk cannot hold what is about to be written.
+
+        Raises:
+            ArtifactError: with the free and the needed space.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(self.root).free
+        if free_bytes < needed_bytes:
+            raise ArtifactError(
+                f"{self.root} has {free_bytes / 2**20:,.0f} MiB free, this stage wants at least "
+                f"{needed_bytes / 2**20:,.0f} MiB: free some space or move the store with REFIT_HOME"
+            )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, even across a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the JSON object in a file of an artifact."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _is_published(relative: Path) -> bool:
+    return (
+        relative.parts[0] != WORK_DIR
+        and relative.as_posix() not in (MANIFEST, RESULT, PROGRESS)
+        and (not relative.name.startswith("."))
+    )
+
+
+def _acquire(lock: IO[str], *, asset: str, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        lock.seek(0)
+        raise ArtifactError(
+            f"{asset} at {path} is being made by process {lock.read().strip() or 'unknown'}: wait for it, or stop it"
+        ) from err
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(os.getpid()))
+    lock.flush()

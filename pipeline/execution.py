@@ -1,0 +1,308 @@
+"""Materialize a stage: identify, then reuse | resume | run. Knows stages and the store; knows no Dagster.
+
+Identity (all hashes by pipeline.fingerprint):
+
+    fingerprint(stage) = H(name, version, config slice, content hashes of the inputs, environment)
+
+The content hash of an input is found by computing that input's own fingerprint and looking into the store, never by
+asking which event came last; so a result can be reused after a scheduler's database is gone.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.architecture import Frozen
+from pipeline.artifacts import PROGRESS, Artifact, ArtifactStore, sha256_file, write_atomically
+from pipeline.errors import MissingInputError, RecipeError, StageError
+from pipeline.fingerprint import fingerprint
+from pipeline.hardware import hardware_id
+from pipeline.processes import run_group
+from pipeline.progress import JsonlReporter
+from pipeline.recipe import CorporaConfig, FileSource, LocalParent, Recipe, load_recipe
+from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
+from pipeline.stages.registry import BY_NAME, Stage, get_stage
+from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, config_type_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHILD_LOG = f"{WORK_DIR}/stage.log"
+
+ProgressListener = Callable[[dict[str, object]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """One recipe, the store its artifacts live in, and how stages run here."""
+
+    recipe: Recipe
+    store: ArtifactStore
+    downloads: Path
+    execution: ExecutionSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished artifact and what it took to have it."""
+
+    artifact: Artifact
+    how: Literal["reused", "resumed", "ran"]
+
+
+def refit_home() -> Path:
+    """Return the directory of all state: REFIT_HOME, or .refit beside the repository's Makefile."""
+    return Path(os.environ.get("REFIT_HOME", REPOSITORY / ".refit")).absolute()
+
+
+def open_workspace(recipe_name_or_path: str | None = None) -> Workspace:
+    """Open the workspace that RECIPE (default `smol`), REFIT_HOME and REFIT_EXECUTION describe.
+
+    Raises:
+        RecipeError: when the recipe or the execution settings cannot be read.
+    """
+    home = refit_home()
+    return Workspace(
+        recipe=load_recipe(recipe_name_or_path or os.environ.get("RECIPE", "smol")),
+        store=ArtifactStore(home / "store"),
+        downloads=home / "downloads",
+        execution=load_execution(os.environ.get("REFIT_EXECUTION")),
+    )
+
+
+def load_execution(path: str | None) -> ExecutionSettings:
+    """Read execution settings from a YAML file; None gives those of a laptop.
+
+    Raises:
+        RecipeError: when the file is missing or a key is unknown.
+    """
+    if path is None:
+        return ExecutionSettings()
+    try:
+        return ExecutionSettings.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError) as err:
+        raise RecipeError(f"REFIT_EXECUTION is {path!r}, which cannot be read as execution settings: {err}") from err
+
+
+def stage_fingerprint(workspace: Workspace, stage: Stage, target: str) -> str:
+    """Return the fingerprint of a stage's artifact; its inputs must be in the store.
+
+    Raises:
+        MissingInputError: naming the upstream asset to materialize.
+    """
+    return _Resolver(workspace, target).fingerprint(stage)
+
+
+def find_artifact(workspace: Workspace, stage_name: str, target: str) -> Artifact | None:
+    """Return the artifact that this recipe now asks for, or None when it, or anything above it, is not in the store."""
+    stage = get_stage(stage_name)
+    try:
+        return workspace.store.find(stage.name, stage_fingerprint(workspace, stage, target))
+    except MissingInputError:
+        return None
+
+
+def materialize(
+    workspace: Workspace, stage_name: str, target: str, *, on_progress: ProgressListener | None = None
+) -> Outcome:
+    """Return the stage's artifact: the one in the store, or one made now, resuming what an earlier run left.
+
+    Raises:
+        MissingInputError: when an upstream artifact is not there.
+        StageError: when the stage ends without a result, with the end of its log.
+    """
+    stage = get_stage(stage_name)
+    store = workspace.store
+    resolver = _Resolver(workspace, target)
+    key = resolver.fingerprint(stage)
+    if found := store.find(stage.name, key):
+        return Outcome(artifact=found, how="reused")
+    store.require_free_space()
+    with store.locked(stage.name, key) as out_dir:
+        if found := store.find(stage.name, key):  # another process finished it while this one waited for the disk
+            return Outcome(artifact=found, how="reused")
+        resumed = (out_dir / WORK_DIR).is_dir()
+        began = time.monotonic()
+        inputs = resolver.inputs(stage)
+        artifacts = {name: artifact.path for name, artifact in inputs.items()}
+        result = _run(workspace, stage, target, artifacts, out_dir, on_progress or (lambda _: None))
+        artifact = store.publish(
+            stage.name,
+            key,
+            result=result,
+            wall_s=time.monotonic() - began,
+            provenance={
+                "stage_version": stage.version,
+                "recipe": workspace.recipe.name,
+                "target": target if stage.per_target else "",
+                **{f"input.{name}": artifact.content_hash for name, artifact in inputs.items()},
+                **{f"execution.{name}": str(value) for name, value in workspace.execution.model_dump().items()},
+                **{f"hardware.{name}": value for name, value in hardware_id().items()},
+            },
+        )
+    return Outcome(artifact=artifact, how="resumed" if resumed else "ran")
+
+
+class _Resolver:
+    """Finds the artifacts of one recipe and target by recomputing the chain of fingerprints, each stage once."""
+
+    def __init__(self, workspace: Workspace, target: str) -> None:
+        self._workspace = workspace
+        self._target = target
+        self._found: dict[str, Artifact] = {}
+
+    def fingerprint(self, stage: Stage) -> str:
+        config = stage.config(self._workspace.recipe, self._target)
+        identity: dict[str, object] = {
+            "stage": stage.name,
+            "version": stage.version,
+            "config": config,
+            "inputs": {name: artifact.content_hash for name, artifact in self.inputs(stage).items()},
+        }
+        if stage.measures_hardware:
+            identity["hardware"] = hardware_id()
+        if environment := _environment(config):
+            identity["environment"] = environment
+        return fingerprint(identity)
+
+    def inputs(self, stage: Stage) -> dict[str, Artifact]:
+        return {name: self._artifact(name, reader=stage) for name in stage.inputs}
+
+    def _artifact(self, name: str, *, reader: Stage) -> Artifact:
+        if name not in self._found:
+            upstream = BY_NAME[name]
+            store = self._workspace.store
+            key = self.fingerprint(upstream)
+            found = store.find(name, key)
+            if found is None:
+                partition = f" --partition {self._target}" if upstream.per_target else ""
+                raise MissingInputError(
+                    f"{reader.name} reads {name}, which is not materialized for recipe {self._workspace.recipe.name} "
+                    f"({name}/{key} is not in {store.root}): run "
+                    f"`dagster asset materialize -m pipeline.definitions --select {name}{partition}` first"
+                )
+            self._found[name] = found
+        return self._found[name]
+
+
+def _environment(config: Frozen) -> dict[str, str]:
+    """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
+    found: dict[str, str] = {}
+    parent = getattr(config, "parent", None)
+    if isinstance(parent, LocalParent):
+        found |= _file_hashes(sorted(path for path in Path(parent.path).glob("*") if path.is_file()))
+    corpora = getattr(config, "corpora", None)
+    if isinstance(corpora, CorporaConfig):
+        for source in corpora.sources:
+            if source.kind == "embedded" and source.name == "python-stdlib":
+                found["python"] = sys.version.split()[0]
+            if isinstance(source, FileSource):
+                pattern = Path(source.path)
+                found |= _file_hashes(
+                    sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
+                )
+    return found
+
+
+def _file_hashes(files: list[Path]) -> dict[str, str]:
+    return {str(file): sha256_file(file) for file in files}
+
+
+def _run(
+    workspace: Workspace,
+    stage: Stage,
+    target: str,
+    artifacts: Mapping[str, Path],
+    out_dir: Path,
+    on_progress: ProgressListener,
+) -> StageResult:
+    (out_dir / WORK_DIR).mkdir(parents=True, exist_ok=True)
+    config = stage.config(workspace.recipe, target)
+    tail = _ProgressTail(out_dir / PROGRESS, on_progress)
+    if not stage.in_child or workspace.execution.launcher == "in_process":
+        inputs = StageInputs(
+            artifacts=artifacts,
+            store_root=workspace.store.root,
+            downloads=workspace.downloads,
+            execution=workspace.execution,
+            reporter=JsonlReporter(out_dir / PROGRESS, label=stage.name, echo=False),
+        )
+        result = stage.load()(config, inputs, out_dir)
+        tail.forward()
+        return result
+    spec = StageSpec(
+        config_type=config_type_name(config),
+        config=config.model_dump(mode="json"),
+        artifacts={name: str(path.absolute()) for name, path in artifacts.items()},
+        store_root=str(workspace.store.root.absolute()),
+        downloads=str(workspace.downloads.absolute()),
+        out_dir=str(out_dir.absolute()),
+        execution=workspace.execution,
+    )
+    spec_path = out_dir / WORK_DIR / "spec.json"
+    result_path = out_dir / RESULT_IN_WORK
+    result_path.unlink(missing_ok=True)
+    write_atomically(spec_path, spec.model_dump_json(indent=1).encode())
+    exit_code = run_group(
+        _command(workspace.execution, stage, spec_path),
+        env=_child_environment(workspace.execution),
+        log_path=out_dir / CHILD_LOG,
+        grace_s=workspace.execution.grace_seconds,
+        poll=tail.forward,
+    )
+    if exit_code or not result_path.is_file():
+        raise StageError(_failure(stage, exit_code, out_dir / CHILD_LOG))
+    return StageResult.model_validate_json(result_path.read_bytes())
+
+
+def _command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -> list[str]:
+    """Return the command of a stage process; training stages run on every rank, the others on one."""
+    arguments = ["-m", "pipeline.stages", stage.name, "--spec", str(spec_path)]
+    if execution.num_ranks == 1 or not stage.runs_on_all_ranks:
+        return [sys.executable, *arguments]
+    ranks = ["--standalone", "--nproc_per_node", str(execution.num_ranks)]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, *arguments]
+
+
+def _child_environment(execution: ExecutionSettings) -> dict[str, str]:
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # libgomp's spinning threads slowed a shared 2-core machine up to 80 times
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if execution.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(execution.num_threads)
+    return environment
+
+
+def _failure(stage: Stage, exit_code: int, log_path: Path) -> str:
+    tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+    end = f"exit code {exit_code}" if exit_code else "no result file"
+    return f"{stage.name} ended with {end}; the end of {log_path}:\n{tail}"
+
+
+class _ProgressTail:
+    """Hands every new, complete line of a progress file to a listener."""
+
+    def __init__(self, path: Path, listener: ProgressListener) -> None:
+        self._path = path
+        self._listener = listener
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def forward(self) -> None:
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._listener(json.loads(line))

@@ -1,0 +1,41 @@
+"""What machine this is, as far as a measurement depends on it. No torch."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def hardware_id() -> dict[str, str | int]:
+    """Return processor, cores, accelerators and torch version: a timing taken under one is not valid under another."""
+    return {
+        "cpu": _cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "gpus": ", ".join(_gpu_models()) or "none",
+        "torch": version("torch"),
+    }
+
+
+def describe_hardware() -> str:
+    """Return the hardware in one line for tables and reports."""
+    found = hardware_id()
+    gpus = "" if found["gpus"] == "none" else f", {found['gpus']}"
+    return f"{found['cpu']}, {found['num_cpus']} cores{gpus}, torch {found['torch']}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+def _gpu_models() -> list[str]:
+    found = []
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                found.append(line.partition(":")[2].strip())
+    return found

@@ -1,0 +1,76 @@
+"""What every stage is given and what it gives back. No torch, no Dagster.
+
+A stage is `run(config, inputs, out_dir) -> StageResult`. It writes under `out_dir` only:
+
+    out_dir/             the artifact's files, hashed into its content
+    out_dir/view/        figures for people; published, but not part of the content hash
+    out_dir/_work/       checkpoints to resume from; removed when the artifact is published
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.architecture import Frozen
+from pipeline.progress import Reporter, SilentReporter
+
+WORK_DIR = "_work"
+VIEW_DIR = "view"
+
+Number = int | float
+
+
+class ExecutionSettings(Frozen):
+    """Where and how a stage runs: nothing here changes what an artifact means, so nothing here is fingerprinted."""
+
+    launcher: Literal["in_process", "local"] = "local"
+    num_ranks: int = Field(default=1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    micro_batch_size: int = Field(default=4, ge=1)
+    num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
+    checkpoint_interval_steps: int = Field(default=50, ge=1)
+    grace_seconds: float = Field(default=15.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """What a stage reads beside its config: upstream artifacts by asset name, the shared store, and who listens."""
+
+    artifacts: Mapping[str, Path]
+    store_root: Path
+    downloads: Path
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    reporter: Reporter = field(default_factory=SilentReporter)
+
+    def __getitem__(self, asset: str) -> Path:
+        """Return the directory of an upstream artifact."""
+        return self.artifacts[asset]
+
+
+class Table(Frozen):
+    """A small table for people: column names carry their units."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float | bool | None, ...], ...]
+
+    @classmethod
+    def of(cls, columns: Sequence[str], rows: Sequence[Sequence[str | int | float | bool | None]]) -> "Table":
+        """Build a table from any sequences."""
+        return cls(columns=tuple(columns), rows=tuple(tuple(row) for row in rows))
+
+
+class StageResult(Frozen):
+    """What a stage found out, for checks, reports and the UI; the artifact's files hold everything else.
+
+    `metrics` are numbers, one per tracked quantity, named with their unit; asset checks compare them with the recipe's
+    thresholds. `facts` are short strings. `figures` are paths below `view/`.
+    """
+
+    metrics: dict[str, Number] = Field(default_factory=dict)
+    facts: dict[str, str] = Field(default_factory=dict)
+    tables: dict[str, Table] = Field(default_factory=dict)
+    markdown: dict[str, str] = Field(default_factory=dict)
+    figures: dict[str, str] = Field(default_factory=dict)

@@ -1,0 +1,50 @@
+"""Run one stage from a spec file, on one process or as a rank of many.
+
+    python -m pipeline.stages kd_checkpoint --spec SPEC.json
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages kd_checkpoint --spec SPEC.json
+
+The spec names the stage's config, its input artifacts and its output directory. Rank 0 publishes the result by rename.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from pipeline.artifacts import PROGRESS, write_atomically
+from pipeline.processes import end_with_parent
+from pipeline.progress import JsonlReporter, SilentReporter
+from pipeline.stage import StageInputs
+from pipeline.stages.registry import get_stage
+from pipeline.stages.spec import RESULT_IN_WORK, StageSpec
+
+
+def main() -> None:
+    """Run the stage that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.stages", description="Run one stage from a spec file.")
+    parser.add_argument("stage")
+    parser.add_argument("--spec", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    end_with_parent()
+    spec = StageSpec.model_validate_json(arguments.spec.read_bytes())
+    rank = int(os.environ.get("RANK", "0"))
+    stage = get_stage(arguments.stage)
+    out_dir = Path(spec.out_dir)
+    reporter = JsonlReporter(out_dir / PROGRESS, label=stage.name, echo=True) if rank == 0 else SilentReporter()
+    result = stage.load()(
+        spec.parse_config(),
+        StageInputs(
+            artifacts={name: Path(path) for name, path in spec.artifacts.items()},
+            store_root=Path(spec.store_root),
+            downloads=Path(spec.downloads),
+            execution=spec.execution,
+            reporter=reporter,
+        ),
+        out_dir,
+    )
+    if rank == 0:
+        write_atomically(out_dir / RESULT_IN_WORK, result.model_dump_json(indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

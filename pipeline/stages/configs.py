@@ -1,0 +1,135 @@
+"""What each stage reads of the recipe, one frozen model per stage: the slice that is fingerprinted. No torch."""
+
+from pipeline.architecture import Frozen
+from pipeline.recipe import (
+    BlockLibraryConfig,
+    BlockScoresConfig,
+    CorporaConfig,
+    EvaluationConfig,
+    EvaluationSetsConfig,
+    ImportanceConfig,
+    MixtureConfig,
+    ParentConfig,
+    ProfileConfig,
+    ReasoningTask,
+    RLPromptsConfig,
+    SearchConfig,
+    SearchSpaceConfig,
+    SpeedReportConfig,
+    Target,
+    ToggleDatasetConfig,
+)
+
+
+class ParentStage(Frozen):
+    """parent_checkpoint."""
+
+    parent: ParentConfig
+
+
+class CorporaStage(Frozen):
+    """corpora."""
+
+    corpora: CorporaConfig
+
+
+class EvaluationSetsStage(Frozen):
+    """evaluation_sets."""
+
+    evaluation_sets: EvaluationSetsConfig
+    reasoning_tasks: tuple[ReasoningTask, ...]
+
+
+class MixtureStage(Frozen):
+    """distillation_mix and pretraining_mix."""
+
+    mixture: MixtureConfig
+    ngram_tokens: int
+
+
+class ImportanceStage(Frozen):
+    """channel_importance."""
+
+    importance: ImportanceConfig
+
+
+class BlockLibraryStage(Frozen):
+    """block_library."""
+
+    search_space: SearchSpaceConfig
+    block_library: BlockLibraryConfig
+
+
+class BlockScoresStage(Frozen):
+    """block_scores."""
+
+    search_space: SearchSpaceConfig
+    block_scores: BlockScoresConfig
+
+
+class BlockProfileStage(Frozen):
+    """block_profile."""
+
+    search_space: SearchSpaceConfig
+    profile: ProfileConfig
+
+
+class MipStage(Frozen):
+    """mip_solution."""
+
+    target_name: str
+    target: Target
+    search: SearchConfig
+    profile: ProfileConfig
+
+
+class ChildStage(Frozen):
+    """child_checkpoint: assembly, measurement, and the loop back to the programme."""
+
+    target_name: str
+    target: Target
+    search: SearchConfig
+    profile: ProfileConfig
+    speed: SpeedReportConfig
+
+
+class ToggleDatasetStage(Frozen):
+    """reasoning_toggle_dataset."""
+
+    dataset: ToggleDatasetConfig
+    reasoning_tasks: tuple[ReasoningTask, ...]
+    ngram_tokens: int
+
+
+class RLPromptsStage(Frozen):
+    """rl_prompts."""
+
+    rl_prompts: RLPromptsConfig
+    reasoning_tasks: tuple[ReasoningTask, ...]
+
+
+class EvaluationStage(Frozen):
+    """parent_evaluation and evaluation."""
+
+    evaluation: EvaluationConfig
+
+
+class SpeedStage(Frozen):
+    """speed_report."""
+
+    profile: ProfileConfig
+    speed: SpeedReportConfig
+
+
+class ExportStage(Frozen):
+    """exported_model: the format has no options."""
+
+
+class ReportStage(Frozen):
+    """report and model_card."""
+
+    recipe_name: str
+    recipe_description: str
+    target_name: str
+    target: Target
+    parent: ParentConfig

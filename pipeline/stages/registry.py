@@ -1,0 +1,631 @@
+"""Every stage by name: what runs it, what it reads, what its artifact must pass.
+
+Strings only: importing this loads no torch. Adding a stage is one file in stages/, one in assets/, one in tests/,
+and one entry here.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.architecture import Frozen
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe, Thresholds
+from pipeline.stage import StageInputs, StageResult
+from pipeline.stages import configs
+
+RunStage = Callable[[Frozen, StageInputs, Path], StageResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison of a metric with a threshold; evaluated from the artifact, so a new threshold re-runs nothing."""
+
+    name: str
+    metric: str
+    comparison: Literal["<=", ">=", "=="]
+    bound: float | Callable[[Thresholds], float]
+    blocking: bool
+    description: str
+
+    def bound_for(self, recipe: Recipe) -> float:
+        """Return the number this recipe asks for."""
+        return self.bound(recipe.thresholds) if callable(self.bound) else self.bound
+
+    def passes(self, value: float, *, recipe: Recipe) -> bool:
+        """Return whether the metric's value meets the bound; NaN never does."""
+        bound = self.bound_for(recipe)
+        if self.comparison == "<=":
+            return value <= bound
+        if self.comparison == ">=":
+            return value >= bound
+        return value == bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the recipe and the asset it makes.
+
+    `version` is raised by hand when the stage computes something else for the same inputs.
+    """
+
+    name: str
+    group: str
+    module: str
+    version: int
+    inputs: tuple[str, ...]
+    config: Callable[[Recipe, str], Frozen]
+    description: str
+    per_target: bool = False
+    in_child: bool = False
+    measures_hardware: bool = False
+    trains: bool = False
+    runs_on_all_ranks: bool = False
+    checks: tuple[Check, ...] = ()
+
+    def load(self) -> RunStage:
+        """Import the stage's module and return its `run`."""
+        run: RunStage = importlib.import_module(self.module).run
+        return run
+
+
+def _target(recipe: Recipe, name: str) -> object:
+    if name not in recipe.targets:
+        raise RecipeError(f"recipe {recipe.name} has no target {name!r}; it has {', '.join(sorted(recipe.targets))}")
+    return recipe.targets[name]
+
+
+def _mixture(which: Literal["distillation_mix", "pretraining_mix"]) -> Callable[[Recipe, str], Frozen]:
+    return lambda recipe, _: configs.MixtureStage(
+        mixture=getattr(recipe, which), ngram_tokens=recipe.evaluation_sets.ngram_tokens
+    )
+
+
+def _report(recipe: Recipe, target: str) -> Frozen:
+    _target(recipe, target)
+    return configs.ReportStage(
+        recipe_name=recipe.name,
+        recipe_description=recipe.description,
+        target_name=target,
+        target=recipe.targets[target],
+        parent=recipe.parent,
+    )
+
+
+def _mip(recipe: Recipe, target: str) -> Frozen:
+    _target(recipe, target)
+    return configs.MipStage(
+        target_name=target, target=recipe.targets[target], search=recipe.search, profile=recipe.block_profile
+    )
+
+
+def _child(recipe: Recipe, target: str) -> Frozen:
+    _target(recipe, target)
+    return configs.ChildStage(
+        target_name=target,
+        target=recipe.targets[target],
+        search=recipe.search,
+        profile=recipe.block_profile,
+        speed=recipe.speed_report,
+    )
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="parent_checkpoint",
+        group="parent",
+        module="pipeline.stages.parent_checkpoint",
+        version=1,
+        inputs=(),
+        config=lambda recipe, _: configs.ParentStage(parent=recipe.parent),
+        description="The checkpoint that everything starts from, verified and in the pipeline's own layout.",
+        checks=(
+            Check(
+                name="weights_are_finite",
+                metric="num_non_finite_weights",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="No weight is NaN or infinite.",
+            ),
+        ),
+    ),
+    Stage(
+        name="corpora",
+        group="data",
+        module="pipeline.stages.corpora",
+        version=1,
+        inputs=(),
+        config=lambda recipe, _: configs.CorporaStage(corpora=recipe.corpora),
+        description="Documents of every named source, with licence and counts per domain.",
+        checks=(
+            Check(
+                name="every_source_has_documents",
+                metric="min_documents_per_source",
+                comparison=">=",
+                bound=1,
+                blocking=True,
+                description="No source is empty.",
+            ),
+        ),
+    ),
+    Stage(
+        name="evaluation_sets",
+        group="data",
+        module="pipeline.stages.evaluation_sets",
+        version=1,
+        inputs=("corpora",),
+        config=lambda recipe, _: configs.EvaluationSetsStage(
+            evaluation_sets=recipe.evaluation_sets, reasoning_tasks=recipe.reasoning_tasks
+        ),
+        description="Held-out text, multiple-choice items and verifiable tasks that nothing trains on.",
+    ),
+    Stage(
+        name="distillation_mix",
+        group="data",
+        module="pipeline.stages.distillation_mix",
+        version=1,
+        inputs=("corpora", "evaluation_sets", "parent_checkpoint"),
+        config=_mixture("distillation_mix"),
+        description="Packed tokens for importance, block distillation, scores and knowledge distillation.",
+        checks=(
+            Check(
+                name="decontaminated",
+                metric="num_contaminated_documents_left",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="No training document shares an n-gram with an evaluation set.",
+            ),
+        ),
+    ),
+    Stage(
+        name="pretraining_mix",
+        group="data",
+        module="pipeline.stages.pretraining_mix",
+        version=1,
+        inputs=("corpora", "evaluation_sets", "parent_checkpoint"),
+        config=_mixture("pretraining_mix"),
+        description="Packed tokens for continued pre-training.",
+        checks=(
+            Check(
+                name="decontaminated",
+                metric="num_contaminated_documents_left",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="No training document shares an n-gram with an evaluation set.",
+            ),
+        ),
+    ),
+    Stage(
+        name="channel_importance",
+        group="puzzle",
+        module="pipeline.stages.channel_importance",
+        version=1,
+        inputs=("parent_checkpoint", "distillation_mix"),
+        config=lambda recipe, _: configs.ImportanceStage(importance=recipe.channel_importance),
+        description="FFN channel contribution and KV-head statistics over calibration tokens.",
+        checks=(
+            Check(
+                name="importance_is_finite",
+                metric="num_non_finite_values",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="Every channel and head has a finite statistic.",
+            ),
+        ),
+    ),
+    Stage(
+        name="block_library",
+        group="puzzle",
+        module="pipeline.stages.block_library",
+        version=1,
+        inputs=("parent_checkpoint", "distillation_mix", "channel_importance"),
+        config=lambda recipe, _: configs.BlockLibraryStage(
+            search_space=recipe.search_space, block_library=recipe.block_library
+        ),
+        description="Alternative subblocks of every layer, trained by decoupled block-wise local distillation.",
+        in_child=True,
+        trains=True,
+        checks=(
+            Check(
+                name="no_block_failed",
+                metric="num_failed_blocks",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="Every variant trained to a finite loss.",
+            ),
+            Check(
+                name="distillation_helps",
+                metric="share_of_blocks_improved",
+                comparison=">=",
+                bound=lambda thresholds: thresholds.min_share_of_blocks_improved,
+                blocking=False,
+                description="Share of trained blocks whose loss fell below that of their initialisation.",
+            ),
+        ),
+    ),
+    Stage(
+        name="block_scores",
+        group="puzzle",
+        module="pipeline.stages.block_scores",
+        version=1,
+        inputs=("parent_checkpoint", "distillation_mix", "block_library"),
+        config=lambda recipe, _: configs.BlockScoresStage(
+            search_space=recipe.search_space, block_scores=recipe.block_scores
+        ),
+        description="Replace-1-block KL and LM loss of every composed block on held-out tokens.",
+        in_child=True,
+        checks=(
+            Check(
+                name="scores_are_finite",
+                metric="num_non_finite_scores",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="Every candidate has a finite score.",
+            ),
+        ),
+    ),
+    Stage(
+        name="block_profile",
+        group="puzzle",
+        module="pipeline.stages.block_profile",
+        version=1,
+        inputs=("parent_checkpoint",),
+        config=lambda recipe, _: configs.BlockProfileStage(
+            search_space=recipe.search_space, profile=recipe.block_profile
+        ),
+        description="Measured prefill and decode time of every variant, with exact weight and KV memory.",
+        in_child=True,
+        measures_hardware=True,
+        checks=(
+            Check(
+                name="blocks_add_up",
+                metric="max_relative_residual",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_profile_residual,
+                blocking=False,
+                description="The sum of block times against the measured parent, before calibration.",
+            ),
+        ),
+    ),
+    Stage(
+        name="reasoning_toggle_dataset",
+        group="reasoning",
+        module="pipeline.stages.reasoning_toggle_dataset",
+        version=1,
+        inputs=("parent_checkpoint", "evaluation_sets"),
+        config=lambda recipe, _: configs.ToggleDatasetStage(
+            dataset=recipe.reasoning_toggle_dataset,
+            reasoning_tasks=recipe.reasoning_tasks,
+            ngram_tokens=recipe.evaluation_sets.ngram_tokens,
+        ),
+        description="Verified tasks as pairs with detailed thinking on and off, and chat from the parent.",
+        checks=(
+            Check(
+                name="every_trace_verifies",
+                metric="num_unverified_traces_kept",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="Every kept trace ends in an answer its verifier accepts.",
+            ),
+            Check(
+                name="modes_are_paired",
+                metric="num_unpaired_prompts",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="Every reasoning prompt is there in both modes.",
+            ),
+        ),
+    ),
+    Stage(
+        name="rl_prompts",
+        group="reasoning",
+        module="pipeline.stages.rl_prompts",
+        version=1,
+        inputs=("evaluation_sets", "reasoning_toggle_dataset"),
+        config=lambda recipe, _: configs.RLPromptsStage(
+            rl_prompts=recipe.rl_prompts, reasoning_tasks=recipe.reasoning_tasks
+        ),
+        description="Verifiable prompts that neither supervised fine-tuning nor evaluation uses.",
+        checks=(
+            Check(
+                name="known_right_answers_score_one",
+                metric="num_rejected_reference_answers",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="The verifier gives every reference answer full reward.",
+            ),
+        ),
+    ),
+    Stage(
+        name="parent_evaluation",
+        group="parent",
+        module="pipeline.stages.parent_evaluation",
+        version=1,
+        inputs=("parent_checkpoint", "evaluation_sets"),
+        config=lambda recipe, _: configs.EvaluationStage(evaluation=recipe.evaluation),
+        description="The parent measured by the harness that measures its children.",
+        in_child=True,
+    ),
+    Stage(
+        name="mip_solution",
+        group="target",
+        module="pipeline.stages.mip_solution",
+        version=1,
+        inputs=("block_scores", "block_profile"),
+        config=_mip,
+        description="One variant per layer: the lowest predicted loss that meets every limit of the target.",
+        per_target=True,
+        checks=(
+            Check(
+                name="solution_verified",
+                metric="num_violated_limits",
+                comparison="==",
+                bound=0,
+                blocking=True,
+                description="The chosen blocks, added up from the tables, meet every limit.",
+            ),
+        ),
+    ),
+    Stage(
+        name="child_checkpoint",
+        group="target",
+        module="pipeline.stages.child_checkpoint",
+        version=1,
+        inputs=("mip_solution", "block_scores", "block_profile", "block_library", "parent_checkpoint"),
+        config=_child,
+        description="The child assembled from the library and measured; the search is repeated where it falls short.",
+        per_target=True,
+        in_child=True,
+        measures_hardware=True,
+        checks=(
+            Check(
+                name="target_is_met_when_measured",
+                metric="num_missed_limits",
+                comparison="==",
+                bound=0,
+                blocking=False,
+                description="Measured speed of the assembled child against the target, within the recipe's tolerance.",
+            ),
+        ),
+    ),
+    Stage(
+        name="fused_checkpoint",
+        group="target",
+        module="pipeline.stages.fused_checkpoint",
+        version=1,
+        inputs=("child_checkpoint", "distillation_mix"),
+        config=lambda recipe, _: recipe.fusion,
+        description="Runs of attention-free layers joined into wide FFNs; the child itself where it has none.",
+        per_target=True,
+    ),
+    Stage(
+        name="kd_checkpoint",
+        group="training",
+        module="pipeline.stages.kd_checkpoint",
+        version=1,
+        inputs=("fused_checkpoint", "parent_checkpoint", "distillation_mix"),
+        config=lambda recipe, _: recipe.kd,
+        description="The child after knowledge distillation from the parent.",
+        per_target=True,
+        in_child=True,
+        trains=True,
+        runs_on_all_ranks=True,
+        checks=(
+            Check(
+                name="distillation_lowers_kl",
+                metric="validation_kl_ratio",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_kd_kl_ratio,
+                blocking=True,
+                description="KL to the parent on validation tokens, after over before.",
+            ),
+        ),
+    ),
+    Stage(
+        name="cpt_checkpoint",
+        group="training",
+        module="pipeline.stages.cpt_checkpoint",
+        version=1,
+        inputs=("kd_checkpoint", "pretraining_mix"),
+        config=lambda recipe, _: recipe.cpt,
+        description="The child after continued pre-training.",
+        per_target=True,
+        in_child=True,
+        trains=True,
+        runs_on_all_ranks=True,
+        checks=(
+            Check(
+                name="pretraining_does_no_harm",
+                metric="validation_perplexity_ratio",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_cpt_perplexity_ratio,
+                blocking=True,
+                description="Perplexity on the mixture's validation tokens, after over before.",
+            ),
+        ),
+    ),
+    Stage(
+        name="sft_checkpoint",
+        group="training",
+        module="pipeline.stages.sft_checkpoint",
+        version=1,
+        inputs=("cpt_checkpoint", "reasoning_toggle_dataset"),
+        config=lambda recipe, _: recipe.sft,
+        description="The child after supervised fine-tuning on paired reasoning modes.",
+        per_target=True,
+        in_child=True,
+        trains=True,
+        runs_on_all_ranks=True,
+        checks=(
+            Check(
+                name="fine_tuning_lowers_loss",
+                metric="validation_loss_ratio",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_sft_loss_ratio,
+                blocking=True,
+                description="Assistant-token loss on held-out samples, after over before.",
+            ),
+        ),
+    ),
+    Stage(
+        name="rl_checkpoint",
+        group="training",
+        module="pipeline.stages.rl_checkpoint",
+        version=1,
+        inputs=("sft_checkpoint", "rl_prompts"),
+        config=lambda recipe, _: recipe.rl,
+        description="The child after group-relative policy optimisation on verifiable rewards.",
+        per_target=True,
+        in_child=True,
+        trains=True,
+        runs_on_all_ranks=True,
+        checks=(
+            Check(
+                name="policy_stays_near_its_start",
+                metric="final_kl",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_rl_kl,
+                blocking=True,
+                description="KL of the policy to the supervised checkpoint at the last step, nats per token.",
+            ),
+        ),
+    ),
+    Stage(
+        name="evaluation",
+        group="results",
+        module="pipeline.stages.evaluation",
+        version=1,
+        inputs=(
+            "parent_evaluation",
+            "parent_checkpoint",
+            "evaluation_sets",
+            "child_checkpoint",
+            "fused_checkpoint",
+            "kd_checkpoint",
+            "cpt_checkpoint",
+            "sft_checkpoint",
+            "rl_checkpoint",
+        ),
+        config=lambda recipe, _: configs.EvaluationStage(evaluation=recipe.evaluation),
+        description="Every checkpoint of the target by one harness: perplexity, KL, tasks, toggle compliance.",
+        per_target=True,
+        in_child=True,
+        checks=(
+            Check(
+                name="toggle_on_is_obeyed",
+                metric="rl_toggle_compliance_on",
+                comparison=">=",
+                bound=lambda thresholds: thresholds.min_toggle_compliance,
+                blocking=True,
+                description="Share of answers with exactly one well-formed think block when thinking is on.",
+            ),
+            Check(
+                name="toggle_off_is_obeyed",
+                metric="rl_toggle_compliance_off",
+                comparison=">=",
+                bound=lambda thresholds: thresholds.min_toggle_compliance,
+                blocking=True,
+                description="Share of answers without any think tag when thinking is off.",
+            ),
+        ),
+    ),
+    Stage(
+        name="speed_report",
+        group="results",
+        module="pipeline.stages.speed_report",
+        version=1,
+        inputs=("parent_checkpoint", "child_checkpoint", "rl_checkpoint"),
+        config=lambda recipe, _: configs.SpeedStage(profile=recipe.block_profile, speed=recipe.speed_report),
+        description="Prefill and decode of parent, child and final checkpoint, measured in turn; cached tokens.",
+        per_target=True,
+        in_child=True,
+        measures_hardware=True,
+    ),
+    Stage(
+        name="exported_model",
+        group="results",
+        module="pipeline.stages.exported_model",
+        version=1,
+        inputs=("rl_checkpoint",),
+        config=lambda recipe, _: configs.ExportStage(),
+        description="The final checkpoint as one DeciLM (nemotron-nas) directory.",
+        per_target=True,
+        checks=(
+            Check(
+                name="export_computes_the_same",
+                metric="max_abs_logit_difference",
+                comparison="<=",
+                bound=lambda thresholds: thresholds.max_export_logit_difference,
+                blocking=True,
+                description="Logits of the exported directory, loaded by transformers, against the checkpoint, fp32.",
+            ),
+        ),
+    ),
+    Stage(
+        name="model_card",
+        group="results",
+        module="pipeline.stages.model_card",
+        version=1,
+        inputs=(
+            "exported_model",
+            "evaluation",
+            "speed_report",
+            "child_checkpoint",
+            "corpora",
+            "reasoning_toggle_dataset",
+        ),
+        config=_report,
+        description="What the exported model is, how it was made, measured and licensed.",
+        per_target=True,
+    ),
+    Stage(
+        name="report",
+        group="results",
+        module="pipeline.stages.report",
+        version=1,
+        inputs=(
+            "parent_checkpoint",
+            "block_library",
+            "block_scores",
+            "block_profile",
+            "mip_solution",
+            "child_checkpoint",
+            "fused_checkpoint",
+            "kd_checkpoint",
+            "cpt_checkpoint",
+            "reasoning_toggle_dataset",
+            "sft_checkpoint",
+            "rl_checkpoint",
+            "evaluation",
+            "speed_report",
+            "exported_model",
+        ),
+        config=_report,
+        description="One self-contained HTML page: architecture, predicted against measured, quality, loss curves.",
+        per_target=True,
+    ),
+)
+
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+
+
+def get_stage(name: str) -> Stage:
+    """Return a stage by its asset name.
+
+    Raises:
+        RecipeError: when there is none, listing the names.
+    """
+    if name not in BY_NAME:
+        raise RecipeError(f"no stage {name!r}; the stages are {', '.join(BY_NAME)}")
+    return BY_NAME[name]

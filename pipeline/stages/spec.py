@@ -1,0 +1,34 @@
+"""The file that tells a stage process what to run: config, inputs, output, execution. No torch."""
+
+import importlib
+from typing import Any
+
+from pipeline.architecture import Frozen
+from pipeline.stage import WORK_DIR, ExecutionSettings
+
+RESULT_IN_WORK = f"{WORK_DIR}/result.json"
+
+
+class StageSpec(Frozen):
+    """Everything a stage process needs; paths are absolute."""
+
+    config_type: str
+    config: dict[str, Any]
+    artifacts: dict[str, str]
+    store_root: str
+    downloads: str
+    out_dir: str
+    execution: ExecutionSettings
+
+    def parse_config(self) -> Frozen:
+        """Return the stage's config as the type it was written from."""
+        module, _, name = self.config_type.partition(":")
+        if module not in ("pipeline.stages.configs", "pipeline.recipe"):
+            raise ValueError(f"config_type is {self.config_type!r}; a stage's config is a model of this project")
+        config: Frozen = getattr(importlib.import_module(module), name).model_validate(self.config)
+        return config
+
+
+def config_type_name(config: Frozen) -> str:
+    """Return how a spec names the type of a config."""
+    return f"{type(config).__module__}:{type(config).__name__}"
