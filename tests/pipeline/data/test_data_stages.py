@@ -1,0 +1,134 @@
+"""The stages of the data group, chained as the graph chains them."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.data.documents import load_documents
+from pipeline.data.evaluation_sets import (
+    load_evaluation_ngrams,
+    load_held_out,
+    load_held_out_ids,
+    load_multiple_choice,
+    load_reasoning_items,
+)
+from pipeline.data.packed import load_packed
+from pipeline.errors import DataError
+from pipeline.model.random_parent import make_random_parent
+from pipeline.recipe import (
+    CorporaConfig,
+    EvaluationSetsConfig,
+    FileSource,
+    HeldOutText,
+    MixtureConfig,
+    MixtureEntry,
+    RandomParent,
+    ReasoningTask,
+)
+from pipeline.stage import StageInputs
+from pipeline.stages import corpora, distillation_mix, evaluation_sets, pretraining_mix
+from pipeline.stages.configs import CorporaStage, EvaluationSetsStage, MixtureStage
+from tests.pipeline.data.builders import make_documents, write_corpora
+
+PARENT = RandomParent(
+    kind="random",
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=128,
+    initializer_range=0.02,
+    tie_word_embeddings=True,
+    seed=1,
+)
+SETS = EvaluationSetsConfig(
+    held_out=(HeldOutText(source="words", num_documents=4),),
+    multiple_choice=(),
+    reasoning_items_per_task=5,
+    ngram_tokens=13,
+    seed=1,
+)
+TASKS = (
+    ReasoningTask(name="chain_sum", config={"max_terms": 3}),
+    ReasoningTask(name="chain_sum", config={"max_terms": 4}),
+)
+MIXTURE = MixtureConfig(
+    sequence_length=64,
+    tokens=6400,
+    validation_tokens=640,
+    entries=(MixtureEntry(source="words", weight=1.0),),
+    seed=1,
+)
+
+
+def stage_inputs(tmp_path: Path, **artifacts: Path) -> StageInputs:
+    return StageInputs(artifacts=artifacts, store_root=tmp_path / "store", downloads=tmp_path / "downloads")
+
+
+def test_corpora_writes_documents_licences_and_counts(tmp_path: Path):
+    documents = make_documents(12, num_words=60, seed=1)
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"body": item.text}) + "\n" for item in documents), encoding="utf-8"
+    )
+    source = FileSource(
+        kind="jsonl",
+        name="own",
+        domain="notes",
+        licence="CC-BY-4.0",
+        path=str(tmp_path / "own.jsonl"),
+        text_field="body",
+        max_documents=10,
+    )
+    config = CorporaStage(corpora=CorporaConfig(sources=(source,)))
+    outs = [tmp_path / "first", tmp_path / "second"]
+    result, again = (corpora.run(config, stage_inputs(tmp_path), out) for out in outs)
+    assert result == again
+    assert load_documents(outs[0], "own") == documents[:10]
+    assert result.metrics["num_documents"] == result.metrics["min_documents_per_source"] == 10
+    assert result.metrics["num_characters"] == sum(len(item.text) for item in documents[:10])
+    assert result.tables["sources"].rows[0][:4] == ("own", "notes", "CC-BY-4.0", 10)
+    for name in ("own.parquet", "sources.json"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+    assert pl.read_parquet(outs[0] / "own.parquet").columns == ["document_id", "text"]
+
+
+def test_evaluation_sets_feed_mixtures_that_never_see_them(tmp_path: Path):
+    documents = make_documents(80, num_words=100, seed=1)
+    made = write_corpora(tmp_path / "corpora", {"words": documents})
+    sets = tmp_path / "sets"
+    result = evaluation_sets.run(
+        EvaluationSetsStage(evaluation_sets=SETS, reasoning_tasks=TASKS), stage_inputs(tmp_path, corpora=made), sets
+    )
+    assert load_held_out(sets) == {"words": [item.text for item in documents[:4]]}
+    assert load_multiple_choice(sets) == {}
+    items = load_reasoning_items(sets)
+    assert len({item.question for item in items}) == len(items) == 10
+    assert len(load_evaluation_ngrams(sets)) == result.metrics["num_ngrams"]
+    assert result.metrics["num_held_out_documents"] == 4
+    assert result.metrics["num_reasoning_items"] == 10
+
+    make_random_parent(PARENT, out_dir=tmp_path / "parent")
+    inputs = stage_inputs(tmp_path, corpora=made, evaluation_sets=sets, parent_checkpoint=tmp_path / "parent")
+    config = MixtureStage(mixture=MIXTURE, ngram_tokens=13)
+    for stage in (distillation_mix, pretraining_mix):
+        out = tmp_path / stage.__name__
+        metrics = stage.run(config, inputs, out).metrics
+        assert metrics["num_tokens"] == load_packed(out, "train").num_tokens == 6400
+        assert metrics["num_validation_tokens"] == load_packed(out, "validation").num_tokens == 640
+        assert metrics["num_held_out_documents"] == len(load_held_out_ids(sets)) == 4
+        assert metrics["num_contaminated_documents_left"] == 0
+        assert metrics["vocab_size"] >= 256
+        assert json.loads((out / "mixture.json").read_text())["sources"][0]["num_tokens"] == 6400
+
+
+def test_evaluation_sets_wanting_more_documents_than_there_are_is_an_error(tmp_path: Path):
+    made = write_corpora(tmp_path / "corpora", {"words": make_documents(3, num_words=60, seed=1)})
+    with pytest.raises(DataError, match="wants 4 documents of words, corpora holds 3"):
+        evaluation_sets.run(
+            EvaluationSetsStage(evaluation_sets=SETS, reasoning_tasks=TASKS),
+            stage_inputs(tmp_path, corpora=made),
+            tmp_path / "sets",
+        )

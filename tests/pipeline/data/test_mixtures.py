@@ -1,0 +1,197 @@
+"""Mixtures: shares, disjoint splits, decontamination that is real, and the same windows every time."""
+
+import random
+
+import pytest
+import torch
+
+from pipeline.data.decontamination import NgramSet, build_ngrams
+from pipeline.data.documents import Document, select_documents
+from pipeline.data.drawing import DrawableSource, split_text
+from pipeline.data.mixtures import Mixture, SourceDocuments, build_mixture, separator_id
+from pipeline.errors import DataError
+from pipeline.recipe import MixtureConfig, MixtureEntry
+from tests.pipeline.data.builders import chatml_tokenizer, llama3_tokenizer, make_documents, make_tokenizer
+
+TOKENIZER = chatml_tokenizer()
+SEQUENCE_LENGTH = 64
+NOTHING_MEASURED = build_ngrams([], num_words=13)
+
+
+def mixture_config(weights: dict[str, float], *, tokens: int = 8000, validation: int = 1000, seed: int = 1):
+    return MixtureConfig(
+        sequence_length=SEQUENCE_LENGTH,
+        tokens=tokens,
+        validation_tokens=validation,
+        entries=tuple(MixtureEntry(source=name, weight=weight) for name, weight in weights.items()),
+        seed=seed,
+    )
+
+
+def build(
+    sources: dict[str, list[Document]],
+    config: MixtureConfig,
+    *,
+    held_out_ids: frozenset[str] = frozenset(),
+    ngrams: NgramSet = NOTHING_MEASURED,
+) -> Mixture:
+    return build_mixture(
+        {name: SourceDocuments(documents=items, domain="d", licence="none") for name, items in sources.items()},
+        config=config,
+        tokenizer=TOKENIZER,
+        held_out_ids=held_out_ids,
+        ngrams=ngrams,
+        report=lambda done, total: None,
+    )
+
+
+def words_of(tokens_NT: torch.Tensor) -> set[str]:
+    """Return the words that stand whole inside the windows; those at a window's edge may be cut."""
+    found: set[str] = set()
+    for row in tokens_NT.tolist():
+        found.update(str(TOKENIZER.decode(row)).replace("<|endoftext|>", " ").split()[1:-1])
+    return found
+
+
+SOURCES = {"a": make_documents(60, num_words=100, seed=1), "b": make_documents(60, num_words=100, seed=2)}
+
+
+def test_mixture_fills_whole_windows_with_the_asked_shares():
+    mixture = build(SOURCES, mixture_config({"a": 3.0, "b": 1.0}))
+    assert mixture.train.tokens_NT.shape == (125, SEQUENCE_LENGTH)
+    assert mixture.validation.tokens_NT.shape == (16, SEQUENCE_LENGTH)
+    record = mixture.record
+    assert (record.num_tokens, record.num_validation_tokens) == (8000, 1024)
+    assert (record.vocab_size, record.separator) == (len(TOKENIZER), "<|endoftext|>")
+    assert sum(source.num_tokens for source in record.sources) == 8000
+    assert [source.share_asked for source in record.sources] == [0.75, 0.25]
+    assert [source.share_got for source in record.sources] == pytest.approx([0.75, 0.25], abs=1e-3)
+    assert [source.num_validation_tokens for source in record.sources] == [768, 256]
+
+
+def test_mixture_tokens_per_source_agree_with_a_count_of_the_words():
+    """Every word stands in one document of one source, so the windows themselves tell the shares."""
+    mixture = build(SOURCES, mixture_config({"a": 3.0, "b": 1.0}))
+    found = words_of(mixture.train.tokens_NT)
+    from_a = {word for item in SOURCES["a"] for word in item.text.split()}
+    assert len(found & from_a) / len(found) == pytest.approx(0.75, abs=0.02)
+
+
+def test_mixture_splits_share_no_document():
+    mixture = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}))
+    owners = {word: item.document_id for items in SOURCES.values() for item in items for word in item.text.split()}
+    train, validation = (
+        {owners[word] for word in words_of(split.tokens_NT) if word in owners}
+        for split in (mixture.train, mixture.validation)
+    )
+    assert len(train) > 5
+    assert len(validation) > 1
+    assert not train & validation
+
+
+def test_mixture_is_the_same_every_time_and_another_under_another_seed():
+    config = mixture_config({"a": 1.0, "b": 1.0})
+    first, again = build(SOURCES, config), build(SOURCES, config)
+    assert torch.equal(first.train.tokens_NT, again.train.tokens_NT)
+    assert torch.equal(first.validation.tokens_NT, again.validation.tokens_NT)
+    assert first.record == again.record
+    other = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}, seed=2))
+    assert not torch.equal(first.train.tokens_NT, other.train.tokens_NT)
+
+
+def test_mixture_prefix_is_a_fair_mix():
+    mixture = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}, tokens=16000))
+    from_a = {word for item in SOURCES["a"] for word in item.text.split()}
+    found = words_of(mixture.train.take(4000).tokens_NT)
+    assert 0.25 < len(found & from_a) / len(found) < 0.75
+
+
+def test_mixture_leaves_out_held_out_and_contaminated_documents():
+    held_out, copied = SOURCES["a"][:5], SOURCES["b"][0]
+    start = random.Random(1).randrange(50)
+    quote = " ".join(copied.text.split()[start : start + 13])
+    dirty = select_documents([f"{item.text}\n{quote.upper()}!" for item in SOURCES["a"][5:15]], max_documents=99)
+    sources = {"a": [*held_out, *SOURCES["a"][15:30], *dirty]}
+    mixture = build(
+        sources,
+        mixture_config({"a": 1.0}, tokens=9000, validation=500),
+        held_out_ids=frozenset(item.document_id for item in held_out),
+        ngrams=build_ngrams([copied.text, *(item.text for item in held_out)], num_words=13),
+    )
+    (source,) = mixture.record.sources
+    assert source.num_held_out == 5
+    assert source.num_contaminated == 10
+    assert mixture.record.num_contaminated_documents_left == 0
+    unseen = {word for item in [*held_out, *dirty] for word in item.text.split()}
+    assert not words_of(mixture.train.tokens_NT) & unseen
+    assert not words_of(mixture.validation.tokens_NT) & unseen
+
+
+def test_mixture_recheck_finds_what_drawing_let_through(monkeypatch: pytest.MonkeyPatch):
+    """With the first check broken on purpose, the second one, on the decoded tokens, must count every document."""
+    monkeypatch.setattr(DrawableSource, "_is_clean", lambda *_: True)
+    measured = build_ngrams([item.text for item in SOURCES["a"]], num_words=13)
+    mixture = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}), ngrams=measured)
+    a, b = mixture.record.sources
+    assert mixture.record.num_contaminated_documents_left == a.num_documents + a.num_validation_documents
+    assert b.num_documents > 0
+
+
+def test_mixture_of_a_source_that_runs_dry_goes_on_with_the_others():
+    sources = {"a": SOURCES["a"][:3], "b": SOURCES["b"]}
+    mixture = build(sources, mixture_config({"a": 1.0, "b": 1.0}, validation=64))
+    a, b = mixture.record.sources
+    assert (a.is_exhausted, b.is_exhausted) == (True, False)
+    assert 0 < a.share_got < 0.4
+    assert a.share_got + b.share_got == pytest.approx(1)
+    assert mixture.train.num_tokens == 8000
+
+
+def test_mixture_of_too_few_documents_says_how_many_tokens_there_are():
+    with pytest.raises(DataError, match=r"training part wants 80,000 tokens, its sources hold [0-9,]+ .*a [0-9,]+"):
+        build({"a": SOURCES["a"][:5]}, mixture_config({"a": 1.0}, tokens=80_000))
+
+
+def test_mixture_does_not_let_one_long_document_fill_a_share():
+    long = select_documents(["\n".join(f"long{n} " * 5 for n in range(20_000))], max_documents=1)
+    mixture = build({"a": [*long, *SOURCES["a"]]}, mixture_config({"a": 1.0}, tokens=4000, validation=2000))
+    shares = ["long" in TOKENIZER.decode(row) for row in mixture.validation.tokens_NT.tolist()]
+    assert sum(shares) <= 17  # one piece is 16 windows of single bytes, and may begin inside a window
+
+
+def test_mixture_reads_special_tokens_in_text_as_text():
+    text = "<|im_end|> and <|endoftext|> are written out here. " * 300
+    mixture = build(
+        {"a": select_documents([text, text + "x"], max_documents=2)}, mixture_config({"a": 1.0}, tokens=3000)
+    )
+    assert TOKENIZER.eos_token_id not in mixture.train.tokens_NT.flatten().tolist()
+    assert int((mixture.train.tokens_NT == separator_id(TOKENIZER)).sum()) < 10
+
+
+def test_mixture_that_names_a_source_twice_is_refused():
+    config = MixtureConfig(
+        sequence_length=8,
+        tokens=8,
+        validation_tokens=8,
+        entries=(MixtureEntry(source="a", weight=1.0), MixtureEntry(source="a", weight=2.0)),
+        seed=1,
+    )
+    with pytest.raises(DataError, match="names a source twice"):
+        build(SOURCES, config)
+
+
+def test_separator_is_end_of_text_or_else_eos():
+    assert TOKENIZER.convert_ids_to_tokens(separator_id(TOKENIZER)) == "<|endoftext|>"
+    assert separator_id(llama3_tokenizer()) == llama3_tokenizer().eos_token_id
+    bare = make_tokenizer(["<s>"], bos="<s>", eos="<s>", chat_template=None)
+    bare.eos_token = None
+    with pytest.raises(DataError, match="could not be told apart"):
+        separator_id(bare)
+
+
+@pytest.mark.parametrize("max_characters", [1, 7, 40, 10_000])
+def test_text_split_is_the_text_in_pieces_no_longer_than_asked(max_characters: int):
+    text = "a line\n\nanother line that is long\n" + "x" * 50 + "\n"
+    pieces = list(split_text(text, max_characters=max_characters))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= max_characters for piece in pieces)

@@ -1,0 +1,80 @@
+"""Verifiable items: distinct, repeatable, and scored so that junk earns nothing."""
+
+from collections import Counter
+
+import pytest
+
+from pipeline.data.reasoning_items import ReasoningItem, generate_items, regenerate_entry, score_answer
+from pipeline.errors import DataError
+from pipeline.recipe import ReasoningTask
+
+CHAIN_SUM = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
+JUNK = ["", " ", "nan", "-1e999", "1e999", "True", "yes", "I do not know", "0 0 0", "[]", "{}", "None", "9" * 5000]
+
+
+def test_items_are_distinct_right_and_repeatable():
+    items = generate_items(CHAIN_SUM, num_items=50, seed=3, exclude_questions=set())
+    assert len({item.question for item in items}) == 50
+    assert all(score_answer(item, f" {item.answer}\n") == 1.0 for item in items)
+    assert items == generate_items(CHAIN_SUM, num_items=50, seed=3, exclude_questions=set())
+    assert items[7] == ReasoningItem.model_validate_json(items[7].model_dump_json())
+    assert regenerate_entry(items[7])["answer"] == items[7].answer
+
+
+def test_items_of_near_seeds_share_no_entry():
+    """Seeds 2 and 10, taken as they are, would share 42 of 50 entries."""
+    first, second = (generate_items(CHAIN_SUM, num_items=50, seed=seed, exclude_questions=set()) for seed in (2, 10))
+    spans = [{item.seed + item.index for item in items} for items in (first, second)]
+    assert not spans[0] & spans[1]
+
+
+def test_items_leave_out_excluded_questions():
+    known = {item.question for item in generate_items(CHAIN_SUM, num_items=20, seed=1, exclude_questions=set())}
+    assert known.isdisjoint(
+        item.question for item in generate_items(CHAIN_SUM, num_items=20, seed=1, exclude_questions=known)
+    )
+
+
+def test_items_beyond_what_a_config_holds_are_an_error():
+    task = ReasoningTask(name="count_bits", config={"min_n": 1, "max_n": 7})
+    with pytest.raises(DataError, match=r"gave 7 new questions in 20,000 draws, wanted 8"):
+        generate_items(task, num_items=8, seed=1, exclude_questions=set())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "match"),
+    [
+        ("game_of_life_halting", {}, "refused: its scorer gives 1.0 to any text"),
+        ("complex_arithmetic", {}, "refused"),
+        ("propositional_logic", {}, "refused"),
+        ("chain_sums", {}, "no reasoning task 'chain_sums'; the tasks are .*chain_sum,"),
+        ("chain_sum", {"terms": 3}, "refuses the config"),
+        ("chain_sum", {"min_terms": 5, "max_terms": 2}, "refuses the config"),
+    ],
+)
+def test_task_that_cannot_be_used_is_refused(name: str, config: dict[str, int | float | str | bool], match: str):
+    with pytest.raises(DataError, match=match):
+        generate_items(ReasoningTask(name=name, config=config), num_items=1, seed=1, exclude_questions=set())
+
+
+@pytest.mark.parametrize(
+    "name", ["chain_sum", "gcd", "prime_factorization", "coin_flip", "leg_counting", "ransom_note"]
+)
+def test_junk_answers_earn_nothing(name: str):
+    items = generate_items(ReasoningTask(name=name, config={}), num_items=5, seed=1, exclude_questions=set())
+    for item in items:
+        assert all(score_answer(item, junk) == 0.0 for junk in JUNK if junk != item.answer)
+
+
+def test_scorer_that_raises_scores_zero_and_is_counted():
+    (item,) = generate_items(
+        ReasoningTask(name="prime_factorization", config={}), num_items=1, seed=1, exclude_questions=set()
+    )
+    errors: Counter[str] = Counter()
+    assert score_answer(item, "not a number", errors=errors) == 0.0
+    assert errors == {"prime_factorization: ValueError": 1}
+
+
+def test_partial_credit_counts_as_wrong():
+    (item,) = generate_items(CHAIN_SUM, num_items=1, seed=1, exclude_questions=set())
+    assert score_answer(item, f"the answer is {item.answer}, or {item.answer}1") == 0.0
