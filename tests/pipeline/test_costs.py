@@ -1,0 +1,74 @@
+"""Closed forms against the tensors of models that were built."""
+
+import itertools
+
+import pytest
+
+from pipeline import costs
+from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, NO_ATTENTION, NO_FFN, gqa, swiglu
+from tests.pipeline.model.builders import layer_tensors, make_architecture, make_blocks, make_model, num_elements
+
+MIXED = make_blocks(
+    (gqa(2), swiglu(48)),
+    (gqa(4), NO_FFN),
+    (gqa(1), swiglu(20)),
+    (NO_ATTENTION, swiglu(48)),
+    (LINEAR_ATTENTION, LINEAR_FFN),
+    (NO_ATTENTION, NO_FFN),
+)
+
+
+@pytest.mark.parametrize(
+    ("tied", "attention_bias", "mlp_bias", "head_dim"),
+    list(itertools.product([True, False], [True, False], [True, False], [8, 12])),
+)
+def test_parameters_equal_the_tensors_of_a_built_model(tied: bool, attention_bias: bool, mlp_bias: bool, head_dim: int):
+    architecture = make_architecture(
+        tie_word_embeddings=tied,
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        head_dim=head_dim,
+        blocks=MIXED,
+    )
+    model = make_model(architecture)
+    assert costs.num_parameters(architecture) == num_elements(list(model.parameters()))
+    for layer, block in enumerate(architecture.blocks):
+        tensors = layer_tensors(model, layer)
+        attention = [tensor for name, tensor in tensors.items() if name.startswith(("self_attn.", "input_layernorm"))]
+        ffn = [tensor for name, tensor in tensors.items() if name.startswith(("mlp.", "post_attention_layernorm"))]
+        assert costs.attention_parameters(architecture, block.attention) == num_elements(attention)
+        assert costs.ffn_parameters(architecture, block.ffn) == num_elements(ffn)
+        assert costs.block_parameters(architecture, block) == num_elements(list(tensors.values()))
+
+
+def test_parameters_of_the_published_smollm2_shape_are_its_published_count():
+    architecture = make_architecture(
+        vocab_size=49152,
+        hidden_size=576,
+        num_attention_heads=9,
+        head_dim=64,
+        blocks=make_blocks(*[(gqa(3), swiglu(1536))] * 30),
+    )
+    assert costs.num_parameters(architecture) == 134_515_008
+
+
+def test_kv_bytes_equal_the_cache_of_a_built_model():
+    architecture = make_architecture(head_dim=12, blocks=MIXED)
+    model = make_model(architecture)
+    num_tokens = 5
+    cache = model(input_ids=model.dummy_inputs["input_ids"][:1, :num_tokens], use_cache=True).past_key_values
+    values = sum(
+        layer.keys.numel() + layer.values.numel() for layer in cache.layers if getattr(layer, "is_initialized", False)
+    )
+    assert costs.kv_bytes_per_token(architecture, bytes_per_value=2.0) == 2.0 * values / num_tokens
+
+
+def test_forward_flops_count_two_per_weight_and_the_attention_scores():
+    architecture = make_architecture(blocks=make_blocks((gqa(2), swiglu(48)), (NO_ATTENTION, LINEAR_FFN)))
+    matrices = 32 * 320 + 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 32 * 32
+    scores = 4 * 32 * 10
+    assert costs.forward_flops_per_token(architecture, context_tokens=10) == 2 * matrices + scores
+
+
+def test_weight_mib_is_binary():
+    assert costs.weight_mib(2**20, bytes_per_parameter=2.0) == 2.0
