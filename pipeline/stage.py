@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from pipeline.architecture import Frozen
 from pipeline.progress import Reporter, SilentReporter
@@ -31,7 +31,7 @@ class ExecutionSettings(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch_size: int = Field(default=4, ge=1)
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
-    checkpoint_interval_steps: int = Field(default=50, ge=1)
+    checkpoint_interval_steps: int = Field(default=25, ge=1)
     grace_seconds: float = Field(default=15.0, gt=0)
 
 
@@ -68,6 +68,9 @@ class StageResult(Frozen):
     `metrics` are numbers, one per tracked quantity, named with their unit; asset checks compare them with the recipe's
     thresholds. `facts` are short strings. `figures` are paths below `view/`.
     """
+
+    # A loss that is NaN must fail its check, not make its own record unreadable: JSON would turn it into null.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     metrics: dict[str, Number] = Field(default_factory=dict)
     facts: dict[str, str] = Field(default_factory=dict)

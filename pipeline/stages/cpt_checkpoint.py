@@ -1,0 +1,47 @@
+"""cpt_checkpoint: continued pre-training of the distilled child on the pre-training mixture.
+
+    python -m pipeline.stages cpt_checkpoint --spec SPEC.json
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages cpt_checkpoint --spec SPEC.json
+
+Leaves out: the teacher; this is next-token cross-entropy alone.
+"""
+
+import math
+from pathlib import Path
+
+from pipeline.data.packed import load_packed
+from pipeline.recipe import PretrainingConfig
+from pipeline.stage import StageInputs, StageResult
+from pipeline.training.batches import plan_batches
+from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
+from pipeline.training.objectives import NextTokenObjective
+from pipeline.training.validation import mean_cross_entropy, validation_rows
+
+_NUM_VALIDATION_ROWS = 8
+
+
+def run(config: PretrainingConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Train kd_checkpoint on pretraining_mix."""
+    device = prepare_process(inputs.execution, seed=config.seed)
+    mixture_dir = inputs["pretraining_mix"]
+    plan = plan_batches(
+        load_packed(mixture_dir, "train"),
+        tokens=config.tokens,
+        global_batch_size=config.global_batch_size,
+        shuffle_seed=None,
+        what="cpt",
+    )
+    validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
+    fitted = fit_checkpoint(
+        start_dir=inputs["kd_checkpoint"],
+        out_dir=out_dir,
+        config=config,
+        plan=plan,
+        make_objective=lambda _: NextTokenObjective(),
+        validate=lambda model: math.exp(
+            mean_cross_entropy(model, validation, batch_size=inputs.execution.micro_batch_size, device=device)
+        ),
+        what="CPT steps",
+        inputs=inputs,
+    )
+    return fitting_result(fitted, plan=plan, judged_by="validation_perplexity")

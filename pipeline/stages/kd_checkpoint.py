@@ -1,0 +1,52 @@
+"""kd_checkpoint: the child learns from its parent on the distillation mixture (Puzzle, equation 1).
+
+    python -m pipeline.stages kd_checkpoint --spec SPEC.json
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages kd_checkpoint --spec SPEC.json
+
+Leaves out: the ordinary language-model loss, which the paper found not to help.
+"""
+
+from pathlib import Path
+
+from pipeline.data.packed import load_packed
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model
+from pipeline.recipe import DistillationConfig
+from pipeline.stage import StageInputs, StageResult
+from pipeline.training.batches import plan_batches
+from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
+from pipeline.training.objectives import DistillationObjective
+from pipeline.training.validation import mean_kl, validation_rows
+
+_NUM_VALIDATION_ROWS = 4
+_NEGLIGIBLE_KL = 1e-4  # nats per token; the rounding of bf16 logits alone makes about this much
+
+
+def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Distil fused_checkpoint from parent_checkpoint."""
+    device = prepare_process(inputs.execution, seed=config.seed)
+    mixture_dir = inputs["distillation_mix"]
+    plan = plan_batches(
+        load_packed(mixture_dir, "train"),
+        tokens=config.tokens,
+        global_batch_size=config.global_batch_size,
+        shuffle_seed=None,
+        what="kd",
+    )
+    validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
+    teacher = load_model(inputs["parent_checkpoint"], dtype=TORCH_DTYPES[config.precision])
+    teacher.to(device)  # pyright: ignore[reportArgumentType] (transformers wraps `to`)
+    fitted = fit_checkpoint(
+        start_dir=inputs["fused_checkpoint"],
+        out_dir=out_dir,
+        config=config,
+        plan=plan,
+        make_objective=lambda student: DistillationObjective(
+            student=student, teacher=teacher, cosine_weight=config.cosine_weight, kl_weight=config.kl_weight
+        ),
+        validate=lambda student: mean_kl(
+            student, validation, teacher=teacher, batch_size=inputs.execution.micro_batch_size, device=device
+        ),
+        what="KD steps",
+        inputs=inputs,
+    )
+    return fitting_result(fitted, plan=plan, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)

@@ -1,0 +1,75 @@
+"""Which windows a step trains on: a pure function of the step, so that resuming needs no state of the data."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.data.packed import PackedTokens
+from pipeline.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """The windows of each step, in order, over one epoch, or over as many reshuffled epochs as the steps need.
+
+    With `shuffle_seed` None the data is read once, as it lies. Otherwise epoch e is the permutation of seed + e.
+    """
+
+    data: PackedTokens
+    global_batch_size: int
+    num_steps: int
+    shuffle_seed: int | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch."""
+        return self.global_batch_size * self.data.sequence_length
+
+    @property
+    def num_epochs(self) -> float:
+        """How often the data is gone through."""
+        return self.num_steps * self.global_batch_size / len(self.data)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the windows of the step, counted from 0; `global_batch_size` of them."""
+        first = step * self.global_batch_size
+        positions = range(first, first + self.global_batch_size)
+        if self.shuffle_seed is None:
+            return list(positions)
+        return [self._shuffled_row(position) for position in positions]
+
+    def _shuffled_row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.data))
+        assert self.shuffle_seed is not None
+        return _permutation(len(self.data), self.shuffle_seed + epoch)[index]
+
+
+def plan_batches(
+    data: PackedTokens, *, tokens: int, global_batch_size: int, shuffle_seed: int | None, what: str
+) -> BatchPlan:
+    """Return the plan of a training of `tokens` tokens; what is left of an incomplete last step is not trained on.
+
+    Raises:
+        DataError: when the tokens do not fill one step, or exceed data that is to be read once.
+    """
+    tokens_per_step = global_batch_size * data.sequence_length
+    num_steps = tokens // tokens_per_step
+    if num_steps == 0:
+        raise DataError(
+            f"{what}.tokens is {tokens:,}, one step is {tokens_per_step:,} tokens (global_batch_size "
+            f"{global_batch_size} x {data.sequence_length:,} tokens): raise the tokens or lower the batch"
+        )
+    if len(data) == 0:
+        raise DataError(f"{what} has no windows to train on: raise the tokens of its data in the recipe")
+    if shuffle_seed is None and num_steps * global_batch_size > len(data):
+        raise DataError(
+            f"{what}.tokens is {tokens:,}, the data holds {data.num_tokens:,} tokens and is read once: "
+            "enlarge the mixture or train on fewer tokens"
+        )
+    return BatchPlan(data=data, global_batch_size=global_batch_size, num_steps=num_steps, shuffle_seed=shuffle_seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int) -> list[int]:
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed)).tolist()

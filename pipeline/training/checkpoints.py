@@ -1,0 +1,158 @@
+"""Checkpoints to resume from: written by DeepSpeed, completed by a manifest with a hash of every file.
+
+    directory/step-00000050/state/...       what DeepSpeed writes, pickles included
+    directory/step-00000050/manifest.json   written last, by rename; without it the checkpoint is half-written
+
+DeepSpeed's files are the one place where this project reads pickles: only its own, and only when their hashes are
+those of the manifest.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.architecture import Frozen
+from pipeline.artifacts import sha256_file, write_atomically
+from pipeline.errors import ArtifactError, CheckpointError
+from pipeline.training.distributed import barrier, gather_across_ranks
+
+TAG = "state"
+_MANIFEST = "manifest.json"
+_NUM_KEPT = 2
+
+
+class Layout(Frozen):
+    """What must be the same for a training to continue: DeepSpeed shards by it, and sums round by it."""
+
+    world_size: int
+    zero_stage: int
+    micro_batch_size: int
+    global_batch_size: int
+    precision: str
+
+
+class CheckpointManifest(Frozen):
+    """A complete checkpoint: after which step, under which layout, its files' sha256, the loop's own state."""
+
+    step: int
+    layout: Layout
+    files: dict[str, str]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundCheckpoint:
+    """A complete checkpoint whose bytes have been checked."""
+
+    path: Path
+    manifest: CheckpointManifest
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    layout: Layout,
+    state: dict[str, Any],
+    needed_bytes: int,
+    write: Callable[[Path], object],
+) -> None:
+    """Write one checkpoint through `write`, which every rank calls with its directory, and drop the oldest.
+
+    Raises:
+        ArtifactError: when the disk cannot hold it; the checkpoints already there stay.
+    """
+    path = directory / f"step-{step:08d}"
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Before writing, so that the disk never holds more than _NUM_KEPT.
+        _remove_all_but(directory, _complete(directory)[-(_NUM_KEPT - 1) :])
+    barrier()
+    _require_free_space(directory, needed_bytes=needed_bytes)
+    barrier()
+    write(path)
+    barrier()
+    if dist.get_rank() == 0:
+        files = {
+            file.relative_to(path).as_posix(): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()
+        }
+        manifest = CheckpointManifest(step=step, layout=layout, files=files, state=state)
+        write_atomically(path / _MANIFEST, manifest.model_dump_json().encode())
+    barrier()
+
+
+def newest(directory: Path, *, layout: Layout) -> FoundCheckpoint | None:
+    """Return the newest complete checkpoint, its bytes checked; half-written ones are removed.
+
+    Raises:
+        CheckpointError: when its bytes changed, or it was written under another layout.
+    """
+    if dist.get_rank() == 0 and directory.is_dir():
+        _remove_all_but(directory, _complete(directory))
+    barrier()
+    complete = _complete(directory)
+    if not complete:
+        return None
+    path = complete[-1]
+    manifest = CheckpointManifest.model_validate_json((path / _MANIFEST).read_bytes())
+    _require_same_layout(path, got=layout, written=manifest.layout)
+    _verify(path, manifest=manifest)
+    return FoundCheckpoint(path=path, manifest=manifest)
+
+
+def newest_path(directory: Path) -> Path | None:
+    """Return where the newest complete checkpoint is, for messages."""
+    complete = _complete(directory)
+    return complete[-1] if complete else None
+
+
+def _complete(directory: Path) -> list[Path]:
+    return sorted(path.parent for path in directory.glob(f"step-*/{_MANIFEST}"))
+
+
+def _remove_all_but(directory: Path, kept: list[Path]) -> None:
+    for path in sorted(directory.glob("step-*")):
+        if path not in kept:
+            # The manifest goes first: a removal that is cut short must not leave a checkpoint that looks complete.
+            (path / _MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def _require_free_space(directory: Path, *, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
+        raise ArtifactError(
+            f"{directory} has {free_bytes / 2**20:,.0f} MiB free, a checkpoint of this training needs "
+            f"{needed_bytes / 2**20:,.0f} MiB: free some space and materialize again; the training continues from the "
+            "newest checkpoint"
+        )
+
+
+def _require_same_layout(path: Path, *, got: Layout, written: Layout) -> None:
+    differing = [name for name in Layout.model_fields if getattr(got, name) != getattr(written, name)]
+    if differing:
+        changes = ", ".join(f"{name} {getattr(written, name)} (now {getattr(got, name)})" for name in differing)
+        raise CheckpointError(
+            f"{path} was written with {changes}: run with the settings it was written with to continue, "
+            f"or delete {path.parent} to train from the start"
+        )
+
+
+def _verify(path: Path, *, manifest: CheckpointManifest) -> None:
+    """Each rank reads its share of the files; all of them raise when one has found a difference."""
+    names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+    broken = [name for name in names if not _is_intact(path / name, sha256=manifest.files[name])]
+    found = [names for names in gather_across_ranks(", ".join(broken)) if names]
+    if found:
+        raise CheckpointError(
+            f"{path} does not hold the bytes its manifest names ({'; '.join(found)}): "
+            f"delete it to continue from the checkpoint before it"
+        )
+
+
+def _is_intact(path: Path, *, sha256: str) -> bool:
+    return path.is_file() and sha256_file(path) == sha256

@@ -1,0 +1,85 @@
+"""The process group: a world of one without a launcher, gloo ranks under torchrun, GPUs with nccl. One code path.
+
+Belongs here: starting the group once per process and the few collectives the trainings use. DeepSpeed is imported
+inside functions because its accelerator is chosen by the environment at import, and because it costs seconds.
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among its ranks, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def init_distributed() -> World:
+    """Join the launcher's process group, or make one of a single rank without a port; later calls change nothing.
+
+    The group lives until the process ends: DeepSpeed cannot be initialised a second time in one process.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        _start_group(on_gpu=on_gpu)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return World(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+    )
+
+
+def sum_across_ranks(values: list[float], *, device: torch.device) -> list[float]:
+    """Return the elementwise sums over all ranks, added in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_across_ranks(value: str) -> list[str]:
+    """Return one string of every rank, in rank order."""
+    gathered: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def _start_group(*, on_gpu: bool) -> None:
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates: one warning per call, hundreds of lines.
+    warnings.filterwarnings(
+        "ignore",
+        message=r".*torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor).*",
+        category=FutureWarning,
+    )
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not on_gpu:
+        # Otherwise init_distributed compiles this op: 64 CPU-seconds, a C++ compiler, and a lock file that hangs every
+        # later process when the build is killed. gloo was as fast at the sizes measured.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
+        os.environ["LOCAL_RANK"] = "0"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    elif on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

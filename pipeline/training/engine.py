@@ -1,0 +1,297 @@
+"""TrainEngine: one DeepSpeed engine behind the few calls a training makes. Losses, data and loops are elsewhere.
+
+    engine = TrainEngine.create(model, optimizer=..., total_steps=..., ...)
+    for each step:
+        for each of engine.num_micro_steps micro-batches of engine.micro_batch_size rows:
+            engine.backward(contribution of this micro-batch to the loss)
+        engine.step()
+
+Contributions ADD UP: the loss of a step is their sum over micro-batches and ranks. A token mean is the micro-batch's
+token sum divided by the trained tokens of the whole global batch, so that neither ragged token counts, nor the
+micro-batch size, nor the number of ranks changes the gradient.
+"""
+
+import contextlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import RecipeError, StageError
+from pipeline.recipe import OptimizerConfig, Precision
+from pipeline.stage import ExecutionSettings
+from pipeline.training import checkpoints
+from pipeline.training.distributed import World, init_distributed
+from pipeline.training.schedules import learning_rate_factor
+
+# DeepSpeed's own default of 5e8 elements is for large GPUs; a rank allocates buffers of this size.
+_BUCKET_NUM_ELEMENTS = 10_000_000
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInfo:
+    """One optimizer step: its number, counted from 1, and what it was taken with; the norm is before clipping."""
+
+    step: int
+    learning_rate: float
+    grad_norm: float
+
+
+class TrainEngine:
+    """A model under AdamW and ZeRO. Make one with `create`; every rank calls every method."""
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        world: World,
+        zero_stage: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        precision: Precision,
+    ) -> None:
+        self._engine = engine
+        self._num_pending = 0
+        self.rank = world.rank
+        self.world_size = world.world_size
+        self.device = world.device
+        self.zero_stage = zero_stage
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.num_micro_steps = global_batch_size // (micro_batch_size * world.world_size)
+        self.precision: Precision = precision
+
+    @classmethod
+    def create(
+        cls,
+        model: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        precision: Precision,
+        execution: ExecutionSettings,
+        global_batch_size: int,
+    ) -> Self:
+        """Put a model under training; parameters without requires_grad stay as they are.
+
+        bf16 computes in bfloat16, adds gradients up in fp32 and keeps fp32 master weights. The model moves
+        to the rank's device.
+
+        Raises:
+            RecipeError: when the batch does not divide over the ranks.
+            StageError: for bf16 with ZeRO stage 0.
+        """
+        if precision == "bf16" and execution.zero_stage == 0:
+            raise StageError(
+                "execution.zero_stage is 0 with precision bf16, which DeepSpeed trains with a wrong update "
+                "(its issue 7837; losses lag by up to 0.02 in 8 steps): set zero_stage to 1, or precision to fp32"
+            )
+        world = init_distributed()
+        import deepspeed
+
+        initialize: Any = deepspeed.initialize  # its annotations refuse the schedulers that its code takes
+        micro_batch_size = choose_micro_batch_size(
+            execution.micro_batch_size, global_batch_size=global_batch_size, world_size=world.world_size
+        )
+        client_optimizer = torch.optim.AdamW(
+            _parameter_groups(model, weight_decay=optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            fused=True,
+        )
+        # DeepSpeed's bf16 optimizer prints its memory use here whatever the log level is.
+        with contextlib.redirect_stdout(io.StringIO()):
+            engine, *_ = initialize(
+                model=model,
+                optimizer=client_optimizer,
+                config=_deepspeed_config(
+                    model,
+                    zero_stage=execution.zero_stage,
+                    precision=precision,
+                    micro_batch_size=micro_batch_size,
+                    global_batch_size=global_batch_size,
+                    world_size=world.world_size,
+                    max_grad_norm=optimizer.max_grad_norm,
+                ),
+                lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
+                    wrapped, lambda step: learning_rate_factor(step, total_steps=total_steps, optimizer=optimizer)
+                ),
+            )
+        return cls(
+            engine,
+            world=world,
+            zero_stage=execution.zero_stage,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            precision=precision,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The model itself: for hooks, generation and evaluation without gradients."""
+        return self._engine.module
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken so far, those before a resume included."""
+        return int(self._engine.global_steps)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model with gradients; what `backward` is given must come from here."""
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's scalar contribution to the step's loss."""
+        if self._num_pending >= self.num_micro_steps:
+            raise StageError(f"backward was called more than {self.num_micro_steps} times before step")
+        if self._num_pending:
+            self._engine.step()  # advances DeepSpeed's count of micro steps; updates nothing before the last one
+        # DeepSpeed divides by micro steps and averages over ranks; contributions are meant to add up.
+        self._engine.backward(loss * (self.num_micro_steps * self.world_size))
+        self._num_pending += 1
+
+    def step(self) -> StepInfo:
+        """Clip the gradients, update the weights, advance the schedule."""
+        if self._num_pending != self.num_micro_steps:
+            raise StageError(f"step was called after {self._num_pending} of {self.num_micro_steps} micro-batches")
+        learning_rate = float(self._engine.get_lr()[0])
+        # At stage 0 DeepSpeed clips, but does not keep the norm.
+        grad_norm = self._plain_grad_norm() if self.zero_stage == 0 else None
+        self._engine.step()
+        self._num_pending = 0
+        if grad_norm is None:
+            grad_norm = float(self._engine.get_global_grad_norm())
+        return StepInfo(step=self.num_steps, learning_rate=learning_rate, grad_norm=grad_norm)
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Write a checkpoint to resume from, with `state` as JSON; the two newest are kept.
+
+        Raises:
+            ArtifactError: when the disk cannot hold it.
+        """
+        checkpoints.save(
+            directory,
+            step=self.num_steps,
+            layout=self._layout(),
+            state=state,
+            needed_bytes=self._checkpoint_bytes(),
+            write=lambda path: self._engine.save_checkpoint(str(path), tag=checkpoints.TAG, save_latest=False),
+        )
+
+    def load_latest(self, directory: Path) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint and return its state; None when there is none.
+
+        Raises:
+            CheckpointError: when its bytes changed, or it was written under another number of ranks, ZeRO stage,
+                micro-batch size or precision.
+        """
+        found = checkpoints.newest(directory, layout=self._layout())
+        if found is None:
+            return None
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine.load_checkpoint(str(found.path), tag=checkpoints.TAG)
+        return found.manifest.state
+
+    def state_dict_for_export(self) -> dict[str, Tensor]:
+        """Return the trained parameters in fp32 on the CPU, from the master weights; an empty dict on other ranks.
+
+        Tied parameters appear once, under the first of their names.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        exported: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            plain = self.zero_stage == 0 or not parameter.requires_grad
+            full: Any = parameter.detach() if plain else safe_get_full_fp32_param(parameter)
+            if self.rank == 0:
+                exported[name] = full.to(device="cpu", dtype=torch.float32, copy=True)
+        return exported
+
+    def close(self) -> None:
+        """Release the engine's buffers and hooks; the process group stays, since it cannot be started twice."""
+        self._engine.destroy()
+
+    def _plain_grad_norm(self) -> float:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _layout(self) -> checkpoints.Layout:
+        return checkpoints.Layout(
+            world_size=self.world_size,
+            zero_stage=self.zero_stage,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            precision=self.precision,
+        )
+
+    def _checkpoint_bytes(self) -> int:
+        num_parameters = sum(
+            int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in self.model.parameters()
+        )
+        weight_bytes = 2 if self.precision == "bf16" else 4
+        return num_parameters * (weight_bytes + 12)  # weights, fp32 masters, two AdamW moments
+
+
+def choose_micro_batch_size(wanted: int, *, global_batch_size: int, world_size: int) -> int:
+    """Return the largest micro-batch of at most `wanted` rows whose multiple over all ranks is the global batch.
+
+    Raises:
+        RecipeError: when the ranks do not divide the global batch.
+    """
+    rows_per_rank, rest = divmod(global_batch_size, world_size)
+    if rest:
+        raise RecipeError(
+            f"global_batch_size is {global_batch_size} rows, which {world_size} ranks do not divide: "
+            f"run with {math.gcd(global_batch_size, world_size)} ranks, or change global_batch_size"
+        )
+    return max(size for size in range(1, min(wanted, rows_per_rank) + 1) if rows_per_rank % size == 0)
+
+
+def _parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed_config(
+    model: nn.Module,
+    *,
+    zero_stage: int,
+    precision: Precision,
+    micro_batch_size: int,
+    global_batch_size: int,
+    world_size: int,
+    max_grad_norm: float,
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage > 0:
+        zero |= {"reduce_bucket_size": _BUCKET_NUM_ELEMENTS, "allgather_bucket_size": _BUCKET_NUM_ELEMENTS}
+    if zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": _BUCKET_NUM_ELEMENTS,
+            # Norms stay whole on every rank, matrices are split: gathering a vector costs more than keeping it.
+            "stage3_param_persistence_threshold": max(
+                (parameter.numel() for parameter in model.parameters() if parameter.ndim < 2), default=0
+            ),
+        }
+    config: dict[str, Any] = {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world_size),
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": _NEVER,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    if precision == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config

@@ -1,0 +1,1 @@
+"""The trainings: losses, engine, loop, resume, stages."""
