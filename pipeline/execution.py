@@ -27,7 +27,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
-from pipeline.recipe import CorporaConfig, FileSource, LocalParent, Recipe, load_recipe
+from pipeline.recipe import CorporaConfig, DatasetSource, FileSource, LocalParent, Recipe, load_recipe
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, config_type_name
@@ -202,6 +202,8 @@ def _environment(config: Frozen) -> dict[str, str]:
         for source in corpora.sources:
             if source.kind == "embedded" and source.name == "python-stdlib":
                 found["python"] = sys.version.split()[0]
+            if isinstance(source, DatasetSource):
+                found |= _file_hashes(sorted(path for path in Path(source.path).rglob("*") if path.is_file()))
             if isinstance(source, FileSource):
                 pattern = Path(source.path)
                 found |= _file_hashes(
@@ -277,8 +279,11 @@ def _child_environment(execution: ExecutionSettings) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # libgomp's spinning threads slowed a shared 2-core machine up to 80 times
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if execution.num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(execution.num_threads)
+    num_threads = execution.num_threads
+    if num_threads is None and execution.num_ranks > 1:
+        num_threads = max(1, (os.cpu_count() or 1) // execution.num_ranks)  # torchrun's own default is one
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment
 
 

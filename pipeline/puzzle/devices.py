@@ -1,0 +1,51 @@
+"""Where Puzzle's stages compute: device, threads, autocast, and the share of one rank among several."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from pipeline.recipe import Precision
+from pipeline.training.distributed import init_distributed
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Ranks:
+    """This process among the ranks that run the same stage; alone where no launcher started it."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.size > 1:
+            # Only then: joining a group imports DeepSpeed, which costs seconds.
+            world = init_distributed()
+            self.rank, self.device = world.rank, world.device
+
+
+def place(model: ModuleT, device: torch.device) -> ModuleT:
+    """Move a module to a device and return it as what it was."""
+    module: nn.Module = model  # transformers types its own `to` as taking no device
+    module.to(device)
+    return model
+
+
+@contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Let torch use that many threads (None: leave it as it is), and give it back what it had."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,102 @@
+"""Whole models measured in turn, so that a change of the machine's load meets all of them: medians, intervals, ratios.
+
+Intervals of a median come from order statistics: between the k-th smallest and the k-th largest of n values lies the
+true median with a probability of 1 - 2 * P(Binomial(n, 1/2) < k), whatever the distribution. The widest k that keeps
+95 % is taken; below 6 values even the extremes promise less, and `coverage` says how much.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.progress import Reporter
+from pipeline.puzzle.calibration import PHASES, Phase
+from pipeline.puzzle.devices import num_threads
+from pipeline.puzzle.timing import time_generation
+from pipeline.recipe import Scenario, SpeedReportConfig
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A median, and the order statistics that hold the true one with probability `coverage`."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurements:
+    """Timings of every model by scenario and phase, in milliseconds, one per round; rounds line up across models."""
+
+    times_ms: Mapping[tuple[str, str, Phase], tuple[float, ...]]  # model, scenario, phase
+
+    def median_ms(self, model: str, scenario: str, phase: Phase) -> float:
+        """Return the median time of one model."""
+        return statistics.median(self.times_ms[model, scenario, phase])
+
+    def tokens_per_second(self, model: str, scenario: Scenario, phase: Phase) -> Interval:
+        """Return the tokens that one model reads (prefill) or writes (decode) per second."""
+        tokens = scenario.batch_size * (scenario.prompt_tokens if phase == "prefill" else 1)
+        return median_interval([1000.0 * tokens / time for time in self.times_ms[model, scenario.name, phase]])
+
+    def speedup(self, model: str, scenario: str, phase: Phase, *, over: str) -> Interval:
+        """Return how many times faster one model is than another; a ratio of two timings of the same round each."""
+        ours, theirs = self.times_ms[model, scenario, phase], self.times_ms[over, scenario, phase]
+        return median_interval([slow / fast for slow, fast in zip(theirs, ours, strict=True)])
+
+
+def measure_models(
+    models: Mapping[str, HeterogeneousLlamaForCausalLM],
+    scenarios: Sequence[Scenario],
+    *,
+    speed: SpeedReportConfig,
+    threads: int,
+    reporter: Reporter,
+) -> Measurements:
+    """Time prefill and decode of every model in every scenario: `speed.rounds` rounds of one timing each, in turn.
+
+    The model that begins changes from round to round; `speed.warmups` rounds are thrown away.
+    """
+    names = list(models)
+    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
+    num_rounds = speed.warmups + speed.rounds
+    with num_threads(threads):
+        for round_index in range(num_rounds):
+            begin = round_index % len(names)
+            for scenario in scenarios:
+                for name in names[begin:] + names[:begin]:
+                    timing = time_generation(models[name], scenario)
+                    if round_index >= speed.warmups:
+                        for phase in PHASES:
+                            times[name, scenario.name, phase].append(timing.of(phase))
+            reporter.step(round_index + 1, num_rounds, what="measuring rounds")
+    return Measurements(times_ms={key: tuple(values) for key, values in times.items()})
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """Return the median of the values with its interval."""
+    ordered = sorted(values)
+    count = len(ordered)
+    rank = 1
+    while 2 * (rank + 1) <= count + 1 and _coverage(count, rank + 1) >= CONFIDENCE:
+        rank += 1
+    return Interval(
+        median=statistics.median(ordered),
+        low=ordered[rank - 1],
+        high=ordered[count - rank],
+        coverage=_coverage(count, rank),
+        num_samples=count,
+    )
+
+
+def _coverage(count: int, rank: int) -> float:
+    """Return the probability that the median lies between the rank-th smallest and the rank-th largest of `count`."""
+    return max(0.0, 1 - 2 * sum(math.comb(count, successes) for successes in range(rank)) / 2**count)

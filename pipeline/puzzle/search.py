@@ -1,0 +1,183 @@
+"""From the tables of scores and times to a solution: builds the programme, solves it, and records what it promises."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from pipeline.architecture import Architecture, BlockSpec, Frozen
+from pipeline.artifacts import write_atomically
+from pipeline.errors import ArtifactError, RecipeError
+from pipeline.puzzle.baselines import greedy
+from pipeline.puzzle.calibration import Calibration
+from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
+from pipeline.puzzle.predictions import CostModel, LinearLimit, linear_limits, predict
+from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
+from pipeline.puzzle.tables import PROFILE, SCORES, read_table
+from pipeline.recipe import Limit, Pin, ProfileConfig, SearchConfig, Target
+
+CALIBRATION_FILE = "calibration.json"
+ARCHITECTURE_FILE = "architecture.json"
+SOLUTION_FILE = "solution.json"
+
+
+class LimitRecord(Frozen):
+    """One limit and what the chosen blocks are predicted to reach, in the unit of its bound."""
+
+    limit: Limit
+    name: str
+    predicted: float
+    is_met: bool
+
+
+class SolutionRecord(Frozen):
+    """A solved programme: one block per layer and everything it promises."""
+
+    target_name: str
+    status: Literal["optimal", "feasible"]
+    gap: float
+    objective_name: Literal["kl", "lm_loss"]
+    objective: float
+    greedy_objective: float | None
+    architecture: Architecture
+    layer_scores: tuple[float, ...]
+    predicted: dict[str, float]
+    limits: tuple[LimitRecord, ...]
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The chosen block of every layer."""
+        return self.architecture.blocks
+
+
+def read_costs(profile_dir: Path, *, profile: ProfileConfig) -> CostModel:
+    """Read a block_profile artifact.
+
+    Raises:
+        ArtifactError: when it was measured for other scenarios.
+    """
+    table = read_table(profile_dir, PROFILE)
+    measured = set(table["scenario"].unique())
+    wanted = {scenario.name for scenario in profile.scenarios}
+    if measured != wanted:
+        raise ArtifactError(f"{profile_dir} was measured for {sorted(measured)}, wanted {sorted(wanted)}")
+    return CostModel(
+        parent=Architecture.model_validate_json((profile_dir / ARCHITECTURE_FILE).read_bytes()),
+        profile=profile,
+        time_ms={
+            (row["scenario"], row["phase"], row["part"], row["variant"]): row["time_ms"]
+            for row in table.iter_rows(named=True)
+        },
+        calibration=Calibration.model_validate_json((profile_dir / CALIBRATION_FILE).read_bytes()),
+    )
+
+
+def recalibrated(costs: CostModel, calibration: Calibration) -> CostModel:
+    """Return the same times under another calibration."""
+    return replace(costs, calibration=calibration)
+
+
+def search(
+    scores: pl.DataFrame, *, costs: CostModel, target_name: str, target: Target, settings: SearchConfig
+) -> SolutionRecord:
+    """Solve the programme of one target.
+
+    Raises:
+        InfeasibleError: when no choice of blocks meets its limits.
+        RecipeError: when a pin asks for a block that was never scored.
+    """
+    problem = build_problem(scores, costs=costs, target=target, objective=settings.objective)
+    solution = solve(problem, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
+    baseline = greedy(problem)
+    broken = violated_limits(solution.blocks, problem.limits)
+    return SolutionRecord(
+        target_name=target_name,
+        status=solution.status,
+        gap=solution.gap,
+        objective_name=settings.objective,
+        objective=solution.objective,
+        greedy_objective=None if baseline is None else sum(candidate.score for candidate in baseline),
+        architecture=costs.parent.with_blocks(solution.blocks),
+        layer_scores=tuple(candidate.score for candidate in solution.chosen),
+        predicted=predict(solution.blocks, costs=costs),
+        limits=tuple(_limit_record(limit, solution.blocks, is_met=limit not in broken) for limit in problem.limits),
+    )
+
+
+def build_problem(
+    scores: pl.DataFrame, *, costs: CostModel, target: Target, objective: Literal["kl", "lm_loss"]
+) -> Problem:
+    """Return the candidates that the pins leave, with their scores, and the target's limits.
+
+    The lm_loss objective counts what a block adds to the parent's own loss, so that the parent's blocks score 0.
+    """
+    parent = costs.parent.homogeneous_block()
+    layers: list[list[Candidate]] = [[] for _ in costs.parent.blocks]
+    for row in scores.iter_rows(named=True):
+        block = BlockSpec(
+            attention=attention_from_key(row["attention"]),
+            ffn=ffn_from_key(row["ffn"]),
+            parent_layers=(row["layer"],),
+        )
+        layers[row["layer"]].append(Candidate(block=block, score=row[objective]))
+    if objective == "lm_loss":
+        parent_loss = _parent_loss(scores, parent)
+        layers = [
+            [replace(candidate, score=candidate.score - parent_loss) for candidate in candidates]
+            for candidates in layers
+        ]
+    for pin in target.pins:
+        layers = _pinned(layers, pin, parent=parent)
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    return Problem(
+        layers=tuple(tuple(candidates) for candidates in layers),
+        limits=linear_limits(target.limits, costs=costs, blocks=blocks),
+    )
+
+
+def read_scores(directory: Path) -> pl.DataFrame:
+    """Read the scores of a block_scores artifact."""
+    return read_table(directory, SCORES)
+
+
+def write_solution(directory: Path, record: SolutionRecord) -> None:
+    """Write solution.json."""
+    write_atomically(directory / SOLUTION_FILE, (record.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_solution(directory: Path) -> SolutionRecord:
+    """Read solution.json of a mip_solution or child_checkpoint artifact."""
+    return SolutionRecord.model_validate_json((directory / SOLUTION_FILE).read_bytes())
+
+
+def _parent_loss(scores: pl.DataFrame, parent: BlockSpec) -> float:
+    rows = scores.filter((pl.col("attention") == parent.attention.key) & (pl.col("ffn") == parent.ffn.key))
+    if rows.is_empty():
+        raise ArtifactError("the score table has no row of the parent's own block: materialize block_scores again")
+    return float(rows["lm_loss"][0])
+
+
+def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpec) -> list[list[Candidate]]:
+    pinned = [list(candidates) for candidates in layers]
+    for layer in pin.layers:
+        if not 0 <= layer < len(layers):
+            raise RecipeError(f"a pin names layer {layer}; the parent has layers 0 to {len(layers) - 1}")
+        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=parent.attention)
+        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=parent.ffn)
+        pinned[layer] = [
+            candidate
+            for candidate in pinned[layer]
+            if attention in (None, candidate.block.attention) and ffn in (None, candidate.block.ffn)
+        ]
+        if not pinned[layer]:
+            raise RecipeError(
+                f"the pins of layer {layer} (attention {pin.attention}, ffn {pin.ffn}) leave none of its scored blocks "
+                f"{[candidate.block.key for candidate in layers[layer]]}: add the option to search_space"
+            )
+    return pinned
+
+
+def _limit_record(limit: LinearLimit, blocks: Sequence[BlockSpec], *, is_met: bool) -> LimitRecord:
+    return LimitRecord(limit=limit.limit, name=limit.name, predicted=limit.quantity(limit.total(blocks)), is_met=is_met)

@@ -1,0 +1,82 @@
+"""The tables that Puzzle stages hand to each other as Parquet: their schemas, and checked reading and writing."""
+
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.errors import ArtifactError
+
+Schema = dict[str, type[pl.DataType]]
+
+SCORES = "scores.parquet"
+PROFILE = "profile.parquet"
+MEMORY = "memory.parquet"
+LOSSES = "losses.parquet"
+
+SCHEMAS: dict[str, Schema] = {
+    # One row per layer and composed block, the parent's own included. kl in nats per token against the parent; lm_loss
+    # in nats per predicted token.
+    SCORES: {
+        "layer": pl.Int64,
+        "attention": pl.String,
+        "ffn": pl.String,
+        "kl": pl.Float64,
+        "lm_loss": pl.Float64,
+        "num_tokens": pl.Int64,
+    },
+    # part is attention, ffn or fixed (all that is outside the layers). A decode time is one step of the whole batch.
+    PROFILE: {
+        "scenario": pl.String,
+        "phase": pl.String,
+        "part": pl.String,
+        "variant": pl.String,
+        "time_ms": pl.Float64,
+        "spread_ms": pl.Float64,
+        "num_repeats": pl.Int64,
+    },
+    MEMORY: {
+        "part": pl.String,
+        "variant": pl.String,
+        "num_parameters": pl.Int64,
+        "weights_mib": pl.Float64,
+        "kv_bytes_per_token": pl.Float64,
+    },
+    LOSSES: {
+        "layer": pl.Int64,
+        "subblock": pl.String,
+        "variant": pl.String,
+        "step": pl.Int64,
+        "loss": pl.Float64,
+    },
+}
+
+
+def write_table(directory: Path, name: str, frame: pl.DataFrame) -> None:
+    """Write a table under its name after comparing its columns with the schema.
+
+    Raises:
+        ArtifactError: when they differ.
+    """
+    _check(frame, name=name, where=directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    frame.write_parquet(directory / name)
+
+
+def read_table(directory: Path, name: str) -> pl.DataFrame:
+    """Read a table and compare its columns with the schema.
+
+    Raises:
+        ArtifactError: when they differ, or the file is missing.
+    """
+    if not (directory / name).is_file():
+        raise ArtifactError(f"{directory} has no {name}: the artifact is not what this stage reads; make it again")
+    frame = pl.read_parquet(directory / name)
+    _check(frame, name=name, where=directory)
+    return frame
+
+
+def _check(frame: pl.DataFrame, *, name: str, where: Path) -> None:
+    got = {column: str(dtype) for column, dtype in frame.schema.items()}
+    wanted = {column: str(dtype()) for column, dtype in SCHEMAS[name].items()}
+    if got != wanted:
+        raise ArtifactError(f"{where / name} has columns {got}, wanted {wanted}")

@@ -1,0 +1,73 @@
+"""Timing one generation: a prefill that fills a KV cache, then decode steps behind it. Wall clock; no model building.
+
+On a GPU the clock is read after the queue has run dry, so a time is that of the work and not of its submission.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.puzzle.calibration import Phase
+from pipeline.recipe import Scenario
+
+# Enough decode steps that one timing outlasts the clock's and the scheduler's grain; few enough that the context is
+# still the scenario's.
+MAX_DECODE_STEPS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationTiming:
+    """One timing of one scenario: the whole prefill, and one decode step of the whole batch."""
+
+    prefill_ms: float
+    decode_ms: float
+    num_decode_steps: int
+
+    def of(self, phase: Phase) -> float:
+        """Return the time of one phase."""
+        return self.prefill_ms if phase == "prefill" else self.decode_ms
+
+
+@torch.inference_mode()
+def time_generation(
+    model: HeterogeneousLlamaForCausalLM,
+    scenario: Scenario,
+    *,
+    after_prefill: Callable[[], None] = lambda: None,
+) -> GenerationTiming:
+    """Time one prefill and the decode steps behind it; the tokens are fixed, their values do not change the work.
+
+    `after_prefill` is called between the two phases, outside both clocks.
+    """
+    device = next(model.parameters()).device
+    vocab_size = model.architecture.vocab_size
+    shape = (scenario.batch_size, scenario.prompt_tokens)
+    prompt_BT = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % vocab_size
+    num_steps = min(scenario.generation_tokens, MAX_DECODE_STEPS)
+    cache = DynamicCache()
+
+    began = _now(device)
+    logits_BTV = model(input_ids=prompt_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    prefill_s = _now(device) - began
+    after_prefill()
+
+    token_BT = logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
+    steps_s = []
+    for _ in range(num_steps):
+        began = _now(device)
+        model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        steps_s.append(_now(device) - began)
+    return GenerationTiming(
+        prefill_ms=1000 * prefill_s, decode_ms=1000 * statistics.fmean(steps_s), num_decode_steps=num_steps
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,120 @@
+"""block_profile: measured prefill and decode time of every subblock variant, with exact weight and KV memory."""
+
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.architecture import Architecture
+from pipeline.artifacts import write_atomically
+from pipeline.costs import (
+    BYTES_PER_PARAMETER,
+    attention_parameters,
+    embedding_parameters,
+    ffn_parameters,
+    kv_values_per_token,
+    weight_mib,
+)
+from pipeline.hardware import describe_hardware
+from pipeline.model.checkpoint import TORCH_DTYPES, read_architecture
+from pipeline.puzzle.calibration import PHASES
+from pipeline.puzzle.devices import Ranks
+from pipeline.puzzle.predictions import FIXED
+from pipeline.puzzle.profiling import Profile, profile_blocks
+from pipeline.puzzle.search import ARCHITECTURE_FILE, CALIBRATION_FILE
+from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.tables import MEMORY, PROFILE, SCHEMAS, write_table
+from pipeline.recipe import ProfileConfig
+from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.stages.configs import BlockProfileStage
+
+
+def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Write profile.parquet, memory.parquet, calibration.json and the parent's architecture.json."""
+    architecture = read_architecture(inputs["parent_checkpoint"])
+    space = resolve(config.search_space, architecture)
+    profile = profile_blocks(
+        architecture,
+        space,
+        profile=config.profile,
+        device=Ranks().device,
+        dtype=TORCH_DTYPES[config.profile.precision],
+        reporter=inputs.reporter,
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    times = _times(profile)
+    memory = _memory(architecture, space, profile=config.profile)
+    write_table(out_dir, PROFILE, times)
+    write_table(out_dir, MEMORY, memory)
+    write_atomically(out_dir / CALIBRATION_FILE, profile.calibration.model_dump_json(indent=1).encode())
+    write_atomically(out_dir / ARCHITECTURE_FILE, architecture.model_dump_json(indent=1).encode())
+    return StageResult(
+        metrics={
+            "max_relative_residual": max(profile.residuals.values()),
+            "max_drift": max(abs(drift) for drift in profile.drift.values()),
+            "num_variants": len(space.distinct_attention) + len(space.distinct_ffn),
+            "num_repeats": config.profile.repeats,
+        },
+        facts={
+            "runtime": "torch eager",
+            "dtype": config.profile.precision,
+            "threads": str(config.profile.num_threads),
+            "hardware": describe_hardware(),
+        },
+        tables={
+            "block_times": _shown(times),
+            "parent": _parent_table(profile),
+            "memory": _shown(memory),
+        },
+    )
+
+
+def _times(profile: Profile) -> pl.DataFrame:
+    rows = [
+        (*key, samples.median_ms, samples.spread_ms, len(samples.times_ms)) for key, samples in profile.samples.items()
+    ]
+    return pl.DataFrame(rows, schema=SCHEMAS[PROFILE], orient="row")
+
+
+def _memory(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> pl.DataFrame:
+    size = BYTES_PER_PARAMETER[profile.precision]
+    counted = [
+        *(
+            ("attention", spec.key, attention_parameters(architecture, spec), kv_values_per_token(architecture, spec))
+            for spec in space.distinct_attention
+        ),
+        *(("ffn", spec.key, ffn_parameters(architecture, spec), 0) for spec in space.distinct_ffn),
+        (FIXED, FIXED, embedding_parameters(architecture), 0),
+    ]
+    rows = [
+        (part, variant, parameters, weight_mib(parameters, bytes_per_parameter=size), size * kv_values)
+        for part, variant, parameters, kv_values in counted
+    ]
+    return pl.DataFrame(rows, schema=SCHEMAS[MEMORY], orient="row")
+
+
+def _parent_table(profile: Profile) -> Table:
+    """Return the sum of blocks beside the measured parent, and how much the machine drifted in the sitting."""
+    rows = []
+    for (scenario, phase), samples in profile.parent.items():
+        assert phase in PHASES
+        key = (scenario, phase)
+        rows.append(
+            (
+                scenario,
+                phase,
+                round(profile.sum_ms[key], 3),
+                round(samples.median_ms, 3),
+                round(samples.spread_ms, 3),
+                round(profile.residuals[key], 4),
+                round(profile.drift[key], 4),
+            )
+        )
+    columns = ("scenario", "phase", "sum_of_blocks_ms", "measured_ms", "spread_ms", "relative_residual", "drift")
+    return Table.of(columns, rows)
+
+
+def _shown(frame: pl.DataFrame) -> Table:
+    rounded = [
+        tuple(round(value, 4) if isinstance(value, float) else value for value in row) for row in frame.iter_rows()
+    ]
+    return Table.of(frame.columns, rounded)

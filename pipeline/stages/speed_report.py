@@ -1,0 +1,124 @@
+"""speed_report: parent, child and final checkpoint measured in turn, and what their weights and caches hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts import write_atomically
+from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters, weight_mib
+from pipeline.hardware import describe_hardware
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.puzzle.calibration import PHASES
+from pipeline.puzzle.devices import Ranks, place
+from pipeline.puzzle.measure import Measurements, measure_models
+from pipeline.stage import Number, StageInputs, StageResult, Table
+from pipeline.stages.configs import SpeedStage
+
+MODELS = {"parent": "parent_checkpoint", "child": "child_checkpoint", "final": "rl_checkpoint"}
+GIB = 2**30
+
+
+def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Write speed.json: every median with its interval, and the memory of each model."""
+    dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
+    models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
+    measurements = measure_models(
+        models,
+        config.profile.scenarios,
+        speed=config.speed,
+        threads=config.profile.num_threads,
+        reporter=inputs.reporter,
+    )
+    speed_rows = _speed_rows(config, measurements)
+    memory_rows = [_memory_row(name, model, config=config) for name, model in models.items()]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    report = {"speed": speed_rows, "memory": memory_rows}
+    write_atomically(out_dir / "speed.json", (json.dumps(report, indent=1) + "\n").encode())
+    first = config.profile.scenarios[0].name
+    metrics: dict[str, Number] = {"num_rounds": config.speed.rounds}
+    for phase in PHASES:
+        interval = measurements.speedup("final", first, phase, over="parent")
+        metrics |= {
+            f"{phase}_speedup": interval.median,
+            f"{phase}_speedup_low": interval.low,
+            f"{phase}_speedup_high": interval.high,
+        }
+    for row in memory_rows:
+        metrics[f"{row['model']}_weights_mib"] = row["weights_mib"]
+        metrics[f"{row['model']}_cached_tokens"] = row["cached_tokens_that_fit"]
+    return StageResult(
+        metrics=metrics,
+        facts={
+            "runtime": "torch eager",
+            "dtype": config.profile.precision,
+            "threads": str(config.profile.num_threads),
+            "hardware": describe_hardware(),
+            "interval": f"{100 * measurements.speedup('final', first, 'decode', over='parent').coverage:.1f}% "
+            "by order statistics",
+            "peak memory": _peak_memory(device),
+        },
+        tables={"speed": _table(speed_rows), "memory": _table(memory_rows)},
+    )
+
+
+def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str, Any]]:
+    rows = []
+    for scenario in config.profile.scenarios:
+        for phase in PHASES:
+            for model in MODELS:
+                speed = measurements.tokens_per_second(model, scenario, phase)
+                ratio = measurements.speedup(model, scenario.name, phase, over="parent")
+                rows.append(
+                    {
+                        "scenario": scenario.name,
+                        "phase": phase,
+                        "model": model,
+                        "tokens_per_second": round(speed.median, 3),
+                        "tokens_per_second_low": round(speed.low, 3),
+                        "tokens_per_second_high": round(speed.high, 3),
+                        "speedup": round(ratio.median, 4),
+                        "speedup_low": round(ratio.low, 4),
+                        "speedup_high": round(ratio.high, 4),
+                        "coverage": round(ratio.coverage, 4),
+                        "num_rounds": ratio.num_samples,
+                    }
+                )
+    return rows
+
+
+def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> dict[str, Any]:
+    """Return what one model holds, and how many cached tokens fit the device once its weights are there."""
+    size = BYTES_PER_PARAMETER[config.profile.precision]
+    count = num_parameters(model.architecture)
+    kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size)
+    weights = weight_mib(count, bytes_per_parameter=size)
+    free_bytes = config.speed.device_memory_gib * GIB - weights * MIB
+    scenarios = {
+        f"{scenario.name}_memory_mib": round(
+            weights + kv_bytes * scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens) / MIB, 2
+        )
+        for scenario in config.profile.scenarios
+    }
+    return {
+        "model": name,
+        "num_parameters": count,
+        "weights_mib": round(weights, 3),
+        "kv_bytes_per_token": kv_bytes,
+        # Without attention nothing is cached, and any number of tokens fits.
+        "cached_tokens_per_gib": int(GIB // kv_bytes) if kv_bytes else -1,
+        "cached_tokens_that_fit": max(0, int(free_bytes // kv_bytes)) if kv_bytes else -1,
+        **scenarios,
+    }
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "not separable by model on a CPU; weights and caches are counted"
+    return f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB with all models loaded"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    return Table.of(tuple(rows[0]), [tuple(row.values()) for row in rows])

@@ -1,0 +1,63 @@
+"""Contributions against brute force: zero one channel, or all but one head, and look at the output."""
+
+from pathlib import Path
+
+import torch
+
+from pipeline.model.heterogeneous import attention_inputs
+from pipeline.progress import SilentReporter
+from pipeline.puzzle.bld import layer_activations
+from pipeline.puzzle.importance import count_non_finite, load_importance, measure_importance, save_importance
+from tests.pipeline.puzzle.conftest import Workplace
+
+
+def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed(workplace: Workplace):
+    model, packed = workplace.model(torch.float64), workplace.packed().take(48)
+    importance = measure_importance(model, packed, batch_size=2, reporter=SilentReporter())
+    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+        layer = model.model.layers[activations.layer]
+        down = layer.mlp.down_proj
+        for channel in (0, 7, 47):
+            kept_D = down.weight[:, channel].detach().clone()
+            down.weight.data[:, channel] = 0
+            change_BTD = activations.output_BTD - layer.feed_forward(activations.middle_BTD).detach()
+            down.weight.data[:, channel] = kept_D
+            torch.testing.assert_close(
+                importance.ffn_contribution[activations.layer][channel].double(),
+                change_BTD.norm(dim=-1).mean(),
+                rtol=1e-5,
+                atol=0,
+            )
+
+
+def test_kv_contribution_equals_norm_of_what_one_head_adds(workplace: Workplace):
+    model, packed = workplace.model(torch.float64), workplace.packed().take(32)
+    importance = measure_importance(model, packed, batch_size=2, reporter=SilentReporter())
+    kwargs = attention_inputs(model, batch_size=2, num_tokens=16, device="cpu", dtype=torch.float64)
+    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+        layer = model.model.layers[activations.layer]
+        output = layer.self_attn.o_proj.weight
+        whole_DX = output.detach().clone()
+        for head in range(2):
+            # Two query heads of 8 values share one key/value head: 16 columns each.
+            output.data = torch.zeros_like(whole_DX)
+            output.data[:, 16 * head : 16 * head + 16] = whole_DX[:, 16 * head : 16 * head + 16]
+            added_BTD = layer.attend(activations.input_BTD, **kwargs).detach() - activations.input_BTD
+            torch.testing.assert_close(
+                importance.kv_contribution[activations.layer][head].double(),
+                added_BTD.norm(dim=-1).mean(),
+                rtol=1e-5,
+                atol=0,
+            )
+        output.data = whole_DX
+
+
+def test_importance_survives_the_disk_and_orders_channels(workplace: Workplace, tmp_path: Path):
+    importance = load_importance(workplace.importance_dir)
+    save_importance(importance, tmp_path)
+    again = load_importance(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(importance.ffn_contribution, again.ffn_contribution, strict=True))
+    order_F = importance.channel_order(1)
+    ordered_F = importance.ffn_contribution[1][order_F]
+    assert bool((ordered_F[:-1] >= ordered_F[1:]).all())
+    assert count_non_finite(importance) == 0

@@ -1,0 +1,151 @@
+"""The integer programme against enumeration of every architecture."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
+from pipeline.errors import InfeasibleError
+from pipeline.puzzle.baselines import greedy
+from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
+from pipeline.puzzle.predictions import LinearLimit, linear_limits, predict
+from pipeline.recipe import Limit
+from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
+
+VARIANTS = ((gqa(2), swiglu(64)), (gqa(1), swiglu(16)), (NO_ATTENTION, NO_FFN))
+
+
+def make_problem(limits: list[Limit], *, seed: int, num_layers: int = 3) -> Problem:
+    rng = random.Random(seed)
+    layers = tuple(
+        tuple(
+            Candidate(
+                block=BlockSpec(attention=attention, ffn=ffn, parent_layers=(layer,)),
+                score=0.0 if index == 0 else rng.uniform(0.01, 1.0) * index,
+            )
+            for index, (attention, ffn) in enumerate(VARIANTS)
+        )
+        for layer in range(num_layers)
+    )
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    costs = make_costs(make_architecture(num_layers=num_layers), blocks, seed=seed)
+    return Problem(layers=layers, limits=linear_limits(limits, costs=costs, blocks=blocks))
+
+
+def brute_force(problem: Problem) -> float | None:
+    """The lowest summed score over every architecture that meets the limits, or None."""
+    feasible = [
+        math.fsum(candidate.score for candidate in choice)
+        for choice in itertools.product(*problem.layers)
+        if not violated_limits([candidate.block for candidate in choice], problem.limits)
+    ]
+    return min(feasible, default=None)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_solve_random_instance_equals_brute_force(seed: int):
+    limits = [limit("decode_speed", 1.3 + 0.1 * seed), limit("memory_mib", 0.95), limit("latency_ms", 0.8)]
+    problem = make_problem(limits, seed=seed)
+    expected = brute_force(problem)
+    assert expected is not None
+    solution = solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert solution.status == "optimal"
+    assert solution.objective == pytest.approx(expected, abs=1e-12)
+
+
+def test_solve_loose_limits_keeps_the_parent():
+    solution = solve(make_problem([limit("decode_speed", 0.5)], seed=1), time_limit_s=10, relative_gap=0.0)
+    assert solution.objective == 0.0
+    assert all(block.key == "kv2+ffn64" for block in solution.blocks)
+
+
+def test_solve_without_limits_keeps_the_parent():
+    assert solve(make_problem([], seed=1), time_limit_s=10, relative_gap=0.0).objective == 0.0
+
+
+@pytest.mark.parametrize(
+    ("quantity", "bound", "relative"),
+    [
+        ("prefill_speed", 2.0, True),
+        ("prefill_speed", 1500.0, False),
+        ("decode_speed", 250.0, False),
+        ("latency_ms", 40.0, False),
+        ("num_parameters", 0.6, True),
+        ("kv_bytes_per_token", 200.0, False),
+    ],
+)
+def test_solve_binding_limit_of_each_quantity_equals_brute_force(quantity: str, bound: float, relative: bool):
+    problem = make_problem([limit(quantity, bound, relative=relative)], seed=5)
+    solution = solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert solution.objective > 0
+    assert solution.objective == pytest.approx(brute_force(problem), abs=1e-12)
+
+
+def test_solve_impossible_limit_names_it_and_the_best_reachable():
+    problem = make_problem([limit("decode_speed", 1000.0), limit("num_parameters", 0.9)], seed=2)
+    with pytest.raises(InfeasibleError, match=r"decode_speed \(chat\) >= 1,000 x parent: the best of all") as caught:
+        solve(problem, time_limit_s=10, relative_gap=0.0)
+    least = problem.limits[0].fixed + sum(
+        min(problem.limits[0].cost[candidate.block.key] for candidate in layer) for layer in problem.layers
+    )
+    assert f"{problem.limits[0].reference / least:,.4g}" in str(caught.value)
+
+
+def test_solve_limits_that_exclude_each_other_says_so():
+    tight = make_problem([limit("num_parameters", 0.99)], seed=3, num_layers=2)
+    # A made-up second resource that the small blocks are expensive in.
+    opposed = LinearLimit(
+        limit=limit("kv_bytes_per_token", 0.5),
+        name="opposed",
+        fixed=0.0,
+        upper=1.0,
+        reference=1.0,
+        work=0.0,
+        cost={"kv2+ffn64": 0.1, "kv1+ffn16": 2.0, "no_op+no_op": 2.0},
+    )
+    with pytest.raises(InfeasibleError, match="can each be met but not together"):
+        solve(
+            Problem(layers=tight.layers, limits=(*tight.limits, opposed)),
+            time_limit_s=10,
+            relative_gap=0.0,
+        )
+
+
+def test_solve_equal_candidates_takes_the_first():
+    problem = make_problem([], seed=0)
+    tied = tuple(tuple(Candidate(block=one.block, score=0.0) for one in layer) for layer in problem.layers)
+    solution = solve(Problem(layers=tied, limits=()), time_limit_s=10, relative_gap=0.0)
+    assert solution.blocks == tuple(layer[0].block for layer in tied)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_is_never_better_than_the_programme(seed: int):
+    problem = make_problem([limit("decode_speed", 1.4), limit("memory_mib", 0.97)], seed=seed, num_layers=5)
+    choice = greedy(problem)
+    best = solve(problem, time_limit_s=10, relative_gap=0.0).objective
+    if choice is not None:
+        assert not violated_limits([one.block for one in choice], problem.limits)
+        assert math.fsum(one.score for one in choice) >= best - 1e-12
+
+
+def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
+    architecture = make_architecture()
+    small = BlockSpec(attention=NO_ATTENTION, ffn=swiglu(16), parent_layers=(1,))
+    costs = make_costs(architecture, [small])
+    parent = predict(architecture.blocks, costs=costs)
+    assert parent["chat_decode_speedup"] == pytest.approx(1.0)
+    assert parent["num_parameters"] == 3 * (3 * 32 * 64 + 2 * 32 + 32 * (32 + 32) + 32 * 32) + 48 * 32 + 32
+    child = [architecture.blocks[0], small, architecture.blocks[2]]
+    predicted = predict(child, costs=costs)
+    quantities = ("decode_speed", "prefill_speed", "latency_ms", "memory_mib", "num_parameters", "kv_bytes_per_token")
+    rows = linear_limits([limit(name, 1.0) for name in quantities], costs=costs, blocks=[*architecture.blocks, small])
+    got = {row.limit.quantity: row.quantity(row.total(child)) for row in rows}
+    assert got["decode_speed"] == pytest.approx(predicted["chat_decode_speedup"])
+    assert got["prefill_speed"] == pytest.approx(predicted["chat_prefill_speedup"])
+    assert got["latency_ms"] == pytest.approx(predicted["chat_latency_ms"] / parent["chat_latency_ms"])
+    assert got["memory_mib"] == pytest.approx(predicted["chat_memory_mib"] / parent["chat_memory_mib"])
+    assert got["num_parameters"] == pytest.approx(predicted["num_parameters"] / parent["num_parameters"])
+    # Two of three layers keep 2 heads of 8 values for keys and values, 4 bytes each.
+    assert predicted["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4

@@ -1,0 +1,297 @@
+"""The Puzzle stages one after another on a tiny parent, as the graph runs them."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.costs import num_parameters
+from pipeline.errors import ArtifactError, InfeasibleError, RecipeError
+from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
+from pipeline.puzzle.library import BlockKey, load_block, read_index
+from pipeline.puzzle.search import read_solution
+from pipeline.puzzle.tables import LOSSES, SCORES, read_table
+from pipeline.recipe import (
+    BlockLibraryConfig,
+    BlockScoresConfig,
+    Limit,
+    ProfileConfig,
+    Scenario,
+    SearchConfig,
+    SearchSpaceConfig,
+    SpeedReportConfig,
+    Target,
+)
+from pipeline.stage import StageResult
+from pipeline.stages import (
+    block_library,
+    block_profile,
+    block_scores,
+    child_checkpoint,
+    mip_solution,
+    speed_report,
+)
+from pipeline.stages.configs import (
+    BlockLibraryStage,
+    BlockProfileStage,
+    BlockScoresStage,
+    ChildStage,
+    MipStage,
+    SpeedStage,
+)
+from tests.pipeline.puzzle.builders import limit
+from tests.pipeline.puzzle.conftest import Workplace, publish
+
+SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 16, "no_op"), overrides=(), portable=False)
+BLD = BlockLibraryConfig(
+    tokens=96,
+    batch_size=2,
+    learning_rate=3e-3,
+    min_learning_rate_ratio=0.1,
+    warmup_ratio=0.0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    precision="fp32",
+    seed=1,
+)
+PROFILE = ProfileConfig(
+    scenarios=(Scenario(name="chat", batch_size=1, prompt_tokens=12, generation_tokens=4),),
+    precision="fp32",
+    num_threads=1,
+    warmups=1,
+    repeats=5,
+)
+SEARCH = SearchConfig(objective="kl", time_limit_s=10, relative_gap=0.0, max_recalibrations=2, speed_tolerance=0.05)
+SPEED = SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=0.5)
+
+
+def target(*limits: Limit) -> Target:
+    return Target(description="for a test", limits=limits, pins=())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """The artifacts of the stages before the search."""
+
+    workplace: Workplace
+    library_dir: Path
+    library: StageResult
+    scores_dir: Path
+    scores: StageResult
+    profile_dir: Path
+    profile: StageResult
+
+    def mip(self, wanted: Target, out_dir: Path) -> StageResult:
+        """Solve for a target."""
+        config = MipStage(target_name="t", target=wanted, search=SEARCH, profile=PROFILE)
+        inputs = self.workplace.inputs(block_scores=self.scores_dir, block_profile=self.profile_dir)
+        return mip_solution.run(config, inputs, out_dir)
+
+    def child(self, wanted: Target, mip_dir: Path, out_dir: Path) -> StageResult:
+        """Assemble and measure."""
+        config = ChildStage(target_name="t", target=wanted, search=SEARCH, profile=PROFILE, speed=SPEED)
+        inputs = self.workplace.inputs(
+            mip_solution=mip_dir,
+            block_scores=self.scores_dir,
+            block_profile=self.profile_dir,
+            block_library=self.library_dir,
+        )
+        return child_checkpoint.run(config, inputs, out_dir)
+
+
+@pytest.fixture(scope="module")
+def line(workplace: Workplace) -> Line:
+    store = ArtifactStore(workplace.store_root)
+    library_dir, scores_dir, profile_dir = (
+        store.directory(asset, "x") for asset in ("block_library", "block_scores", "block_profile")
+    )
+    library = block_library.run(
+        BlockLibraryStage(search_space=SPACE, block_library=BLD), workplace.inputs(), library_dir
+    )
+    publish(store, "block_library", "x", library)
+    scores = block_scores.run(
+        BlockScoresStage(search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, precision="fp32")),
+        workplace.inputs(block_library=library_dir),
+        scores_dir,
+    )
+    profile = block_profile.run(BlockProfileStage(search_space=SPACE, profile=PROFILE), workplace.inputs(), profile_dir)
+    return Line(
+        workplace=workplace,
+        library_dir=library_dir,
+        library=library,
+        scores_dir=scores_dir,
+        scores=scores,
+        profile_dir=profile_dir,
+        profile=profile,
+    )
+
+
+def test_block_library_trains_each_variant_once_and_names_it_in_the_index(line: Line):
+    assert line.library.metrics["num_blocks"] == line.library.metrics["num_trained_blocks"] == 6
+    assert line.library.metrics["num_failed_blocks"] == 0
+    index = json.loads((line.library_dir / "index.json").read_text())
+    assert {key: entry["kind"] for key, entry in index["1"]["attention"].items()} == {
+        "kv2": "parent",
+        "kv1": "trained",
+        "no_op": "no_op",
+    }
+    losses = read_table(line.library_dir, LOSSES)
+    assert losses.shape == (6 * 3, 5)
+    entry = index["2"]["ffn"]["ffn16"]
+    artifact = ArtifactStore(line.workplace.store_root).open("bld_block", entry["fingerprint"])
+    assert artifact.content_hash == entry["content_hash"]
+
+
+def test_block_library_again_and_for_a_larger_space_trains_only_what_is_missing(line: Line, tmp_path: Path):
+    again = block_library.run(
+        BlockLibraryStage(search_space=SPACE, block_library=BLD), line.workplace.inputs(), tmp_path / "again"
+    )
+    assert again.metrics["num_trained_blocks"] == 0
+    assert (tmp_path / "again/index.json").read_bytes() == (line.library_dir / "index.json").read_bytes()
+    assert (tmp_path / "again/losses.parquet").read_bytes() == (line.library_dir / "losses.parquet").read_bytes()
+    larger = SearchSpaceConfig.model_validate(SPACE.model_dump() | {"ffn": ("parent", 32, 16, "no_op")})
+    more = block_library.run(
+        BlockLibraryStage(search_space=larger, block_library=BLD), line.workplace.inputs(), tmp_path / "larger"
+    )
+    assert (more.metrics["num_blocks"], more.metrics["num_trained_blocks"]) == (9, 3)
+    other = BlockLibraryConfig.model_validate(BLD.model_dump() | {"learning_rate": 1e-4})
+    retrained = block_library.run(
+        BlockLibraryStage(search_space=SPACE, block_library=other), line.workplace.inputs(), tmp_path / "other"
+    )
+    assert retrained.metrics["num_trained_blocks"] == 6
+
+
+def test_load_block_that_was_replaced_is_refused(line: Line):
+    index = read_index(line.library_dir)
+    key = BlockKey(layer=0, subblock="ffn", variant="ffn16")
+    other = index.layers["1"]["ffn"]["ffn16"]
+    index.layers["0"]["ffn"]["ffn16"] = other.model_copy(
+        update={"fingerprint": index.layers["0"]["ffn"]["ffn16"].fingerprint}
+    )
+    with pytest.raises(ArtifactError, match="the block library names"):
+        load_block(ArtifactStore(line.workplace.store_root), index, key)
+
+
+def test_block_scores_table_holds_every_composed_block_and_the_parents(line: Line):
+    table = read_table(line.scores_dir, SCORES)
+    assert line.scores.metrics["num_candidates"] == 3 * 8
+    assert line.scores.metrics["num_non_finite_scores"] == 0
+    assert len(table) == 3 * 9
+    parent = table.filter((table["attention"] == "kv2") & (table["ffn"] == "ffn48"))
+    assert parent["kl"].to_list() == [0.0, 0.0, 0.0]
+    assert parent["lm_loss"].to_list() == [line.scores.metrics["parent_lm_loss"]] * 3
+    others = table.filter((table["attention"] != "kv2") | (table["ffn"] != "ffn48"))
+    assert others["kl"].to_numpy().min() > 0
+
+
+def test_mip_solution_meets_its_limits_and_beats_greedy(line: Line, tmp_path: Path):
+    result = line.mip(target(limit("num_parameters", 0.85), limit("decode_speed", 1.1)), tmp_path)
+    assert result.metrics["num_violated_limits"] == 0
+    assert result.metrics["predicted_decode_speedup"] >= 1.1 - 1e-6
+    assert result.metrics["predicted_kl"] <= result.metrics.get("greedy_objective", float("inf")) + 1e-12
+    record = read_solution(tmp_path)
+    assert result.metrics["num_parameters"] == num_parameters(record.architecture)
+    assert len(result.tables["layers"].rows) == 3
+
+
+def test_mip_solution_pins_force_blocks_and_unknown_pins_are_refused(line: Line, tmp_path: Path):
+    pin = {"layers": (1,), "attention": "no_op", "ffn": 16}
+    line.mip(Target.model_validate({"description": "", "limits": (), "pins": (pin,)}), tmp_path)
+    blocks = read_solution(tmp_path).blocks
+    assert [block.key for block in blocks] == ["kv2+ffn48", "no_op+ffn16", "kv2+ffn48"]
+    with pytest.raises(RecipeError, match="leave none of its scored blocks"):
+        line.mip(Target.model_validate({"description": "", "limits": (), "pins": (pin | {"ffn": 8},)}), tmp_path)
+
+
+def test_mip_solution_impossible_target_says_what_is_reachable(line: Line, tmp_path: Path):
+    with pytest.raises(InfeasibleError, match="the best of all candidates is"):
+        line.mip(target(limit("num_parameters", 0.01)), tmp_path)
+
+
+def test_child_checkpoint_holds_the_chosen_blocks_tensor_by_tensor(line: Line, tmp_path: Path):
+    pins = (
+        {"layers": (0,), "attention": 1, "ffn": "parent"},
+        {"layers": (1,), "attention": "parent", "ffn": 16},
+        {"layers": (2,), "attention": "no_op", "ffn": "no_op"},
+    )
+    wanted = Target.model_validate({"description": "", "limits": (), "pins": pins})
+    line.mip(wanted, tmp_path / "mip")
+    result = line.child(wanted, tmp_path / "mip", tmp_path / "child")
+    assert result.metrics["num_missed_limits"] == result.metrics["num_recalibrations"] == 0
+    child, parent = TensorReader(tmp_path / "child"), TensorReader(line.workplace.parent_dir)
+    store, index = ArtifactStore(line.workplace.store_root), read_index(line.library_dir)
+    expected = {name: parent.read(name) for name in parent.names if not name.startswith("model.layers.")}
+    for key in (
+        BlockKey(layer=0, subblock="attention", variant="kv1"),
+        BlockKey(layer=1, subblock="ffn", variant="ffn16"),
+    ):
+        block = load_block(store, index, key)
+        expected |= {f"model.layers.{key.layer}.{name}": tensor for name, tensor in block.items()}
+    for layer, starts in ((0, ("mlp.", "post_attention_layernorm.")), (1, ("self_attn.", "input_layernorm."))):
+        tensors = parent.read_prefix(f"model.layers.{layer}.")
+        expected |= {
+            f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items() if name.startswith(starts)
+        }
+    assert set(child.names) == set(expected)
+    assert all(torch.equal(child.read(name), tensor) for name, tensor in expected.items())
+    model = load_model(tmp_path / "child", dtype=torch.float32)
+    assert result.metrics["num_parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert read_architecture(tmp_path / "child") == read_solution(tmp_path / "child").architecture
+
+
+def told_a_faster_machine(line: Line, directory: Path, *, times: float) -> Line:
+    """The same line with a profile that predicts everything `times` as fast as it was measured."""
+    directory.mkdir()
+    for name in ("profile.parquet", "memory.parquet", "architecture.json"):
+        (directory / name).write_bytes((line.profile_dir / name).read_bytes())
+    calibration = json.loads((line.profile_dir / "calibration.json").read_text())
+    for entry in calibration["entries"]:
+        entry["factor"] /= times
+    (directory / "calibration.json").write_text(json.dumps(calibration))
+    return replace(line, profile_dir=directory)
+
+
+def test_child_checkpoint_short_of_its_speed_calibrates_and_searches_again(line: Line, tmp_path: Path):
+    wanted = target(limit("decode_speed", 1.3))
+    hopeful = told_a_faster_machine(line, tmp_path / "profile", times=10)
+    hopeful.mip(wanted, tmp_path / "mip")
+    assert [block.key for block in read_solution(tmp_path / "mip").blocks] == ["kv2+ffn48"] * 3
+    result = hopeful.child(wanted, tmp_path / "mip", tmp_path / "child")
+    log = json.loads((tmp_path / "child/search_log.json").read_text())
+    assert log[0]["limits"][0]["predicted"] > 5
+    assert not log[0]["limits"][0]["is_met"]
+    assert result.metrics["num_recalibrations"] >= 1
+    assert set(log[1]["blocks"]) != {"kv2+ffn48"}
+    assert read_architecture(tmp_path / "child") == read_solution(tmp_path / "child").architecture
+
+
+def test_child_checkpoint_out_of_reach_once_measured_keeps_its_child_and_counts_the_miss(line: Line, tmp_path: Path):
+    wanted = target(limit("decode_speed", 50_000.0, relative=False))
+    hopeful = told_a_faster_machine(line, tmp_path / "profile", times=1000)
+    hopeful.mip(wanted, tmp_path / "mip")
+    result = hopeful.child(wanted, tmp_path / "mip", tmp_path / "child")
+    log = json.loads((tmp_path / "child/search_log.json").read_text())
+    assert "the best of all candidates is" in log[1]["infeasible"]
+    assert (result.metrics["num_missed_limits"], result.metrics["num_recalibrations"]) == (1, 0)
+    assert (
+        load_model(tmp_path / "child", dtype=torch.float32).architecture == read_solution(tmp_path / "mip").architecture
+    )
+
+
+def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, tmp_path: Path):
+    wanted = target(limit("num_parameters", 0.8))
+    line.mip(wanted, tmp_path / "mip")
+    line.child(wanted, tmp_path / "mip", tmp_path / "child")
+    inputs = line.workplace.inputs(child_checkpoint=tmp_path / "child", rl_checkpoint=tmp_path / "child")
+    result = speed_report.run(SpeedStage(profile=PROFILE, speed=SPEED), inputs, tmp_path / "speed")
+    assert result.metrics["decode_speedup"] > 0
+    assert result.metrics["decode_speedup_low"] <= result.metrics["decode_speedup"]
+    parent = line.workplace.architecture
+    weights_bytes = 4 * num_parameters(parent)
+    assert result.metrics["parent_weights_mib"] == pytest.approx(weights_bytes / 2**20, abs=1e-3)
+    # 3 layers x 2 heads x 8 values for keys and for values, 4 bytes each.
+    assert result.metrics["parent_cached_tokens"] == (2**29 - weights_bytes) // (3 * 2 * 8 * 2 * 4)
+    assert len(result.tables["speed"].rows) == 3 * 2
