@@ -1,0 +1,98 @@
+"""rl_checkpoint: group-relative policy optimisation on verifiable rewards, from the supervised checkpoint.
+
+    python -m pipeline.stages rl_checkpoint --spec SPEC.json
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages rl_checkpoint --spec SPEC.json
+
+Policy and sampler are one model; the reference is the supervised checkpoint, frozen, in the same precision, so that the
+KL begins at zero. Left out: difficulty filter and curriculum of Llama-Nemotron, section 5, which need a stronger
+model's pass rates.
+"""
+
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from pipeline.errors import StageError
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
+from pipeline.reasoning.prompts import load_prompts
+from pipeline.reasoning.rl import PolicyTraining, rows_per_update, train_policy
+from pipeline.recipe import RLConfig
+from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
+from pipeline.training.distributed import init_distributed
+from pipeline.training.engine import TrainEngine
+from pipeline.training.fitting import export_checkpoint, prepare_process, training_facts
+from pipeline.training.metrics import write_curve
+
+SAMPLES_FILE = "rollout_samples.parquet"
+_NUM_SHOWN = 16
+
+
+def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Train sft_checkpoint on rl_prompts."""
+    if inputs.execution.zero_stage == 3:
+        raise StageError(
+            "execution.zero_stage is 3 for rl_checkpoint: its ranks sample replies of different lengths, and sharded "
+            "weights would make them wait for each other forever; set zero_stage to 2 or less"
+        )
+    device = prepare_process(inputs.execution, seed=config.seed)
+    start_dir = inputs["sft_checkpoint"]
+    dtype = TORCH_DTYPES[config.precision]
+    engine = TrainEngine.create(
+        load_model(start_dir, dtype=dtype),
+        optimizer=config.optimizer,
+        total_steps=config.steps * config.updates_per_rollout,
+        precision=config.precision,
+        execution=inputs.execution,
+        global_batch_size=rows_per_update(config, world_size=init_distributed().world_size),
+    )
+    reference = load_model(start_dir, dtype=dtype)
+    torch.nn.Module.to(reference, device)
+    try:
+        training = train_policy(
+            engine,
+            reference=reference,
+            tokenizer=load_tokenizer(start_dir),
+            items=load_prompts(inputs["rl_prompts"]),
+            config=config,
+            checkpoints_dir=out_dir / WORK_DIR / "checkpoints",
+            checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
+            reporter=inputs.reporter,
+        )
+        export_checkpoint(engine, start_dir=start_dir, out_dir=out_dir)
+        if engine.rank == 0:
+            write_curve(out_dir, training.curve)
+            pl.DataFrame(training.samples).write_parquet(out_dir / SAMPLES_FILE)
+        facts = training_facts(engine)
+    finally:
+        engine.close()
+    return _result(training, facts=facts)
+
+
+def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
+    first, last = training.curve[0], training.curve[-1]
+    columns = tuple(last)
+    shown = ("step", "task", "mode", "question", "completion", "answer", "reward")
+    return StageResult(
+        metrics={
+            "num_steps": len(training.curve),
+            "num_samples": training.num_samples,
+            "num_sampled_tokens": int(last["tokens"]),
+            "final_kl": training.final_kl,
+            "reward_first": first["reward"],
+            "reward_last": last["reward"],
+            "accuracy_first": first["accuracy"],
+            "accuracy_last": last["accuracy"],
+            "format_rate_first": first["format_rate"],
+            "format_rate_last": last["format_rate"],
+            "truncation_rate_last": last["truncation_rate"],
+            "share_zero_advantage_groups_last": last["share_zero_advantage_groups"],
+            "max_sampler_mismatch_nats": max(row["sampler_mismatch_nats"] for row in training.curve),
+            "num_verifier_errors": int(sum(row["num_verifier_errors"] for row in training.curve)),
+        },
+        facts=facts,
+        tables={
+            "training_curve": Table.of(columns, [[row[column] for column in columns] for row in training.curve]),
+            "samples": Table.of(shown, [[sample[name] for name in shown] for sample in training.samples[-_NUM_SHOWN:]]),
+        },
+    )

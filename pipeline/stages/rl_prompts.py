@@ -1,0 +1,52 @@
+"""rl_prompts: verifiable questions that neither fine-tuning nor evaluation uses, answers checked."""
+
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.artifacts import write_atomically
+from pipeline.data.evaluation_sets import load_reasoning_items
+from pipeline.data.reasoning_items import ReasoningItem, generate_items, score_answer
+from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
+from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.stages.configs import RLPromptsStage
+
+_NUM_SHOWN = 12
+
+
+def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Draw the prompts and write prompts.jsonl."""
+    evaluated = {item.question for item in load_reasoning_items(inputs["evaluation_sets"])}
+    samples = pl.read_parquet(inputs["reasoning_toggle_dataset"] / "samples.parquet", columns=["question"])
+    known = evaluated | set(samples["question"])
+    num_known = len(known)
+    items: list[ReasoningItem] = []
+    for task in config.reasoning_tasks:
+        drawn = generate_items(
+            task, num_items=config.rl_prompts.items_per_task, seed=config.rl_prompts.seed, exclude_questions=known
+        )
+        known.update(item.question for item in drawn)
+        items += drawn
+    write_atomically(out_dir / PROMPTS_FILE, prompts_text(items).encode())
+    errors: Counter[str] = Counter()
+    num_rejected = sum(score_answer(item, item.answer, errors=errors) != 1.0 for item in items)
+    return StageResult(
+        metrics={
+            "num_prompts": len(items),
+            "num_tasks": len(config.reasoning_tasks),
+            "num_excluded_questions": num_known,
+            "num_rejected_reference_answers": num_rejected,
+            "num_verifier_errors": errors.total(),
+        },
+        tables={
+            "prompts_per_task": Table.of(("task", "num_prompts"), list(Counter(item.task for item in items).items())),
+            "prompts": Table.of(
+                ("task", "question", "answer"),
+                [
+                    (item.task, item.question.strip(), item.answer)
+                    for item in items[:: max(1, len(items) // _NUM_SHOWN)]
+                ],
+            ),
+        },
+    )

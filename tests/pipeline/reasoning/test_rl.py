@@ -1,0 +1,202 @@
+"""Reinforcement learning on a tiny policy: what it writes, resume to the bit, reward that rises, refusals."""
+
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from pipeline.artifacts import write_atomically
+from pipeline.data.reasoning_items import ReasoningItem, generate_items
+from pipeline.errors import DivergedError, RecipeError, StageError
+from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
+from pipeline.processes import run_checked
+from pipeline.progress import Reporter, SilentReporter
+from pipeline.reasoning.experience import draw_prompts
+from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
+from pipeline.reasoning.rl import rows_per_update
+from pipeline.recipe import OptimizerConfig, ReasoningTask, RLConfig
+from pipeline.stage import ExecutionSettings, StageInputs, StageResult
+from pipeline.stages import rl_checkpoint
+from pipeline.stages.spec import StageSpec, config_type_name
+
+CONFIG = RLConfig(
+    steps=3,
+    prompts_per_step=4,
+    samples_per_prompt=6,
+    max_new_tokens=10,
+    temperature=1.0,
+    share_thinking_on=0.25,
+    updates_per_rollout=2,
+    baseline="leave_one_out",
+    normalise_by_std=True,
+    clip_low=0.2,
+    clip_high=0.28,
+    kl_weight=0.01,
+    accuracy_reward=1.0,
+    format_reward=0.2,
+    optimizer=OptimizerConfig(
+        learning_rate=1e-3,
+        min_learning_rate_ratio=1.0,
+        warmup_ratio=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+        max_grad_norm=1.0,
+    ),
+    precision="fp32",
+    seed=6,
+)
+
+
+class Interrupted(Exception):  # noqa: N818 (it stands for a kill, not for an error of the code)
+    """Raised by a reporter in place of a kill."""
+
+
+class InterruptingReporter(SilentReporter):
+    """Ends the stage right after it reported a step."""
+
+    def __init__(self, *, at_step: int) -> None:
+        self._at_step = at_step
+
+    def step(self, step: int, total: int, /, *, what: str, **metrics: float) -> None:
+        """Raise at the chosen step."""
+        if step == self._at_step:
+            raise Interrupted
+
+
+@pytest.fixture(scope="module")
+def items() -> list[ReasoningItem]:
+    task = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+    return generate_items(task, num_items=10, seed=4, exclude_questions=set())
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    parent_dir: Path, items: list[ReasoningItem], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """A policy that often ends its turn, so that some samples earn the format reward and some nothing."""
+    root = tmp_path_factory.mktemp("rl")
+    tensors = dict(TensorReader(parent_dir))
+    tensors["model.embed_tokens.weight"][2] *= 6
+    save_checkpoint(root / "sft", architecture=read_architecture(parent_dir), tensors=tensors, tokenizer_dir=parent_dir)
+    write_atomically(root / "prompts" / PROMPTS_FILE, prompts_text(items).encode())
+    return {"sft_checkpoint": root / "sft", "rl_prompts": root / "prompts"}
+
+
+def _inputs(artifacts: dict[str, Path], *, reporter: Reporter | None = None, zero_stage: int = 1) -> StageInputs:
+    return StageInputs(
+        artifacts=artifacts,
+        store_root=artifacts["rl_prompts"],
+        downloads=artifacts["rl_prompts"],
+        execution=ExecutionSettings.model_validate(
+            {"micro_batch_size": 4, "checkpoint_interval_steps": 2, "zero_stage": zero_stage}
+        ),
+        reporter=reporter or SilentReporter(),
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rl_checkpoint_stage_writes_checkpoint_curve_and_samples(
+    artifacts: dict[str, Path], tmp_path: Path, precision: str
+):
+    config = CONFIG.model_copy(update={"precision": precision})
+    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert curve.columns[:2] == ["step", "tokens"]
+    assert {"loss", "learning_rate", "grad_norm", "reward", "kl", "entropy", "format_rate"} <= set(curve.columns)
+    assert curve["step"].to_list() == [1, 2, 3]
+    assert all(norm > 0 for norm in curve["grad_norm"])
+    assert curve["kl"][0] == pytest.approx(0.0, abs=1e-6)
+    # Sampler and trainer differ by rounding alone.
+    assert result.metrics["max_sampler_mismatch_nats"] < (1e-5 if precision == "fp32" else 0.05)
+    assert 0 < result.metrics["final_kl"] < 1
+    assert result.metrics["num_samples"] == 72
+    assert load_model(tmp_path, dtype=torch.float32).architecture == read_architecture(artifacts["sft_checkpoint"])
+    samples = pl.read_parquet(tmp_path / "rollout_samples.parquet")
+    assert samples["step"].to_list() == [1] * 4 + [2] * 4 + [3] * 4
+    assert samples["mode"].to_list()[:4] == ["on", "off", "off", "off"]
+
+
+def test_rl_checkpoint_stage_interrupted_and_resumed_is_bit_identical(artifacts: dict[str, Path], tmp_path: Path):
+    config = CONFIG.model_copy(update={"precision": "bf16"})
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    result = rl_checkpoint.run(config, _inputs(artifacts), whole)
+    with pytest.raises(Interrupted):
+        rl_checkpoint.run(config, _inputs(artifacts, reporter=InterruptingReporter(at_step=3)), resumed)
+    again = rl_checkpoint.run(config, _inputs(artifacts), resumed)
+
+    assert again == result
+    for name in ("model.safetensors", "curve.parquet", "rollout_samples.parquet"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_rl_checkpoint_stage_reward_rises_when_form_is_all_it_takes(artifacts: dict[str, Path], tmp_path: Path):
+    config = CONFIG.model_copy(
+        update={
+            "steps": 8,
+            "share_thinking_on": 0.0,
+            "samples_per_prompt": 16,
+            "updates_per_rollout": 1,
+        }
+    )
+    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+    assert result.metrics["format_rate_last"] > result.metrics["format_rate_first"] + 0.3
+
+
+def test_rl_checkpoint_stage_non_finite_gradients_stop_it(artifacts: dict[str, Path], tmp_path: Path):
+    optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e38})
+    with pytest.raises(DivergedError, match=r"lower rl\.optimizer\.learning_rate"):
+        rl_checkpoint.run(CONFIG.model_copy(update={"optimizer": optimizer}), _inputs(artifacts), tmp_path)
+
+
+@pytest.mark.slow
+def test_rl_checkpoint_stage_two_ranks_share_the_prompts(artifacts: dict[str, Path], tmp_path: Path):
+    inputs = _inputs(artifacts)
+    spec = StageSpec(
+        config_type=config_type_name(CONFIG),
+        config=CONFIG.model_dump(mode="json"),
+        artifacts={name: str(path) for name, path in artifacts.items()},
+        store_root=str(inputs.store_root),
+        downloads=str(inputs.downloads),
+        out_dir=str(tmp_path),
+        execution=inputs.execution.model_copy(update={"num_threads": 1}),
+    )
+    (tmp_path / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run_checked(
+        [*launcher, "-m", "pipeline.stages", "rl_checkpoint", "--spec", str(tmp_path / "spec.json")],
+        what="two ranks",
+        timeout_s=240,
+    )
+    result = StageResult.model_validate_json((tmp_path / "_work" / "result.json").read_bytes())
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert result.facts["world_size"] == "2"
+    assert (curve["mean_length_tokens"] * 24).round().cast(pl.Int64).cum_sum().to_list() == curve["tokens"].to_list()
+    assert curve["kl"][0] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < result.metrics["final_kl"] < 1
+
+
+def test_rl_checkpoint_stage_sharded_weights_are_refused(artifacts: dict[str, Path], tmp_path: Path):
+    with pytest.raises(StageError, match="zero_stage is 3"):
+        rl_checkpoint.run(CONFIG, _inputs(artifacts, zero_stage=3), tmp_path)
+
+
+def test_draw_prompts_every_item_comes_once_before_any_again(items: list[ReasoningItem]):
+    config = CONFIG.model_copy(update={"prompts_per_step": 5})
+    drawn = [draw_prompts(items, config=config, step=step) for step in (1, 2, 3, 4)]
+    first, second = drawn[0] + drawn[1], drawn[2] + drawn[3]
+    for epoch in (first, second):
+        assert {prompt.item.question for prompt in epoch} == {item.question for item in items}
+    assert [prompt.item for prompt in first] != [prompt.item for prompt in second]
+    assert [prompt.thinking for prompt in drawn[0]] == [True, False, False, False, False]
+
+
+def test_rows_per_update_what_does_not_divide_is_an_error():
+    assert rows_per_update(CONFIG, world_size=2) == 12
+    with pytest.raises(RecipeError, match="3 ranks do not divide: run with 1 ranks"):
+        rows_per_update(CONFIG, world_size=3)
+    with pytest.raises(RecipeError, match="updates_per_rollout = 5"):
+        rows_per_update(CONFIG.model_copy(update={"updates_per_rollout": 5}), world_size=1)
