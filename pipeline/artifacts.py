@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pydantic import ConfigDict
+
 from pipeline.architecture import Frozen
 from pipeline.errors import ArtifactError, MissingInputError
 from pipeline.fingerprint import fingerprint
@@ -48,6 +50,8 @@ class Manifest(Frozen):
 
 class RunRecord(Frozen):
     """What a stage reported and how long it ran; kept beside the manifest and outside the content hash."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # pydantic asks the outermost model
 
     result: StageResult
     wall_s: float

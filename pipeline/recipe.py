@@ -16,7 +16,8 @@ from pipeline.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Precision = Literal["fp32", "bf16"]
 
@@ -222,7 +223,7 @@ class BlockLibraryConfig(Frozen):
     learning_rate: PositiveFloat
     min_learning_rate_ratio: Ratio
     warmup_ratio: Ratio
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: NonNegativeFloat
     max_grad_norm: PositiveFloat
     precision: Precision
     seed: int
@@ -259,7 +260,7 @@ class SearchConfig(Frozen):
 
     objective: Literal["kl", "lm_loss"]
     time_limit_s: PositiveFloat
-    relative_gap: Annotated[float, Field(ge=0)]
+    relative_gap: NonNegativeFloat
     max_recalibrations: Annotated[int, Field(ge=0)]
     speed_tolerance: Ratio
 
@@ -323,7 +324,7 @@ class OptimizerConfig(Frozen):
     min_learning_rate_ratio: Ratio
     warmup_ratio: Ratio
     schedule: Literal["cosine", "constant"]
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: NonNegativeFloat
     betas: tuple[Ratio, Ratio]
     max_grad_norm: PositiveFloat
 
@@ -333,8 +334,8 @@ class DistillationConfig(Frozen):
 
     tokens: Positive
     global_batch_size: Positive
-    cosine_weight: Annotated[float, Field(ge=0)]
-    kl_weight: Annotated[float, Field(ge=0)]
+    cosine_weight: NonNegativeFloat
+    kl_weight: NonNegativeFloat
     optimizer: OptimizerConfig
     precision: Precision
     seed: int
@@ -400,9 +401,9 @@ class RLConfig(Frozen):
     normalise_by_std: bool
     clip_low: PositiveFloat
     clip_high: PositiveFloat
-    kl_weight: Annotated[float, Field(ge=0)]
-    accuracy_reward: Annotated[float, Field(ge=0)]
-    format_reward: Annotated[float, Field(ge=0)]
+    kl_weight: NonNegativeFloat
+    accuracy_reward: NonNegativeFloat
+    format_reward: NonNegativeFloat
     optimizer: OptimizerConfig
     precision: Precision
     seed: int

@@ -1,0 +1,117 @@
+# Every target creates .venv and installs on first use, says what it does, and keeps all state under REFIT_HOME.
+#
+#   make demo                         the whole recipe on a real model, ending in a table and two answers
+#   make demo RECIPE=tiny             the same graph on a toy model, in minutes
+#   make materialize SELECT=corpora   one asset, or any Dagster selection; TARGET=name where it has targets
+#   make ui | test | check | bench
+
+RECIPE ?= smol
+TARGET ?=
+SELECT ?= *
+PORT ?= 3000
+REFIT_HOME ?= $(CURDIR)/.refit
+STARTED_AT := $(shell date +%s)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+INSTALLED := $(VENV)/.refit-installed
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+override RECIPE := $(if $(wildcard $(RECIPE)),$(abspath $(RECIPE)),$(RECIPE))
+override REFIT_HOME := $(if $(filter /%,$(REFIT_HOME)),$(REFIT_HOME),$(CURDIR)/$(REFIT_HOME))
+DAGSTER_HOME := $(REFIT_HOME)/dagster/$(patsubst %.yaml,%,$(notdir $(RECIPE)))
+
+export RECIPE REFIT_HOME DAGSTER_HOME
+# Without it OpenMP's threads spin while they wait, which on a shared machine slows everything down.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+export DO_NOT_TRACK := 1
+export DAGSTER_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The target to materialize: TARGET, or the recipe's own default.
+FIND_TARGET = target="$(TARGET)"; \
+	target="$${target:-$$($(PYTHON) -c 'import os; from pipeline.recipe import load_recipe; print(load_recipe(os.environ["RECIPE"]).default_target)')}"; \
+	[ -n "$$target" ] || exit 1
+# Dagster's own step events are DEBUG; what stages say is INFO.
+QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo materialize ui test lint check bench graph clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+install: $(INSTALLED) ## Create .venv and install; every other target does this first
+
+$(INSTALLED): pyproject.toml
+	@if [ ! -x $(PYTHON) ]; then \
+		for candidate in python3 python3.12 python3.11 python3.13 python; do \
+			$$candidate -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
+				&& found=$$candidate && break; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "Refit needs Python 3.11, 3.12 or 3.13 with its venv module; none of them is on PATH (on Debian: apt install python3-venv)." >&2; exit 1; \
+		fi; \
+		echo "==> Creating .venv with $$($$found --version)"; \
+		$$found -m venv $(VENV) || exit 1; \
+	fi
+	@if ! $(PYTHON) -c 'import torch' >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && [ -z "$$(ls /dev/nvidia* /dev/kfd 2>/dev/null)" ]; then \
+		if $(PYTHON) -c 'import urllib.request; urllib.request.urlopen("$(PYTORCH_CPU_INDEX)/torch/", timeout=5)' >/dev/null 2>&1; then \
+			echo "==> No GPU here: installing the CPU build of PyTorch from $(PYTORCH_CPU_INDEX)"; \
+			torch=$$($(PYTHON) -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch>")))'); \
+			$(BIN)/pip install --quiet --index-url $(PYTORCH_CPU_INDEX) "$$torch" || echo "==> That did not work; PyTorch will come from the default index"; \
+		else \
+			echo "==> $(PYTORCH_CPU_INDEX) is out of reach: PyTorch comes from the default index"; \
+		fi; \
+	fi
+	@echo "==> Installing Refit and its tools into .venv (a few minutes the first time)"
+	@$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Run every stage of RECIPE, print the results, ask the child a question in both modes
+	@$(PYTHON) -m resources.home
+	@set -e; $(FIND_TARGET); export HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1}; \
+	echo "==> Recipe $(RECIPE), target $$target: every stage; what is already in $(REFIT_HOME) is reused"; \
+	$(BIN)/dagster asset materialize -m pipeline.definitions --select '*' --partition "$$target" --config-json $(QUIET); \
+	for thinking in on off; do \
+		echo "==> The child answers, detailed thinking $$thinking"; \
+		$(PYTHON) -m pipeline chat --target "$$target" --thinking $$thinking 'What is 17 + 25?'; \
+	done; \
+	echo "==> Results"; \
+	$(PYTHON) -m pipeline summary --target "$$target" --started-at $(STARTED_AT)
+
+materialize: $(INSTALLED) ## Materialize SELECT (default: all) of RECIPE; name the TARGET where SELECT has one
+	@$(PYTHON) -m resources.home
+	@set -e; if [ '$(SELECT)' = '*' ]; then $(FIND_TARGET); else target="$(TARGET)"; fi; \
+	echo "==> Recipe $(RECIPE): $(SELECT)$${target:+ for target $$target}"; \
+	$(BIN)/dagster asset materialize -m pipeline.definitions --select '$(SELECT)' $${target:+--partition "$$target"} --config-json $(QUIET)
+
+ui: $(INSTALLED) ## Serve Dagster's UI for RECIPE on http://127.0.0.1:3000 (PORT); Ctrl-C stops it
+	@$(PYTHON) -m resources.home
+	@echo "==> http://127.0.0.1:$(PORT) shows recipe $(RECIPE); there is no login, so it listens on this machine only"
+	@exec $(BIN)/dagster dev -w $(DAGSTER_HOME)/workspace.yaml -h 127.0.0.1 -p $(PORT)
+
+test: $(INSTALLED) ## Run the tests (under ten minutes on two cores)
+	@echo "==> Tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+lint: $(INSTALLED) ## Formatting, lint, types and import contracts
+	@echo "==> ruff format, ruff check, pyright, import contracts"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright --pythonpath $(PYTHON)
+	@$(BIN)/lint-imports
+
+check: lint test ## Everything that CI checks
+
+bench: $(INSTALLED) ## Run every benchmark of bench/; each prints a ratio
+	@set -e; for file in bench/bench_*.py; do echo "==> $$file"; $(PYTHON) $$file; done
+
+graph: $(INSTALLED) ## Draw docs/images/graph.svg from the registry
+	@$(PYTHON) docs/make_graph.py
+
+clean: ## Say what to delete by hand; nothing is deleted for you
+	@echo "State and artifacts:  rm -r $(REFIT_HOME)"
+	@echo "Environment:          rm -r $(VENV)"

@@ -1,0 +1,1 @@
+"""What exists: thin Dagster assets, one file per asset, no logic."""

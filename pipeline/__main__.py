@@ -1,0 +1,6 @@
+"""`python -m pipeline`: the results of a target, and a question to its final checkpoint."""
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The outside world: recipe, artifact store, launcher, run hygiene."""

@@ -1,0 +1,1 @@
+"""The shell: graph, metadata, schedule, run hygiene, and the real command line."""

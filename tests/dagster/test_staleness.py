@@ -1,0 +1,150 @@
+"""What counts as stale, and what the nightly schedule asks for."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from assets.jobs import RERUN_TAG, build_schedule
+from assets.stage_asset import code_version
+from pipeline.execution import Workspace
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.stages.registry import STAGES, get_stage
+from resources.staleness import find_stale_stages
+from tests.dagster.stores import open_tiny, publish_all
+
+AFTER_KD = [
+    "kd_checkpoint",
+    "cpt_checkpoint",
+    "sft_checkpoint",
+    "rl_checkpoint",
+    "evaluation",
+    "speed_report",
+    "exported_model",
+    "model_card",
+    "report",
+]
+
+
+def _edited(recipe: Recipe, **sections: dict[str, object]) -> Recipe:
+    changes = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    return recipe.model_copy(update=changes)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """The tiny recipe with every artifact of both targets published."""
+    workspace = open_tiny(tmp_path)
+    for target in workspace.recipe.targets:
+        publish_all(workspace, target=target)
+    return workspace
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+        yield instance
+
+
+def _tick(workspace: Workspace, instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
+    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=datetime(2026, 3, 1, 2, 0))
+    result = build_schedule(workspace)(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def test_stale_stages_of_an_empty_store_are_all():
+    assert len(find_stale_stages(open_tiny(Path("/nonexistent")), "fused")) == len(STAGES)
+
+
+def test_stale_stages_after_publishing_everything_are_none(workspace: Workspace):
+    assert find_stale_stages(workspace, "fused") == []
+    assert find_stale_stages(workspace, "light") == []
+
+
+def test_stale_stages_after_editing_kd_are_kd_and_what_follows(workspace: Workspace, tmp_path: Path):
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, kd={"tokens": 4096}))
+
+    assert find_stale_stages(edited, "fused") == AFTER_KD
+
+
+def test_stale_stages_after_editing_thresholds_are_none(workspace: Workspace, tmp_path: Path):
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, thresholds={"max_rl_kl": 0.5}))
+
+    assert find_stale_stages(edited, "fused") == []
+
+
+def test_code_version_changes_with_the_slice_a_stage_reads_and_no_other():
+    recipe = load_recipe("tiny")
+    edited = _edited(recipe, kd={"tokens": 4096})
+
+    changed = [
+        stage.name for stage in STAGES if code_version(stage, recipe=recipe) != code_version(stage, recipe=edited)
+    ]
+
+    assert changed == ["kd_checkpoint"]
+
+
+def test_code_version_of_training_survives_another_target():
+    recipe = load_recipe("tiny")
+    one_target = recipe.model_copy(update={"targets": {"fused": recipe.targets["fused"]}})
+    kd = get_stage("kd_checkpoint")
+
+    assert code_version(kd, recipe=recipe) == code_version(kd, recipe=one_target)
+
+
+def test_schedule_is_shipped_stopped(workspace: Workspace):
+    assert build_schedule(workspace).default_status is dg.DefaultScheduleStatus.STOPPED
+
+
+def test_schedule_with_nothing_changed_skips(workspace: Workspace, instance: dg.DagsterInstance):
+    result = _tick(workspace, instance)
+
+    assert isinstance(result, dg.SkipReason)
+    assert "current" in str(result.skip_message)
+
+
+def test_schedule_after_an_edit_requests_stale_and_downstream_of_one_target(
+    workspace: Workspace, instance: dg.DagsterInstance, tmp_path: Path
+):
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, kd={"tokens": 4096}))
+
+    request = _tick(edited, instance)
+
+    assert isinstance(request, dg.RunRequest)
+    assert request.partition_key == "fused"
+    assert [key.to_user_string() for key in request.asset_selection or []] == AFTER_KD
+
+
+def test_schedule_turns_to_the_next_target_once_one_was_requested_this_night(
+    workspace: Workspace, instance: dg.DagsterInstance, tmp_path: Path
+):
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, kd={"tokens": 4096}))
+    for target in ("fused", "light"):
+        request = _tick(edited, instance)
+        assert isinstance(request, dg.RunRequest)
+        assert request.partition_key == target
+        _add_run(instance, status=dg.DagsterRunStatus.FAILURE, tags=dict(request.tags))
+
+    result = _tick(edited, instance)
+
+    assert isinstance(result, dg.SkipReason)
+    assert "already run this night" in str(result.skip_message)
+
+
+def test_schedule_while_a_run_is_in_progress_skips(instance: dg.DagsterInstance, tmp_path: Path):
+    run_id = _add_run(instance, status=dg.DagsterRunStatus.STARTED, tags={RERUN_TAG: "earlier/fused"})
+
+    result = _tick(open_tiny(tmp_path), instance)
+
+    assert isinstance(result, dg.SkipReason)
+    assert run_id in str(result.skip_message)
+
+
+def _add_run(instance: dg.DagsterInstance, *, status: dg.DagsterRunStatus, tags: dict[str, str]) -> str:
+    run = dg.DagsterRun(job_name="all_stages", status=status, tags=tags)
+    instance.run_storage.add_run(run)
+    return run.run_id

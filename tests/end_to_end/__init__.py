@@ -1,0 +1,1 @@
+"""The recipe as a whole: materialized, killed, resumed, reused."""

@@ -1,0 +1,53 @@
+"""The whole recipe on `tiny` through the real command line, twice; then its summary and an answer in each mode."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.stages.registry import STAGES
+from tests.dagster.commands import REPOSITORY, materialize_command, run_module
+
+MAX_SECOND_RUN_S = 60.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tiny_from_the_command_line_runs_then_is_reused_and_summarised(tmp_path: Path):
+    first = run_module(*materialize_command(select="*", target="fused"), home=tmp_path, timeout_s=500)
+    assert first.returncode == 0, first.stderr[-5000:]
+    for stage in STAGES:
+        assert f"{stage.name} ran: " in first.stderr, stage.name
+
+    began = time.monotonic()
+    second = run_module(*materialize_command(select="*", target="fused"), home=tmp_path)
+    assert second.returncode == 0, second.stderr[-5000:]
+    assert time.monotonic() - began < MAX_SECOND_RUN_S
+    for stage in STAGES:
+        assert f"{stage.name} reused: " in second.stderr, stage.name
+
+    done = run_module("pipeline", "summary", "--started-at", str(time.time() - 100), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["recipe"] == "tiny"
+    assert summary["target"] == "fused"
+    assert summary["wall_s"].keys() == {stage.name for stage in STAGES}
+    assert summary["total_wall_s"] >= 100
+    assert summary["parameters"]["child"] < summary["parameters"]["parent"]
+    assert (REPOSITORY / summary["report"]).is_file()
+    assert (REPOSITORY / summary["exported_model"]).is_dir()
+    assert f"{summary['parameters']['child']:,}" in done.stdout
+
+    for thinking in ("on", "off"):
+        chat = run_module("pipeline", "chat", "--thinking", thinking, "What is 2 + 2?", home=tmp_path)
+        assert chat.returncode == 0, chat.stderr
+
+
+def test_summary_before_anything_is_materialized_is_one_clear_line(tmp_path: Path):
+    done = run_module("pipeline", "summary", home=tmp_path)
+
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: recipe tiny, target fused, has no parent_checkpoint yet: run `make demo RECIPE=tiny TARGET=fused`"
+    )

@@ -1,0 +1,150 @@
+"""Identity and materialization: what changes a fingerprint, and when a stage is reused, resumed, run or refused."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ArtifactError, MissingInputError, RecipeError, StageError
+from pipeline.execution import (
+    Workspace,
+    find_artifact,
+    load_execution,
+    materialize,
+    open_workspace,
+    refit_home,
+    stage_fingerprint,
+)
+from pipeline.recipe import CorporaConfig, FileSource, load_recipe
+from pipeline.stage import ExecutionSettings
+from pipeline.stages.registry import STAGES, get_stage
+from tests.dagster.stores import open_tiny, publish, publish_all
+
+PARENT = get_stage("parent_checkpoint")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_tiny(tmp_path)
+
+
+def test_materialize_runs_then_reuses_without_running(workspace: Workspace):
+    lines: list[dict[str, object]] = []
+
+    first = materialize(workspace, PARENT.name, "fused")
+    second = materialize(workspace, PARENT.name, "light", on_progress=lines.append)
+
+    assert (first.how, second.how) == ("ran", "reused")
+    assert second.artifact.content_hash == first.artifact.content_hash
+    assert lines == []
+    first.artifact.verify_hashes()
+
+
+def test_materialize_of_an_unfinished_artifact_says_resumed(workspace: Workspace):
+    key = stage_fingerprint(workspace, PARENT, "fused")
+    (workspace.store.directory(PARENT.name, key) / "_work").mkdir(parents=True)
+
+    assert materialize(workspace, PARENT.name, "fused").how == "resumed"
+
+
+def test_materialize_records_where_the_artifact_comes_from(workspace: Workspace):
+    provenance = materialize(workspace, PARENT.name, "fused").artifact.manifest.provenance
+
+    assert provenance["recipe"] == "tiny"
+    assert provenance["stage_version"] == PARENT.version
+    assert provenance["target"] == ""
+    assert provenance["execution.zero_stage"] == "1"
+
+
+def test_materialize_without_inputs_names_the_asset_to_materialize(workspace: Workspace):
+    with pytest.raises(MissingInputError, match=r"--select (corpora|parent_checkpoint)` first"):
+        materialize(workspace, "distillation_mix", "fused")
+
+
+def test_materialize_while_another_makes_it_is_refused(workspace: Workspace):
+    key = stage_fingerprint(workspace, PARENT, "fused")
+
+    with (
+        workspace.store.locked(PARENT.name, key),
+        pytest.raises(ArtifactError, match="being made by process"),
+    ):
+        materialize(workspace, PARENT.name, "fused")
+
+
+def test_materialize_of_a_stage_that_fails_in_its_process_shows_the_end_of_its_log(workspace: Workspace):
+    publish(workspace, PARENT, target="fused")  # no checkpoint in it
+
+    with pytest.raises(StageError, match=r"block_profile ended with exit code 1(.|\n)*architecture\.json"):
+        materialize(workspace, "block_profile", "fused")
+    assert find_artifact(workspace, "block_profile", "fused") is None
+
+
+def test_execution_settings_are_not_part_of_identity(workspace: Workspace, tmp_path: Path):
+    publish_all(workspace, target="fused")
+    settings = ExecutionSettings(num_ranks=8, zero_stage=3, num_threads=2)
+    elsewhere = Workspace(
+        recipe=workspace.recipe, store=workspace.store, downloads=tmp_path / "other", execution=settings
+    )
+
+    for stage in STAGES:
+        assert stage_fingerprint(elsewhere, stage, "fused") == stage_fingerprint(workspace, stage, "fused")
+
+
+def test_fingerprint_of_shared_stages_is_the_same_for_every_target(workspace: Workspace):
+    publish_all(workspace, target="fused")
+
+    for stage in STAGES:
+        if not stage.per_target:
+            assert stage_fingerprint(workspace, stage, "light") == stage_fingerprint(workspace, stage, "fused")
+
+
+def test_fingerprint_of_corpora_follows_the_bytes_of_local_files(workspace: Workspace, tmp_path: Path):
+    file = tmp_path / "documents.jsonl"
+    source = FileSource(
+        kind="jsonl",
+        name="mine",
+        domain="web",
+        licence="mine",
+        path=str(tmp_path / "*.jsonl"),
+        text_field="text",
+        max_documents=5,
+    )
+    mine = open_tiny(tmp_path, recipe=workspace.recipe.model_copy(update={"corpora": CorporaConfig(sources=(source,))}))
+    corpora = get_stage("corpora")
+
+    file.write_text('{"text": "one"}\n')
+    first = stage_fingerprint(mine, corpora, "fused")
+    file.write_text('{"text": "two"}\n')
+    second = stage_fingerprint(mine, corpora, "fused")
+    file.write_text('{"text": "one"}\n')
+
+    assert first != second
+    assert stage_fingerprint(mine, corpora, "fused") == first
+
+
+def test_open_workspace_puts_all_state_below_refit_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REFIT_HOME", str(tmp_path))
+    monkeypatch.setenv("RECIPE", "tiny")
+    monkeypatch.delenv("REFIT_EXECUTION", raising=False)
+
+    workspace = open_workspace()
+
+    assert refit_home() == tmp_path
+    assert workspace.recipe == load_recipe("tiny")
+    assert workspace.store.root == tmp_path / "store"
+    assert workspace.downloads == tmp_path / "downloads"
+
+
+@pytest.mark.parametrize(
+    "text", ["launcher: rocket\n", "ranks: 2\n", "num_ranks: 0\n", "- a list\n", "zero_stage: [\n", ""]
+)
+def test_execution_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str):
+    path = tmp_path / "execution.yaml"
+    path.write_text(text)
+
+    with pytest.raises(RecipeError, match="REFIT_EXECUTION is"):
+        load_execution(str(path))
+
+
+def test_execution_settings_missing_are_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match="REFIT_EXECUTION is"):
+        load_execution(str(tmp_path / "nowhere.yaml"))

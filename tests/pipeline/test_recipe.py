@@ -1,0 +1,147 @@
+"""Recipes: the shipped ones are valid, and whatever is wrong with another is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import RECIPES_DIR, Recipe, find_recipe, load_recipe, parse_recipe
+
+SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def _tiny() -> dict[str, Any]:
+    return yaml.safe_load((RECIPES_DIR / "tiny.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipe_shipped_is_valid_and_named_as_its_file(name: str):
+    assert load_recipe(name).name == name
+
+
+def test_recipe_by_path_equals_recipe_by_name():
+    assert load_recipe(str(RECIPES_DIR / "tiny.yaml")) == load_recipe("tiny")
+
+
+def test_recipe_survives_a_round_trip_through_json():
+    recipe = load_recipe("tiny")
+
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_recipe_cannot_be_changed_once_read():
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe("tiny").kd.tokens = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_recipe_unknown_name_lists_the_shipped_ones():
+    with pytest.raises(RecipeError, match=r"no recipe 'nope'.*smol.*tiny"):
+        load_recipe("nope")
+
+
+@pytest.mark.parametrize("name", ["../recipe", "/etc/passwd-not-there", "", "a/b"])
+def test_recipe_name_that_is_a_path_to_nothing_is_refused(name: str):
+    with pytest.raises(RecipeError, match="no recipe"):
+        find_recipe(name)
+
+
+def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    *parents, last = path.split(".")
+
+    def change(data: dict[str, Any]) -> None:
+        for parent in parents:
+            data = data[parent]
+        data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("kd.token", 5), r"kd\.token: Extra inputs"),
+        (_set("learning_rate", 5), r"learning_rate: Extra inputs"),
+        (_set("kd.tokens", 0), r"kd\.tokens: .*greater than or equal to 1"),
+        (_set("kd.tokens", "many"), r"kd\.tokens: .*integer"),
+        (_set("kd.tokens", 1.5), r"kd\.tokens: .*integer"),
+        (_set("kd.optimizer.learning_rate", float("nan")), r"kd\.optimizer\.learning_rate"),
+        (_set("kd.optimizer.learning_rate", float("inf")), r"kd\.optimizer\.learning_rate"),
+        (_set("kd.precision", "fp8"), r"kd\.precision: .*'fp32' or 'bf16'"),
+        (_set("parent.kind", "pickle"), r"parent: .*does not match any of the expected tags"),
+        (_set("search_space.ffn", [96]), r"search_space\.ffn must list 'parent'"),
+        (_set("default_target", "nope"), r"default_target is 'nope'; the targets are \['fused', 'light'\]"),
+        (_set("targets", {}), r"targets: .*at least 1 item"),
+        (_set("targets", {"a/b": {}}), r"targets\.a/b"),
+        (_set("kd.tokens", 10**9), r"kd\.tokens is 1,000,000,000 tokens, its mixture holds 16,384"),
+        (_set("rl.samples_per_prompt", 1), r"rl\.samples_per_prompt"),
+        (_set("kd.kl_weight", float("inf")), r"kd\.kl_weight"),
+    ],
+)
+def test_recipe_with_one_wrong_value_names_its_key(change: Callable[[dict[str, Any]], None], message: str):
+    data = _tiny()
+    change(data)
+
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(data, origin="test")
+
+
+@pytest.mark.parametrize("key", sorted(Recipe.model_fields))
+def test_recipe_without_a_key_names_it(key: str):
+    data = _tiny()
+    del data[key]
+
+    with pytest.raises(RecipeError, match=rf"{key}: Field required"):
+        parse_recipe(data, origin="test")
+
+
+def test_recipe_source_that_is_not_in_the_corpora_is_named():
+    data = _tiny()
+    data["distillation_mix"]["entries"] = [{"source": "nowhere", "weight": 1.0}]
+
+    with pytest.raises(RecipeError, match=r"distillation_mix\.entries names 'nowhere'"):
+        parse_recipe(data, origin="test")
+
+
+def test_recipe_limit_with_unknown_scenario_is_named():
+    data = _tiny()
+    data["targets"]["light"]["limits"] = [
+        {"quantity": "decode_speed", "scenario": "batch", "bound": 1.2, "relative_to": "parent"}
+    ]
+
+    with pytest.raises(RecipeError, match=r"target light names scenario 'batch'; block_profile has \['chat'\]"):
+        parse_recipe(data, origin="test")
+
+
+def test_recipe_several_mistakes_are_all_listed():
+    data = _tiny()
+    data["kd"]["tokens"] = -1
+    data["sft"]["token"] = 3
+
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data, origin="my.yaml")
+
+    assert "my.yaml" in str(caught.value)
+    assert "kd.tokens" in str(caught.value)
+    assert "sft.token" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "key 'name' is given twice"),
+        ("kd: {tokens: 1, tokens: 2}\n", "key 'tokens' is given twice"),
+        ("- just\n- a list\n", "holds a list"),
+        ("", "holds a NoneType"),
+        ("name: [unclosed\n", "not valid YAML"),
+        ("name: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_recipe_file_that_is_broken_or_hostile_is_refused(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(path))

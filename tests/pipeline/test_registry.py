@@ -1,0 +1,121 @@
+"""The registry: consistent in itself, with the recipe, and with the code that it names."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.architecture import Frozen
+from pipeline.errors import RecipeError
+from pipeline.fingerprint import fingerprint
+from pipeline.recipe import load_recipe
+from pipeline.stages import sources
+from pipeline.stages.registry import BY_NAME, STAGES, Check, Stage, get_stage
+
+CHECK = Check(name="c", metric="m", comparison="<=", bound=1.0, blocking=True, description="d")
+
+
+def test_stage_names_differ():
+    assert len(BY_NAME) == len(STAGES)
+
+
+def test_stage_unknown_lists_the_known():
+    with pytest.raises(RecipeError, match=r"no stage 'nope'; the stages are parent_checkpoint, corpora"):
+        get_stage("nope")
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_stage_config_is_a_frozen_model_that_can_be_fingerprinted(stage: Stage):
+    recipe = load_recipe("tiny")
+
+    config = stage.config(recipe, recipe.default_target)
+
+    assert isinstance(config, Frozen)
+    assert fingerprint(config) == fingerprint(type(config).model_validate(config.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_stage_shared_by_targets_reads_nothing_of_one(stage: Stage):
+    recipe = load_recipe("tiny")
+    if not stage.per_target:
+        assert stage.config(recipe, "fused") == stage.config(recipe, "light")
+
+
+@pytest.mark.parametrize("name", ["mip_solution", "child_checkpoint", "report", "model_card"])
+def test_stage_with_unknown_target_names_the_known(name: str):
+    with pytest.raises(RecipeError, match="no target 'nope'; it has fused, light"):
+        get_stage(name).config(load_recipe("tiny"), "nope")
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_stage_module_exists_and_is_named_after_its_asset(stage: Stage):
+    assert stage.module == f"pipeline.stages.{stage.name}"
+    assert importlib.util.find_spec(stage.module) is not None
+
+
+def test_stage_that_trains_runs_in_a_process_of_its_own():
+    assert all(stage.in_child for stage in STAGES if stage.trains)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "value", "passes"),
+    [("<=", 1.0, True), ("<=", 1.1, False), (">=", 1.0, True), (">=", 0.9, False), ("==", 1.0, True), ("==", 2, False)],
+)
+def test_check_compares_with_its_bound(comparison: str, value: float, passes: bool):
+    assert replace(CHECK, comparison=comparison).passes(value, recipe=load_recipe("tiny")) is passes
+
+
+@pytest.mark.parametrize("comparison", ["<=", ">=", "=="])
+def test_check_of_nan_never_passes(comparison: str):
+    assert not replace(CHECK, comparison=comparison).passes(math.nan, recipe=load_recipe("tiny"))
+
+
+def test_check_bound_may_come_from_the_recipe():
+    recipe = load_recipe("tiny")
+    check = replace(CHECK, bound=lambda thresholds: thresholds.max_rl_kl)
+
+    assert check.bound_for(recipe) == recipe.thresholds.max_rl_kl
+
+
+def test_stage_sources_are_those_that_were_recorded():
+    recorded, current = sources.recorded_sources(), sources.current_sources()
+    changed = [name for name in current if recorded.get(name) != current[name]]
+
+    assert not changed, (
+        f"the source of {', '.join(changed)} is not what sources.json records. Where a stage now computes something "
+        "else, raise its version in pipeline/stages/registry.py; then run `python -m pipeline.stages.sources`"
+    )
+    assert recorded.keys() == current.keys()
+
+
+def test_source_hash_ignores_comments_docstrings_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = _hash_of('"""Doc."""\n\n# why\nX = 1  # because\n', tmp_path / "a", monkeypatch)
+    second = _hash_of('"""Another."""\nX = 1\n', tmp_path / "b", monkeypatch)
+    third = _hash_of("X = 2\n", tmp_path / "c", monkeypatch)
+
+    assert first == second
+    assert first != third
+
+
+def test_source_hash_follows_imports_inside_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = "def f():\n    from pipeline.inner import Y\n    return Y\n"
+    first = _hash_of(module, tmp_path / "a", monkeypatch, inner="Y = 1\n")
+    second = _hash_of(module, tmp_path / "b", monkeypatch, inner="Y = 2\n")
+
+    assert first != second
+
+
+def _hash_of(text: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, inner: str = "") -> str:
+    (root / "pipeline").mkdir(parents=True)
+    (root / "pipeline" / "outer.py").write_text(text)
+    (root / "pipeline" / "inner.py").write_text(inner)
+    monkeypatch.setattr(sources, "PACKAGE_ROOT", root)
+    sources._imports.cache_clear()
+    sources._code.cache_clear()
+    try:
+        return sources.source_hash("pipeline.outer")
+    finally:
+        sources._imports.cache_clear()
+        sources._code.cache_clear()
