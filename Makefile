@@ -46,7 +46,7 @@ help: ## Show this list
 install: $(INSTALLED) ## Create .venv and install; every other target does this first
 
 $(INSTALLED): pyproject.toml
-	@if [ ! -x $(PYTHON) ]; then \
+	@if ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
 		for candidate in python3 python3.12 python3.11 python3.13 python; do \
 			$$candidate -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
 				&& found=$$candidate && break; \
@@ -54,25 +54,26 @@ $(INSTALLED): pyproject.toml
 		if [ -z "$$found" ]; then \
 			echo "Refit needs Python 3.11, 3.12 or 3.13 with its venv module; none of them is on PATH (on Debian: apt install python3-venv)." >&2; exit 1; \
 		fi; \
+		[ ! -e $(VENV) ] || echo "==> .venv has no pip that works, as when its creation was interrupted: it is made anew"; \
 		echo "==> Creating .venv with $$($$found --version)"; \
-		$$found -m venv $(VENV) || exit 1; \
+		$$found -m venv --clear $(VENV) || exit 1; \
 	fi
 	@if ! $(PYTHON) -c 'import torch' >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && [ -z "$$(ls /dev/nvidia* /dev/kfd 2>/dev/null)" ]; then \
 		if $(PYTHON) -c 'import urllib.request; urllib.request.urlopen("$(PYTORCH_CPU_INDEX)/torch/", timeout=5)' >/dev/null 2>&1; then \
 			echo "==> No GPU here: installing the CPU build of PyTorch from $(PYTORCH_CPU_INDEX)"; \
 			torch=$$($(PYTHON) -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch>")))'); \
-			$(BIN)/pip install --quiet --index-url $(PYTORCH_CPU_INDEX) "$$torch" || echo "==> That did not work; PyTorch will come from the default index"; \
+			$(PYTHON) -m pip install --quiet --index-url $(PYTORCH_CPU_INDEX) "$$torch" || echo "==> That did not work; PyTorch will come from the default index"; \
 		else \
 			echo "==> $(PYTORCH_CPU_INDEX) is out of reach: PyTorch comes from the default index"; \
 		fi; \
 	fi
 	@echo "==> Installing Refit and its tools into .venv (a few minutes the first time)"
-	@$(BIN)/pip install --quiet -e '.[dev]'
+	@$(PYTHON) -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## Run every stage of RECIPE, print the results, ask the child a question in both modes
 	@$(PYTHON) -m resources.home
-	@set -e; $(FIND_TARGET); export HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-1}; \
+	@set -e; $(FIND_TARGET); \
 	echo "==> Recipe $(RECIPE), target $$target: every stage; what is already in $(REFIT_HOME) is reused"; \
 	$(BIN)/dagster asset materialize -m pipeline.definitions --select '*' --partition "$$target" --config-json $(QUIET); \
 	for thinking in on off; do \

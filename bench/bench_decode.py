@@ -11,12 +11,12 @@ from pipeline.hardware import describe_hardware
 from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.measure import measure_models, median_interval
-from pipeline.recipe import Scenario, SpeedReportConfig
+from pipeline.recipe import MeasurementConfig, Scenario
 
 NUM_LAYERS = 10
 NUM_THREADS = 2
 SCENARIO = Scenario(name="chat-1k", batch_size=1, prompt_tokens=1024, generation_tokens=64)
-SPEED = SpeedReportConfig(rounds=9, warmups=2, device_memory_gib=8.0)
+MEASUREMENT = MeasurementConfig(rounds=9, warmups=2)
 
 
 def architecture(*, attention_every: int) -> Architecture:
@@ -53,7 +53,9 @@ def main() -> None:
         name: build_model(architecture(attention_every=every), dtype=torch.float32, seed=1).eval()
         for name, every in (("parent", 1), ("child", 2))
     }
-    measured = measure_models(models, [SCENARIO], speed=SPEED, threads=NUM_THREADS, reporter=SilentReporter())
+    measured = measure_models(
+        models, [SCENARIO], measurement=MEASUREMENT, threads=NUM_THREADS, reporter=SilentReporter()
+    )
     parent, child = (median_interval(measured.times_ms[name, SCENARIO.name, "decode"]) for name in ("parent", "child"))
     for name, times in (("parent", parent), ("child", child)):
         print(f"{name}: {times.median:.2f} ms per token [{times.low:.2f}, {times.high:.2f}], n = {times.num_samples}")

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,7 +29,9 @@ from pipeline.stage import VIEW_DIR, WORK_DIR, StageResult
 MANIFEST = "manifest.json"
 RESULT = "result.json"
 PROGRESS = "progress.jsonl"
+STAGE_LOG = "stage.log"
 MIN_FREE_BYTES = 512 * 2**20
+LOCK_POLL_S = 0.5
 
 
 class FileEntry(Frozen):
@@ -132,17 +135,19 @@ class ArtifactStore:
         return artifact
 
     @contextlib.contextmanager
-    def locked(self, asset: str, artifact_fingerprint: str) -> Iterator[Path]:
+    def locked(
+        self, asset: str, artifact_fingerprint: str, *, on_wait: Callable[[str], None] = lambda _: None
+    ) -> Iterator[Path]:
         """Hold the artifact's lock and give its directory; the lock dies with the process.
 
-        Raises:
-            ArtifactError: when another process holds it, naming that process.
+        Waits while another process makes the artifact, as happens when two targets are materialized at once and share
+        their first stages; `on_wait` is told once who that is.
         """
         path = self.directory(asset, artifact_fingerprint)
         path.mkdir(parents=True, exist_ok=True)
         lock_path = path.with_name(path.name + ".lock")
         with lock_path.open("a+", encoding="utf-8") as lock:
-            _acquire(lock, asset=asset, path=path)
+            _acquire(lock, asset=asset, on_wait=on_wait)
             yield path
 
     def publish(
@@ -221,19 +226,23 @@ def read_json(path: Path) -> dict[str, object]:
 def _is_published(relative: Path) -> bool:
     return (
         relative.parts[0] != WORK_DIR
-        and relative.as_posix() not in (MANIFEST, RESULT, PROGRESS)
+        and relative.as_posix() not in (MANIFEST, RESULT, PROGRESS, STAGE_LOG)
         and (not relative.name.startswith("."))
     )
 
 
-def _acquire(lock: IO[str], *, asset: str, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        lock.seek(0)
-        raise ArtifactError(
-            f"{asset} at {path} is being made by process {lock.read().strip() or 'unknown'}: wait for it, or stop it"
-        ) from err
+def _acquire(lock: IO[str], *, asset: str, on_wait: Callable[[str], None]) -> None:
+    told = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not told:
+                lock.seek(0)
+                on_wait(f"waiting for process {lock.read().strip() or 'unknown'}, which is making {asset}")
+                told = True
+            time.sleep(LOCK_POLL_S)  # polled, so that a cancelled run stops waiting
     lock.seek(0)
     lock.truncate()
     lock.write(str(os.getpid()))

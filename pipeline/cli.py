@@ -1,5 +1,6 @@
-"""The command line beside Dagster's: what a target came to, and one answer from its final checkpoint.
+"""The command line beside Dagster's: one stage, what a target came to, and one answer from its final checkpoint.
 
+    python -m pipeline materialize STAGE [--target T]
     python -m pipeline summary [--target T]
     python -m pipeline chat [--target T] [--thinking on|off] QUESTION
 
@@ -9,11 +10,12 @@ RECIPE selects the recipe, as everywhere.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.artifacts import write_atomically
 from pipeline.errors import MissingInputError, RefitError
-from pipeline.execution import REPOSITORY, Workspace, find_artifact, open_workspace, refit_home
+from pipeline.execution import REPOSITORY, Workspace, find_artifact, materialize, open_workspace, refit_home
+from pipeline.progress import render_progress
 from pipeline.stages.registry import STAGES
 
 SUMMARY_FILE = "summary.json"
@@ -26,13 +28,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         workspace = open_workspace()
         target = given.target or workspace.recipe.default_target
-        if given.command == "summary":
+        if given.command == "materialize":
+            text = make(workspace, given.stage, target=target)
+        elif given.command == "summary":
             text = summarise(workspace, target=target, started_at=given.started_at)
         else:
             text = answer(workspace, target=target, question=given.question, thinking=given.thinking == "on")
     except RefitError as err:
         sys.exit(f"error: {err}")
     sys.stdout.write(f"{text.rstrip()}\n")
+
+
+def make(workspace: Workspace, stage_name: str, *, target: str) -> str:
+    """Reuse, resume or run one stage, telling its progress on stderr; return which it was and the artifact's path.
+
+    Raises:
+        MissingInputError: when a stage that it reads has no artifact.
+    """
+
+    def tell(line: Mapping[str, object]) -> None:
+        sys.stderr.write(f"[{stage_name}] {render_progress(line)}\n")
+
+    outcome = materialize(workspace, stage_name, target, on_progress=tell)
+    return f"{outcome.how} {outcome.artifact.path}"
 
 
 def summarise(workspace: Workspace, *, target: str, started_at: float | None) -> str:
@@ -72,7 +90,7 @@ def answer(workspace: Workspace, *, target: str, question: str, thinking: bool) 
     # torch and transformers take seconds to import, which neither --help nor an error should cost.
     import torch
 
-    from pipeline.data.chat import generation_prompt_ids, reasoning_messages
+    from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
     from pipeline.evaluation.generation import complete_greedily
     from pipeline.model.checkpoint import load_model, load_tokenizer
 
@@ -80,9 +98,11 @@ def answer(workspace: Workspace, *, target: str, question: str, thinking: bool) 
     if checkpoint is None:
         raise _not_materialized(workspace, "rl_checkpoint", target=target)
     tokenizer = load_tokenizer(checkpoint.path)
+    model = load_model(checkpoint.path, dtype=torch.float32)
     (completion,) = complete_greedily(
-        load_model(checkpoint.path, dtype=torch.float32),
+        model,
         prompts=[generation_prompt_ids(tokenizer, reasoning_messages(question, thinking=thinking))],
+        stop_ids=stop_token_ids(tokenizer, model.architecture.eos_token_ids),
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=1,
     )
@@ -100,11 +120,13 @@ def _not_materialized(workspace: Workspace, stage_name: str, *, target: str) -> 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("materialize", help="make one stage's artifact, or find it, without Dagster")
+    one.add_argument("stage", help="a stage whose inputs are there already")
     summary = commands.add_parser("summary", help="print the results of a target and write them to summary.json")
     summary.add_argument("--started-at", type=float, help="epoch seconds from which the total wall time counts")
     chat = commands.add_parser("chat", help="ask the final checkpoint one question")
     chat.add_argument("--thinking", choices=("on", "off"), default="on")
     chat.add_argument("question")
-    for command in (summary, chat):
+    for command in (one, summary, chat):
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

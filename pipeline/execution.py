@@ -8,6 +8,7 @@ The content hash of an input is found by computing that input's own fingerprint 
 asking which event came last; so a result can be reused after a scheduler's database is gone.
 """
 
+import functools
 import json
 import os
 import sys
@@ -21,20 +22,19 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.architecture import Frozen
-from pipeline.artifacts import PROGRESS, Artifact, ArtifactStore, sha256_file, write_atomically
+from pipeline.artifacts import PROGRESS, STAGE_LOG, Artifact, ArtifactStore, sha256_file, write_atomically
 from pipeline.errors import MissingInputError, RecipeError, StageError
 from pipeline.fingerprint import fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
-from pipeline.recipe import CorporaConfig, DatasetSource, FileSource, LocalParent, Recipe, load_recipe
+from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, load_recipe
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
+from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, config_type_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CHILD_LOG = f"{WORK_DIR}/stage.log"
-
 ProgressListener = Callable[[dict[str, object]], None]
 
 
@@ -115,23 +115,27 @@ def materialize(
 
     Raises:
         MissingInputError: when an upstream artifact is not there.
-        StageError: when the stage ends without a result, with the end of its log.
+        ArtifactError: when the bytes of an upstream artifact are not those of its manifest.
+        StageError: when an input failed a blocking check, or the stage ends without a result.
     """
     stage = get_stage(stage_name)
     store = workspace.store
+    listener = on_progress or (lambda _: None)
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
     if found := store.find(stage.name, key):
         return Outcome(artifact=found, how="reused")
     store.require_free_space()
-    with store.locked(stage.name, key) as out_dir:
-        if found := store.find(stage.name, key):  # another process finished it while this one waited for the disk
+    with store.locked(stage.name, key, on_wait=lambda message: listener({"note": message})) as out_dir:
+        if found := store.find(stage.name, key):  # another process finished it while this one waited for the lock
             return Outcome(artifact=found, how="reused")
         resumed = (out_dir / WORK_DIR).is_dir()
         began = time.monotonic()
         inputs = resolver.inputs(stage)
+        for artifact in inputs.values():
+            _require_sound(artifact, workspace.recipe)
         artifacts = {name: artifact.path for name, artifact in inputs.items()}
-        result = _run(workspace, stage, target, artifacts, out_dir, on_progress or (lambda _: None))
+        result = _run(workspace, stage, target, artifacts, out_dir, listener)
         artifact = store.publish(
             stage.name,
             key,
@@ -181,39 +185,72 @@ class _Resolver:
             key = self.fingerprint(upstream)
             found = store.find(name, key)
             if found is None:
-                partition = f" --partition {self._target}" if upstream.per_target else ""
                 raise MissingInputError(
                     f"{reader.name} reads {name}, which is not materialized for recipe {self._workspace.recipe.name} "
-                    f"({name}/{key} is not in {store.root}): run "
-                    f"`dagster asset materialize -m pipeline.definitions --select {name}{partition}` first"
+                    f"({name}/{key} is not in {store.root}): run `make materialize SELECT=+{name}"
+                    + (f" TARGET={self._target}`" if upstream.per_target else "`")
+                    + " first"
                 )
             self._found[name] = found
         return self._found[name]
 
 
+def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
+    """Refuse an input that failed a blocking check, in whichever run that was, or whose bytes have changed.
+
+    Raises:
+        StageError: naming the check, its value and its bound.
+        ArtifactError: naming the file.
+    """
+    stage = BY_NAME[artifact.manifest.asset]
+    for check in stage.checks:
+        value = artifact.record.result.metrics.get(check.metric)
+        if check.blocking and (value is None or not check.passes(value, recipe=recipe)):
+            raise StageError(
+                f"{stage.name} failed its blocking check {check.name}: {check.metric} is {value}, wanted "
+                f"{check.comparison} {check.bound_for(recipe)}; change the recipe so that {stage.name} passes, or the "
+                "threshold if the value is acceptable"
+            )
+    _verify_once(artifact)
+
+
+_VERIFIED: set[tuple[Path, str]] = set()
+
+
+def _verify_once(artifact: Artifact) -> None:
+    """Compare every byte with the manifest when this process first reads the artifact."""
+    seen = (artifact.path, artifact.content_hash)
+    if seen not in _VERIFIED:
+        artifact.verify_hashes()
+        _VERIFIED.add(seen)
+
+
 def _environment(config: Frozen) -> dict[str, str]:
     """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
+    if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
+        return _file_hashes(Path(config.parent.path).expanduser(), "*")
     found: dict[str, str] = {}
-    parent = getattr(config, "parent", None)
-    if isinstance(parent, LocalParent):
-        found |= _file_hashes(sorted(path for path in Path(parent.path).glob("*") if path.is_file()))
-    corpora = getattr(config, "corpora", None)
-    if isinstance(corpora, CorporaConfig):
-        for source in corpora.sources:
+    if isinstance(config, CorporaStage):
+        for source in config.corpora.sources:
             if source.kind == "embedded" and source.name == "python-stdlib":
                 found["python"] = sys.version.split()[0]
             if isinstance(source, DatasetSource):
-                found |= _file_hashes(sorted(path for path in Path(source.path).rglob("*") if path.is_file()))
+                found |= _file_hashes(Path(source.path), "**/*")
             if isinstance(source, FileSource):
                 pattern = Path(source.path)
-                found |= _file_hashes(
-                    sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
-                )
+                found |= _file_hashes(Path(pattern.anchor or "."), str(pattern.relative_to(pattern.anchor)))
     return found
 
 
-def _file_hashes(files: list[Path]) -> dict[str, str]:
-    return {str(file): sha256_file(file) for file in files}
+def _file_hashes(directory: Path, pattern: str) -> dict[str, str]:
+    files = sorted(path for path in directory.glob(pattern) if path.is_file()) if directory.is_dir() else []
+    return {str(file): _hash_unchanged(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache
+def _hash_unchanged(file: Path, _size_bytes: int, _mtime_ns: int) -> str:
+    """Return the sha256 of a file, read once per process while its size and time stay the same."""
+    return sha256_file(file)
 
 
 def _run(
@@ -254,12 +291,12 @@ def _run(
     exit_code = run_group(
         _command(workspace.execution, stage, spec_path),
         env=_child_environment(workspace.execution),
-        log_path=out_dir / CHILD_LOG,
+        log_path=out_dir / STAGE_LOG,
         grace_s=workspace.execution.grace_seconds,
         poll=tail.forward,
     )
     if exit_code or not result_path.is_file():
-        raise StageError(_failure(stage, exit_code, out_dir / CHILD_LOG))
+        raise StageError(_failure(stage, exit_code, out_dir / STAGE_LOG))
     return StageResult.model_validate_json(result_path.read_bytes())
 
 
@@ -278,6 +315,7 @@ def _child_environment(execution: ExecutionSettings) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "OMP_WAIT_POLICY": "PASSIVE",  # libgomp's spinning threads slowed a shared 2-core machine up to 80 times
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # what a stage process reads is in the store; nothing is looked up behind its back
     }
     num_threads = execution.num_threads
     if num_threads is None and execution.num_ranks > 1:

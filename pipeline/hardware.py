@@ -33,7 +33,11 @@ def _cpu_model() -> str:
 
 
 def _gpu_models() -> list[str]:
-    found = []
+    """Return the accelerators that this process may use; CUDA_VISIBLE_DEVICES may hide some or all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return []
+    found = [] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
     for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in information.read_text(encoding="utf-8").splitlines():
             if line.startswith("Model:"):

@@ -97,13 +97,19 @@ class FileSource(Frozen):
 
 
 class DatasetSource(Frozen):
-    """A Hugging Face dataset: a hub id, or a directory written by save_to_disk."""
+    """A Hugging Face dataset: a hub id at one commit, or a directory written by save_to_disk.
+
+    Of a hub id `revision` gives the commit and `config_name` the subset (null: the default one), and its first
+    `max_documents` documents are read; a directory takes null for both.
+    """
 
     kind: Literal["datasets"]
     name: Name
     domain: str
     licence: str
     path: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    config_name: str | None
     split: str
     text_field: str
     max_documents: Positive
@@ -164,7 +170,11 @@ class MixtureEntry(Frozen):
 
 
 class MixtureConfig(Frozen):
-    """A packed token set: `tokens` for training and `validation_tokens` that nothing trains on."""
+    """A packed token set: `tokens` for training and `validation_tokens` that no mixture trains on.
+
+    Which of the two a document serves depends on its text alone: one in sixteen, by its sha1, is only ever validation,
+    whatever the mixture and its seed (pipeline.data.documents.is_validation_document).
+    """
 
     sequence_length: Positive
     tokens: Positive
@@ -223,10 +233,11 @@ class BlockLibraryConfig(Frozen):
     learning_rate: PositiveFloat
     min_learning_rate_ratio: Ratio
     warmup_ratio: Ratio
+    schedule: Literal["cosine", "constant"]
     weight_decay: NonNegativeFloat
+    betas: tuple[Ratio, Ratio]
     max_grad_norm: PositiveFloat
     precision: Precision
-    seed: int
 
 
 class BlockScoresConfig(Frozen):
@@ -297,12 +308,22 @@ class Pin(Frozen):
     ffn: FFNOption | None = None
 
 
-class Target(Frozen):
-    """What one child must reach; targets are the partitions of the graph."""
+class Requirements(Frozen):
+    """What a child must reach, and what is decided for the search in advance."""
 
-    description: str
     limits: tuple[Limit, ...]
     pins: tuple[Pin, ...]
+
+
+class Target(Requirements):
+    """Requirements under a name; targets are the partitions of the graph."""
+
+    description: str
+
+    @property
+    def requirements(self) -> Requirements:
+        """The part that changes a result, without the prose."""
+        return Requirements(limits=self.limits, pins=self.pins)
 
 
 class FusionConfig(Frozen):
@@ -338,7 +359,6 @@ class DistillationConfig(Frozen):
     kl_weight: NonNegativeFloat
     optimizer: OptimizerConfig
     precision: Precision
-    seed: int
 
 
 class PretrainingConfig(Frozen):
@@ -348,7 +368,6 @@ class PretrainingConfig(Frozen):
     global_batch_size: Positive
     optimizer: OptimizerConfig
     precision: Precision
-    seed: int
 
 
 class ChatConfig(Frozen):
@@ -423,12 +442,22 @@ class EvaluationConfig(Frozen):
     precision: Precision
 
 
-class SpeedReportConfig(Frozen):
-    """Interleaved measurement of parent and child: rounds of one timing each, in turn."""
+class MeasurementConfig(Frozen):
+    """Interleaved measurement of several models: rounds of one timing each, in turn."""
 
     rounds: Positive
     warmups: Positive
+
+
+class SpeedReportConfig(MeasurementConfig):
+    """The measurement, and the device whose cached tokens are counted."""
+
     device_memory_gib: PositiveFloat
+
+    @property
+    def measurement(self) -> MeasurementConfig:
+        """The part that decides how speed is measured."""
+        return MeasurementConfig(rounds=self.rounds, warmups=self.warmups)
 
 
 class Thresholds(Frozen):

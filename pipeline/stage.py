@@ -31,7 +31,7 @@ class ExecutionSettings(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch_size: int = Field(default=4, ge=1)
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
-    checkpoint_interval_steps: int = Field(default=25, ge=1)
+    checkpoint_interval_steps: int = Field(default=10, ge=1)
     grace_seconds: float = Field(default=15.0, gt=0)
 
 

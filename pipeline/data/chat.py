@@ -132,6 +132,22 @@ def tokenize_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence
     return ChatSample(ids=tuple(ids), trained_mask=tuple(trained_mask))
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token with which the chat template ends an assistant's turn."""
+    sample = tokenize_conversation(
+        tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    )
+    return [id_ for id_, is_trained in zip(sample.ids, sample.trained_mask, strict=True) if is_trained][-1]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return the tokens at which a reply ends, wherever one is generated: end of turn, then the model's own EOS tokens.
+
+    Neither holds the other: a config may name <|endoftext|> alone, and a model that was never tuned ends with that.
+    """
+    return tuple(dict.fromkeys((end_of_turn_id(tokenizer), *eos_token_ids)))
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, with_prompt: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError("the checkpoint's tokenizer has no chat template: chat and reasoning data need one")

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,20 +47,46 @@ def select_documents(texts: Iterable[str], *, max_documents: int) -> list[Docume
     The order of a hash is a fixed shuffle: it depends on no clock, no seed and no file order. Memory holds
     `max_documents` texts, however many come in.
     """
-    kept: dict[str, str] = {}
+    kept: dict[str, Document] = {}
     largest: list[tuple[int, str]] = []  # a heap whose top is the largest id that is kept
-    for raw in texts:
-        text = raw.strip().encode("utf-8", "replace").decode("utf-8")  # JSON can carry lone surrogates; Parquet cannot
-        if len(text) < MIN_CHARACTERS:
-            continue
-        document_id = hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()
+    for document in _long_enough(texts):
+        document_id = document.document_id
         if document_id in kept or (len(kept) == max_documents and document_id > largest[0][1]):
             continue
-        kept[document_id] = text
+        kept[document_id] = document
         heapq.heappush(largest, (-int(document_id, 16), document_id))
         if len(kept) > max_documents:
             del kept[heapq.heappop(largest)[1]]
-    return [Document(document_id=document_id, text=kept[document_id]) for document_id in sorted(kept)]
+    return [kept[document_id] for document_id in sorted(kept)]
+
+
+def first_documents(texts: Iterable[str], *, max_documents: int) -> list[Document]:
+    """Return the first distinct texts of at least MIN_CHARACTERS, in the order of their ids.
+
+    For sources whose texts cost a download: nothing is read beyond the last text that is kept.
+    """
+    kept: dict[str, Document] = {}
+    for document in _long_enough(texts):
+        kept.setdefault(document.document_id, document)
+        if len(kept) == max_documents:
+            break
+    return [kept[document_id] for document_id in sorted(kept)]
+
+
+def is_validation_document(document_id: str) -> bool:
+    """Tell whether a document is only ever validation, in every mixture; all others are only ever training.
+
+    One in sixteen is. Its eighth hex digit decides, since the first ones are small in what `select_documents` keeps.
+    """
+    return int(document_id[:8], 16) % 16 == 0
+
+
+def _long_enough(texts: Iterable[str]) -> Iterator[Document]:
+    for raw in texts:
+        text = raw.strip().encode("utf-8", "replace").decode("utf-8")  # JSON can carry lone surrogates; Parquet cannot
+        if len(text) >= MIN_CHARACTERS:
+            document_id = hashlib.sha1(text.encode("utf-8"), usedforsecurity=False).hexdigest()
+            yield Document(document_id=document_id, text=text)
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:

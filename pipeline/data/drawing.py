@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.decontamination import NgramSet
-from pipeline.data.documents import Document
+from pipeline.data.documents import Document, is_validation_document
 from pipeline.errors import DataError
 
 _TOKENIZE_BATCH = 16
@@ -45,7 +45,10 @@ class Piece:
 
 @dataclass(kw_only=True, slots=True)
 class DrawableSource:
-    """One source of a mixture without its held-out documents; which others are clean is found out as they come up."""
+    """One source of a mixture without its held-out documents; which others are clean is found out as they come up.
+
+    Validation and training draw from documents of their own, told apart by `is_validation_document`.
+    """
 
     name: str
     documents: list[Document]
@@ -73,19 +76,30 @@ class DrawableSource:
         """Documents that came up and were left out."""
         return sum(not is_clean for is_clean in self._verdicts.values())
 
-    def beginnings(self, max_characters: int) -> Iterator[TextPiece]:
-        """Yield the first piece of each clean document: validation sees many documents rather than much of one."""
-        for document in self.documents:
-            if self._is_clean(document):
-                text = next(split_text(document.text, max_characters=max_characters))
-                yield TextPiece(source=self.name, document_id=document.document_id, text=text)
+    def validation_pieces(self, max_characters: int) -> Iterator[TextPiece]:
+        """Yield the first piece of each clean validation document, then each one's second piece, and so on.
 
-    def shuffled_pieces(self, max_characters: int, *, without: AbstractSet[str]) -> Iterator[TextPiece]:
-        """Yield the pieces of every clean document that is not in `without`, in a seeded order."""
+        So validation sees many documents rather than much of one.
+        """
+        pieces_by_document = [
+            (document, split_text(document.text, max_characters=max_characters))
+            for document in self.documents
+            if is_validation_document(document.document_id)
+        ]
+        while pieces_by_document:
+            unfinished = []
+            for document, pieces in pieces_by_document:
+                if self._is_clean(document) and (text := next(pieces, None)) is not None:
+                    yield TextPiece(source=self.name, document_id=document.document_id, text=text)
+                    unfinished.append((document, pieces))
+            pieces_by_document = unfinished
+
+    def training_pieces(self, max_characters: int) -> Iterator[TextPiece]:
+        """Yield the pieces of every clean training document, in a seeded order."""
         pieces = [
             (document, text)
             for document in self.documents
-            if document.document_id not in without
+            if not is_validation_document(document.document_id)
             for text in split_text(document.text, max_characters=max_characters)
         ]
         random.Random(f"{self.seed} {self.name} pieces").shuffle(pieces)
@@ -136,6 +150,7 @@ def draw(
     weights: Mapping[str, float],
     num_tokens: int,
     what: str,
+    remedy: str,
     report: Callable[[int], None],
 ) -> Drawn:
     """Draw from each stream its share of `num_tokens`; what a dry one owes is shared out over the others.
@@ -143,7 +158,7 @@ def draw(
     A source's last piece is cut where its share ends: in a small mixture whole pieces would bend the shares.
 
     Raises:
-        DataError: when all of them are dry before there are enough tokens.
+        DataError: when all of them are dry before there are enough tokens, ending in `remedy`.
     """
     pieces: list[Piece] = []
     got = dict.fromkeys(streams, 0)
@@ -152,9 +167,9 @@ def draw(
         running = [name for name in streams if name not in exhausted]
         if not running:
             raise DataError(
-                f"the {what} part wants {num_tokens:,} tokens, its sources hold {sum(got.values()):,} without held-out "
-                f"and contaminated documents ({', '.join(f'{name} {count:,}' for name, count in got.items())}): "
-                "lower the tokens, raise max_documents, or add sources"
+                f"the {what} part wants {num_tokens:,} tokens, its sources hold {sum(got.values()):,} in their {what} "
+                f"documents without held-out and contaminated ones "
+                f"({', '.join(f'{name} {count:,}' for name, count in got.items())}): {remedy}"
             )
         running_weight = sum(weights[name] for name in running)
         for name in running:

@@ -1,6 +1,7 @@
 """Packed token sets made of several sources by weight, without anything that is measured.
 
-Training and validation never share a document. What was drawn is checked again from its tokens, and recorded.
+Training and validation never share a document, nor does the training of one mixture with the validation of another:
+`is_validation_document` decides by the document alone. What was drawn is checked again from its tokens, and recorded.
 """
 
 import math
@@ -123,21 +124,23 @@ def build_mixture(
     num_tokens, num_validation = _whole_windows(config.tokens, config), _whole_windows(config.validation_tokens, config)
     wanted = num_tokens + num_validation
     validation = draw(
-        {name: tokenize(source.beginnings(max_characters), tokenizer=tokenizer) for name, source in drawn.items()},
-        weights=weights,
-        num_tokens=num_validation,
-        what="validation",
-        report=lambda done: report(done, wanted),
-    )
-    reserved = {piece.document_id for piece in validation.pieces}
-    training = draw(
         {
-            name: tokenize(source.shuffled_pieces(max_characters, without=reserved), tokenizer=tokenizer)
+            name: tokenize(source.validation_pieces(max_characters), tokenizer=tokenizer)
             for name, source in drawn.items()
         },
         weights=weights,
+        num_tokens=num_validation,
+        what="validation",
+        remedy="one document in sixteen is kept for validation: lower validation_tokens, raise max_documents, or add "
+        "sources",
+        report=lambda done: report(done, wanted),
+    )
+    training = draw(
+        {name: tokenize(source.training_pieces(max_characters), tokenizer=tokenizer) for name, source in drawn.items()},
+        weights=weights,
         num_tokens=num_tokens,
         what="training",
+        remedy="lower the tokens, raise max_documents, or add sources",
         report=lambda done: report(num_validation + done, wanted),
     )
     separator = separator_id(tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.data.documents import Document, select_documents
+from pipeline.data.documents import Document, first_documents, select_documents
 from pipeline.data.embedded import get_embedded, read_embedded
 from pipeline.errors import DataError
 from pipeline.recipe import DatasetSource, EmbeddedSource, FileSource, SourceConfig
@@ -15,6 +15,8 @@ from pipeline.recipe import DatasetSource, EmbeddedSource, FileSource, SourceCon
 
 def read_source(config: SourceConfig, *, downloads: Path) -> Iterator[Document]:
     """Yield a source's documents in the order of their ids: distinct, long enough, at most `max_documents`.
+
+    Those with the smallest ids are kept; of a hub dataset, which is streamed, the first ones.
 
     Raises:
         DataError: when the source cannot be read, naming the file, field or package.
@@ -24,8 +26,12 @@ def read_source(config: SourceConfig, *, downloads: Path) -> Iterator[Document]:
             texts = read_embedded(config.name, downloads=downloads)
         case FileSource():
             texts = _file_texts(config)
+        case DatasetSource(revision=None):
+            texts = _saved_dataset_texts(config)
         case DatasetSource():
-            texts = _dataset_texts(config)
+            texts = _hub_dataset_texts(config, cache_dir=downloads / "datasets")
+            yield from first_documents(texts, max_documents=config.max_documents)
+            return
     yield from select_documents(texts, max_documents=config.max_documents)
 
 
@@ -42,7 +48,9 @@ def source_origin(config: SourceConfig) -> str:
         case FileSource():
             return f"{config.kind} {config.path}"
         case DatasetSource():
-            return f"datasets {config.path} [{config.split}]"
+            subset = f" {config.config_name}" if config.config_name else ""
+            commit = f" at {config.revision[:12]}" if config.revision else ""
+            return f"datasets {config.path}{subset} [{config.split}]{commit}"
 
 
 def _file_texts(config: FileSource) -> Iterator[str]:
@@ -75,23 +83,59 @@ def _parquet_texts(path: Path, config: FileSource) -> Iterator[str]:
         yield _text_of({config.text_field: text}, config, where=f"{path} row {number}")
 
 
-def _dataset_texts(config: DatasetSource) -> Iterator[str]:
+def _saved_dataset_texts(config: DatasetSource) -> Iterator[str]:
     import datasets  # takes seconds to import, and most recipes name no dataset
 
     directory = Path(config.path)
+    if not any((directory / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise DataError(
+            f"source {config.name}: revision is null, and {config.path} is no directory written by save_to_disk: give "
+            "a hub dataset's commit, 40 hex digits, as `revision`, or correct `path` in corpora.sources"
+        )
+    if config.config_name is not None:
+        raise DataError(
+            f"source {config.name}: config_name is {config.config_name!r}, and {config.path} is a directory, which has "
+            "none: set config_name to null"
+        )
     try:
-        if (directory / "dataset_info.json").is_file() or (directory / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(directory))
-            rows: Any = loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(config.path, split=config.split)
+        loaded = datasets.load_from_disk(config.path)
+        rows: Any = loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
     except (OSError, ValueError, KeyError, RuntimeError) as err:
         raise DataError(
-            f"source {config.name}: cannot load dataset {config.path} [{config.split}]: {type(err).__name__}: {err}. "
-            "Without a network, load it elsewhere, write it with save_to_disk, and name that directory as `path`"
+            f"source {config.name}: cannot load {config.path} [{config.split}]: {type(err).__name__}: {err}: correct "
+            "`path` and `split` in corpora.sources, or write the dataset with save_to_disk again"
         ) from err
     for number, row in enumerate(rows):
         yield _text_of(row, config, where=f"row {number}")
+
+
+def _hub_dataset_texts(config: DatasetSource, *, cache_dir: Path) -> Iterator[str]:
+    """Stream the texts: only what is asked for is downloaded."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(config.path).is_dir():
+        raise DataError(
+            f"source {config.name}: revision is {config.revision}, and {config.path} is a directory, which has no "
+            "commits: set revision to null"
+        )
+    try:
+        rows = datasets.load_dataset(
+            config.path,
+            name=config.config_name,
+            split=config.split,
+            revision=config.revision,
+            cache_dir=str(cache_dir),
+            streaming=True,
+        )
+        for number, row in enumerate(rows):
+            yield _text_of(row, config, where=f"row {number}")
+    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as err:
+        raise DataError(
+            f"source {config.name}: cannot read dataset {config.path} [{config.split}] at {config.revision}: "
+            f"{type(err).__name__}: {err}. Without a network, load it elsewhere, write it with save_to_disk, and name "
+            "that directory as `path`, with `revision` and `config_name` null"
+        ) from err
 
 
 def _text_of(row: Any, config: FileSource | DatasetSource, *, where: str) -> str:

@@ -25,20 +25,21 @@ def complete_greedily(
     model: HeterogeneousLlamaForCausalLM,
     *,
     prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
     """Return the most likely continuation of each prompt, token by token, in the order given.
 
+    It ends before the first of `stop_ids`, of which there must be one at least.
     Prompts of like length share a batch; padding stands on the left and is masked. A batch ends when all its rows have.
     """
-    eos_ids = model.architecture.eos_token_ids
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids) or None,
-        pad_token_id=eos_ids[0] if eos_ids else 0,  # masked on the left, cut off on the right
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],  # masked on the left, cut off on the right
         use_cache=True,
     )
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -56,13 +57,13 @@ def complete_greedily(
         )
         assert isinstance(output_BT, torch.Tensor)
         for index, row in zip(batch, output_BT[:, width:].tolist(), strict=True):
-            completions[index] = _until_end(row, eos_ids=eos_ids)
+            completions[index] = _until_end(row, stop_ids=stop_ids)
         on_batch()
     return [completions[index] for index in range(len(prompts))]
 
 
-def _until_end(ids: Sequence[int], *, eos_ids: Sequence[int]) -> Completion:
+def _until_end(ids: Sequence[int], *, stop_ids: Sequence[int]) -> Completion:
     for position, token in enumerate(ids):
-        if token in eos_ids:
+        if token in stop_ids:
             return Completion(ids=tuple(ids[:position]), has_ended=True)
     return Completion(ids=tuple(ids), has_ended=False)

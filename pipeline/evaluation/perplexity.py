@@ -36,9 +36,10 @@ class WindowSums:
 def cut_windows(documents: Iterable[Sequence[int]], *, separator: int, sequence_length: int, max_tokens: int) -> Tensor:
     """Join tokenised documents and cut them into windows of sequence_length + 1 tokens, `tokens_WT`.
 
-    A window predicts its sequence_length last tokens; the next one begins at the last of them, so every token of the
-    text but the first is predicted exactly once. At most `max_tokens` are predicted. A text shorter than one window is
-    one shorter window; otherwise the rest behind the last whole window is left out.
+    A window predicts its sequence_length last tokens; the next one begins at the last of them, so that no token is
+    predicted twice. Where the text holds more than `max_tokens`, evenly spaced windows are kept, so that they come from
+    all its documents and not from the first. A text shorter than one window is one shorter window; otherwise the rest
+    behind the last whole window is left out.
 
     Raises:
         DataError: when the text has fewer than two tokens.
@@ -47,15 +48,15 @@ def cut_windows(documents: Iterable[Sequence[int]], *, separator: int, sequence_
     for document in documents:
         joined.extend(document)
         joined.append(separator)
-        if len(joined) > max_tokens + 1:
-            break
-    num_windows = min(max_tokens, len(joined) - 1) // sequence_length
-    if num_windows <= 0:
+    num_cut = (len(joined) - 1) // sequence_length
+    num_kept = min(num_cut, max_tokens // sequence_length)
+    if num_kept <= 0:
         shorter = min(len(joined), max_tokens + 1)
         if shorter < 2:
             raise DataError(f"a held-out set has {len(joined)} tokens: perplexity needs at least 2; add documents")
         return torch.tensor([joined[:shorter]], dtype=torch.long)
-    starts = range(0, num_windows * sequence_length, sequence_length)
+    # The middle one of each of num_kept equal runs of windows; all of them where all are kept.
+    starts = [(2 * place + 1) * num_cut // (2 * num_kept) * sequence_length for place in range(num_kept)]
     return torch.tensor([joined[start : start + sequence_length + 1] for start in starts], dtype=torch.long)
 
 

@@ -39,8 +39,9 @@ class MultipleChoiceQuality(Frozen):
 class ModeQuality(Frozen):
     """Greedy answers in one reasoning mode."""
 
-    accuracy: Estimate
-    accuracy_by_task: dict[str, Estimate]
+    answer_found: Estimate = Field(description="the right answer can be taken from the reply by a fixed rule")
+    answer_found_by_task: dict[str, Estimate]
+    exact_reply: Estimate = Field(description="what stands after the thought is the right answer and nothing else")
     toggle_compliance: Estimate
     mean_tokens: float
     num_truncated: int = Field(description="answers that reached max_new_tokens before an end token")

@@ -1,4 +1,4 @@
-"""Greedy answers to the held-out reasoning items in both modes, their accuracy, and whether they obey the switch.
+"""Greedy answers to the held-out reasoning items in both modes: are they right, and do they obey the switch?
 
 Models in, figures out: no files.
 """
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.chat import generation_prompt_ids, reasoning_messages, split_thinking
+from pipeline.data.chat import generation_prompt_ids, reasoning_messages, split_thinking, stop_token_ids
 from pipeline.data.reasoning_items import ReasoningItem, score_answer
 from pipeline.errors import DataError
+from pipeline.evaluation.extraction import extract_answer
 from pipeline.evaluation.generation import complete_greedily
 from pipeline.evaluation.intervals import share
 from pipeline.evaluation.results import Mode, ModeQuality
@@ -30,10 +31,11 @@ class Answer:
 def is_compliant(text: str, *, mode: Mode) -> bool:
     """Return whether a reply has the form its mode asks for.
 
-    on: exactly one think block, closed, at the very start, with words in it and an answer behind it. off: no tag.
+    on: exactly one think block, closed, at the very start, with words in it and an answer behind it.
+    off: an answer and no tag.
     """
     parse = split_thinking(text)
-    return parse.is_well_formed if mode == "on" else parse.num_blocks == 0
+    return parse.is_well_formed if mode == "on" else parse.num_blocks == 0 and bool(parse.answer)
 
 
 def answer_items(
@@ -51,7 +53,12 @@ def answer_items(
         generation_prompt_ids(tokenizer, reasoning_messages(item.question, thinking=mode == "on")) for item in items
     ]
     completions = complete_greedily(
-        model, prompts=prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, on_batch=on_batch
+        model,
+        prompts=prompts,
+        stop_ids=stop_token_ids(tokenizer, model.architecture.eos_token_ids),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_batch=on_batch,
     )
     return [
         Answer(
@@ -66,20 +73,29 @@ def answer_items(
 
 
 def mode_quality(answers: Sequence[Answer], *, mode: Mode, max_new_tokens: int) -> ModeQuality:
-    """Return accuracy and toggle compliance of the replies in one mode. An answer without words is wrong.
+    """Return how many replies in one mode are right and obey the switch. An answer without words is wrong.
+
+    Right is counted twice: an exact reply is the bare answer, which only fine-tuning teaches; an answer is found where
+    the reply is exact or `extract_answer` takes the right one from it, which compares models whatever their manners.
 
     Raises:
         DataError: without a reply.
     """
     if not answers:
         raise DataError("there are no reasoning items: set evaluation_sets.reasoning_items_per_task to at least 1")
-    is_right = [_is_right(answer) for answer in answers]
+    num_exact = 0
+    is_found: list[bool] = []
     by_task: dict[str, list[bool]] = {}
-    for answer, right in zip(answers, is_right, strict=True):
-        by_task.setdefault(answer.item.task, []).append(right)
+    for answer in answers:
+        visible = split_thinking(answer.text).answer
+        is_exact = _is_right(answer.item, visible)
+        num_exact += is_exact
+        is_found.append(is_exact or _is_right(answer.item, extract_answer(visible, reference=answer.item.answer)))
+        by_task.setdefault(answer.item.task, []).append(is_found[-1])
     return ModeQuality(
-        accuracy=share(sum(is_right), num_samples=len(answers)),
-        accuracy_by_task={task: share(sum(found), num_samples=len(found)) for task, found in by_task.items()},
+        answer_found=share(sum(is_found), num_samples=len(answers)),
+        answer_found_by_task={task: share(sum(found), num_samples=len(found)) for task, found in by_task.items()},
+        exact_reply=share(num_exact, num_samples=len(answers)),
         toggle_compliance=share(
             sum(is_compliant(answer.text, mode=mode) for answer in answers), num_samples=len(answers)
         ),
@@ -90,6 +106,5 @@ def mode_quality(answers: Sequence[Answer], *, mode: Mode, max_new_tokens: int) 
     )
 
 
-def _is_right(answer: Answer) -> bool:
-    visible = split_thinking(answer.text).answer
-    return bool(visible) and score_answer(answer.item, visible) == 1.0
+def _is_right(item: ReasoningItem, text: str) -> bool:
+    return bool(text) and score_answer(item, text) == 1.0

@@ -34,8 +34,6 @@ from pipeline.puzzle.library import BlockKey, BlockRecord, LossPoint
 from pipeline.recipe import BlockLibraryConfig, OptimizerConfig
 from pipeline.training.schedules import learning_rate_factor
 
-BETAS = (0.9, 0.95)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedBlock:
@@ -239,9 +237,9 @@ def _optimizer_config(settings: BlockLibraryConfig) -> OptimizerConfig:
         learning_rate=settings.learning_rate,
         min_learning_rate_ratio=settings.min_learning_rate_ratio,
         warmup_ratio=settings.warmup_ratio,
-        schedule="cosine",
+        schedule=settings.schedule,
         weight_decay=settings.weight_decay,
-        betas=BETAS,
+        betas=settings.betas,
         max_grad_norm=settings.max_grad_norm,
     )
 

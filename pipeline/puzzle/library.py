@@ -204,12 +204,18 @@ def load_block(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> dict
     """Return the trained tensors of one variant, relative to its layer.
 
     Raises:
-        ArtifactError: when the block failed to train, or the store holds other weights than the index names.
+        ArtifactError: when the block failed to train, or the store no longer holds the weights that the index names.
     """
     entry = index.entry(key)
     if entry.fingerprint is None:
         raise ArtifactError(f"{key} is {entry.kind} in the block library and has no weights: make the library again")
-    artifact = store.open(BLOCK_ASSET, entry.fingerprint)
+    artifact = store.find(BLOCK_ASSET, entry.fingerprint)
+    if artifact is None:
+        raise ArtifactError(
+            f"{store.directory(BLOCK_ASSET, entry.fingerprint)} is missing, which the block library names as the "
+            f"weights of {key}: delete the block_library artifact's directory below {store.root / 'block_library'} and "
+            "materialize block_library again; it trains only the blocks that are missing"
+        )
     if artifact.content_hash != entry.content_hash:
         raise ArtifactError(
             f"{artifact.path} has content {artifact.content_hash}, the block library names {entry.content_hash}: "

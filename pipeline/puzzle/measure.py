@@ -16,7 +16,7 @@ from pipeline.progress import Reporter
 from pipeline.puzzle.calibration import PHASES, Phase
 from pipeline.puzzle.devices import num_threads
 from pipeline.puzzle.timing import time_generation
-from pipeline.recipe import Scenario, SpeedReportConfig
+from pipeline.recipe import MeasurementConfig, Scenario
 
 CONFIDENCE = 0.95
 
@@ -57,24 +57,24 @@ def measure_models(
     models: Mapping[str, HeterogeneousLlamaForCausalLM],
     scenarios: Sequence[Scenario],
     *,
-    speed: SpeedReportConfig,
+    measurement: MeasurementConfig,
     threads: int,
     reporter: Reporter,
 ) -> Measurements:
-    """Time prefill and decode of every model in every scenario: `speed.rounds` rounds of one timing each, in turn.
+    """Time prefill and decode of every model in every scenario: `measurement.rounds` rounds, one timing each.
 
-    The model that begins changes from round to round; `speed.warmups` rounds are thrown away.
+    The model that begins changes from round to round; `measurement.warmups` rounds are thrown away.
     """
     names = list(models)
     times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
-    num_rounds = speed.warmups + speed.rounds
+    num_rounds = measurement.warmups + measurement.rounds
     with num_threads(threads):
         for round_index in range(num_rounds):
             begin = round_index % len(names)
             for scenario in scenarios:
                 for name in names[begin:] + names[:begin]:
                     timing = time_generation(models[name], scenario)
-                    if round_index >= speed.warmups:
+                    if round_index >= measurement.warmups:
                         for phase in PHASES:
                             times[name, scenario.name, phase].append(timing.of(phase))
             reporter.step(round_index + 1, num_rounds, what="measuring rounds")

@@ -16,7 +16,7 @@ from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
 from pipeline.puzzle.predictions import CostModel, LinearLimit, linear_limits, predict
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
 from pipeline.puzzle.tables import PROFILE, SCORES, read_table
-from pipeline.recipe import Limit, Pin, ProfileConfig, SearchConfig, Target
+from pipeline.recipe import Limit, Pin, ProfileConfig, Requirements, SearchConfig
 
 CALIBRATION_FILE = "calibration.json"
 ARCHITECTURE_FILE = "architecture.json"
@@ -80,7 +80,7 @@ def recalibrated(costs: CostModel, calibration: Calibration) -> CostModel:
 
 
 def search(
-    scores: pl.DataFrame, *, costs: CostModel, target_name: str, target: Target, settings: SearchConfig
+    scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
 ) -> SolutionRecord:
     """Solve the programme of one target.
 
@@ -88,7 +88,7 @@ def search(
         InfeasibleError: when no choice of blocks meets its limits.
         RecipeError: when a pin asks for a block that was never scored.
     """
-    problem = build_problem(scores, costs=costs, target=target, objective=settings.objective)
+    problem = build_problem(scores, costs=costs, requirements=requirements, objective=settings.objective)
     solution = solve(problem, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
     baseline = greedy(problem)
     broken = violated_limits(solution.blocks, problem.limits)
@@ -107,7 +107,7 @@ def search(
 
 
 def build_problem(
-    scores: pl.DataFrame, *, costs: CostModel, target: Target, objective: Literal["kl", "lm_loss"]
+    scores: pl.DataFrame, *, costs: CostModel, requirements: Requirements, objective: Literal["kl", "lm_loss"]
 ) -> Problem:
     """Return the candidates that the pins leave, with their scores, and the target's limits.
 
@@ -128,12 +128,12 @@ def build_problem(
             [replace(candidate, score=candidate.score - parent_loss) for candidate in candidates]
             for candidates in layers
         ]
-    for pin in target.pins:
+    for pin in requirements.pins:
         layers = _pinned(layers, pin, parent=parent)
     blocks = [candidate.block for candidates in layers for candidate in candidates]
     return Problem(
         layers=tuple(tuple(candidates) for candidates in layers),
-        limits=linear_limits(target.limits, costs=costs, blocks=blocks),
+        limits=linear_limits(requirements.limits, costs=costs, blocks=blocks),
     )
 
 

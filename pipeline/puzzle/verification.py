@@ -1,14 +1,19 @@
-"""Does the assembled child do what was asked? A target's limits against measured times and counted sizes. Pure."""
+"""Does a model do what was asked? A target's limits against measured times and counted sizes. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.architecture import Architecture
+from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters, weight_mib
 from pipeline.puzzle.calibration import PHASES, Calibration, Phase, calibrate
 from pipeline.puzzle.measure import Measurements
-from pipeline.puzzle.predictions import CostModel
+from pipeline.puzzle.mip import VERIFICATION_TOLERANCE
+from pipeline.puzzle.predictions import CostModel, describe_limit
 from pipeline.puzzle.search import LimitRecord, SolutionRecord
-from pipeline.recipe import Limit, Scenario
+from pipeline.recipe import Limit, ProfileConfig, Scenario
 
 PARENT, CHILD = "parent", "child"
+SPEEDS = ("decode_speed", "prefill_speed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,11 +25,57 @@ class CheckedLimit:
     is_met: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredLimit:
+    """One limit on a model that nobody predicted; `needs_tolerance` where a timing misses the bound itself."""
+
+    name: str
+    bound: float
+    measured: float
+    is_met: bool
+    needs_tolerance: bool
+
+
 def check_limits(
     record: SolutionRecord, measurements: Measurements, *, costs: CostModel, tolerance: float
 ) -> tuple[CheckedLimit, ...]:
     """Compare every limit with what was measured; timings may miss their bound by the share `tolerance`."""
     return tuple(_check(limit, measurements, costs=costs, tolerance=tolerance) for limit in record.limits)
+
+
+def check_model(
+    limits: Sequence[Limit],
+    measurements: Measurements,
+    *,
+    model: str,
+    architecture: Architecture,
+    parent: Architecture,
+    profile: ProfileConfig,
+    tolerance: float,
+) -> tuple[MeasuredLimit, ...]:
+    """Compare every limit with what the named model was measured to do, and with what its own architecture holds."""
+    found = []
+    for limit in limits:
+        scenario = next((one for one in profile.scenarios if one.name == limit.scenario), None)
+        measured = None if scenario is None else _timed(limit, measurements, model=model, scenario=scenario)
+        allowed = tolerance
+        if measured is None:
+            size = BYTES_PER_PARAMETER[profile.precision]
+            measured = _counted(limit, architecture, scenario=scenario, bytes_per_value=size)
+            if limit.relative_to == "parent":
+                measured /= _counted(limit, parent, scenario=scenario, bytes_per_value=size)
+            allowed = VERIFICATION_TOLERANCE
+        is_met = _meets(limit, measured, tolerance=allowed)
+        found.append(
+            MeasuredLimit(
+                name=describe_limit(limit),
+                bound=limit.bound,
+                measured=measured,
+                is_met=is_met,
+                needs_tolerance=is_met and not _meets(limit, measured, tolerance=VERIFICATION_TOLERANCE),
+            )
+        )
+    return tuple(found)
 
 
 def recalibrate(record: SolutionRecord, measurements: Measurements, *, costs: CostModel) -> Calibration:
@@ -39,30 +90,43 @@ def recalibrate(record: SolutionRecord, measurements: Measurements, *, costs: Co
 
 def _check(record: LimitRecord, measurements: Measurements, *, costs: CostModel, tolerance: float) -> CheckedLimit:
     limit = record.limit
-    if limit.quantity in ("decode_speed", "prefill_speed"):
+    scenario = None if limit.scenario is None else costs.scenario(limit.scenario)
+    measured = None if scenario is None else _timed(limit, measurements, model=CHILD, scenario=scenario)
+    if measured is None:
+        return CheckedLimit(record=record, measured=record.predicted, is_met=record.is_met)
+    return CheckedLimit(record=record, measured=measured, is_met=_meets(limit, measured, tolerance=tolerance))
+
+
+def _meets(limit: Limit, value: float, *, tolerance: float) -> bool:
+    if limit.quantity in SPEEDS:
+        return value >= limit.bound * (1 - tolerance)
+    return value <= limit.bound * (1 + tolerance)
+
+
+def _timed(limit: Limit, measurements: Measurements, *, model: str, scenario: Scenario) -> float | None:
+    """Return a timed quantity in the unit of its bound, None for a counted one."""
+    if limit.quantity in SPEEDS:
         phase: Phase = "decode" if limit.quantity == "decode_speed" else "prefill"
-        measured = _speed(limit, measurements, scenario=_scenario(limit, costs), phase=phase)
-        return CheckedLimit(record=record, measured=measured, is_met=measured >= limit.bound * (1 - tolerance))
-    if limit.quantity == "latency_ms":
-        measured = _latency(limit, measurements, scenario=_scenario(limit, costs))
-        return CheckedLimit(record=record, measured=measured, is_met=measured <= limit.bound * (1 + tolerance))
-    return CheckedLimit(record=record, measured=record.predicted, is_met=record.is_met)
+        if limit.relative_to == "parent":
+            return measurements.speedup(model, scenario.name, phase, over=PARENT).median
+        return measurements.tokens_per_second(model, scenario, phase).median
+    if limit.quantity != "latency_ms":
+        return None
+    latency_ms = _latency_ms(measurements, model=model, scenario=scenario)
+    is_relative = limit.relative_to == "parent"
+    return latency_ms / _latency_ms(measurements, model=PARENT, scenario=scenario) if is_relative else latency_ms
 
 
-def _speed(limit: Limit, measurements: Measurements, *, scenario: Scenario, phase: Phase) -> float:
-    if limit.relative_to == "parent":
-        return measurements.speedup(CHILD, scenario.name, phase, over=PARENT).median
-    return measurements.tokens_per_second(CHILD, scenario, phase).median
+def _latency_ms(measurements: Measurements, *, model: str, scenario: Scenario) -> float:
+    prefill_ms = measurements.median_ms(model, scenario.name, "prefill")
+    return prefill_ms + scenario.generation_tokens * measurements.median_ms(model, scenario.name, "decode")
 
 
-def _latency(limit: Limit, measurements: Measurements, *, scenario: Scenario) -> float:
-    def of(model: str) -> float:
-        prefill_ms = measurements.median_ms(model, scenario.name, "prefill")
-        return prefill_ms + scenario.generation_tokens * measurements.median_ms(model, scenario.name, "decode")
-
-    return of(CHILD) / of(PARENT) if limit.relative_to == "parent" else of(CHILD)
-
-
-def _scenario(limit: Limit, costs: CostModel) -> Scenario:
-    assert limit.scenario is not None  # the recipe's own check: every measured quantity names one
-    return costs.scenario(limit.scenario)
+def _counted(limit: Limit, architecture: Architecture, *, scenario: Scenario | None, bytes_per_value: float) -> float:
+    if limit.quantity == "num_parameters":
+        return num_parameters(architecture)
+    kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=bytes_per_value)
+    if scenario is None:
+        return kv_bytes
+    cached = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
+    return weight_mib(num_parameters(architecture), bytes_per_parameter=bytes_per_value) + kv_bytes * cached / MIB

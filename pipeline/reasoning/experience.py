@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.chat import generation_prompt_ids, reasoning_messages
+from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.reasoning.grpo import group_advantages, share_zero_advantage_groups
 from pipeline.reasoning.policy import RowStatistics, SampledRow, row_statistics
 from pipeline.reasoning.rewards import Verdict, judge
-from pipeline.reasoning.rollout import Completion, end_of_turn_id, sample_completions, seeded_generator
+from pipeline.reasoning.rollout import Completion, sample_completions, seeded_generator
 from pipeline.recipe import RLConfig
 from pipeline.training.engine import TrainEngine
 
@@ -89,7 +89,7 @@ def collect_rollout(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=1.0,
-        end_token_id=end_of_turn_id(tokenizer),
+        stop_ids=stop_token_ids(tokenizer, policy.architecture.eos_token_ids),
         generator=seeded_generator("rollout", config.seed, step, engine.rank, device=engine.device),
     )
     texts = [[_text(completion, tokenizer) for completion in group] for group in groups]

@@ -6,14 +6,13 @@ whole vocabulary where one number per token is wanted.
 Letters: B rows still being sampled, T tokens, V vocab_size, K most likely words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from pipeline.data.chat import tokenize_conversation
 from pipeline.fingerprint import fingerprint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 
@@ -40,14 +39,6 @@ def seeded_generator(*seed: int | str, device: torch.device | str) -> torch.Gene
     return torch.Generator(device).manual_seed(int(fingerprint(list(seed))[:15], 16))
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token with which the chat template ends an assistant's turn."""
-    sample = tokenize_conversation(
-        tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    )
-    return [id_ for id_, is_trained in zip(sample.ids, sample.trained_mask, strict=True) if is_trained][-1]
-
-
 @torch.no_grad()
 def sample_completions(
     model: HeterogeneousLlamaForCausalLM,
@@ -57,10 +48,12 @@ def sample_completions(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    end_token_id: int,
+    stop_ids: Collection[int],
     generator: torch.Generator,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of every prompt in one batch; each prompt is read once.
+
+    A completion ends with the first of `stop_ids`, or after `max_new_tokens`.
 
     Returns:
         One list per prompt, in order.
@@ -84,7 +77,7 @@ def sample_completions(
         for row, id_, logprob in zip(rows, sampled.ids_B.tolist(), sampled.logprobs_B.tolist(), strict=True):
             ids[row].append(id_)
             logprobs[row].append(logprob)
-            is_terminated[row] = id_ == end_token_id
+            is_terminated[row] = id_ in stop_ids
         if num_done == max_new_tokens or all(is_terminated):
             break
         going = [place for place, row in enumerate(rows) if not is_terminated[row]]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.chat import TEMPLATE_DATE, THINK_CLOSE, THINK_OPEN, generation_prompt_ids
+from pipeline.data.chat import TEMPLATE_DATE, THINK_CLOSE, THINK_OPEN, generation_prompt_ids, stop_token_ids
 from pipeline.data.decontamination import NgramSet
 from pipeline.errors import DataError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
-from pipeline.reasoning.rollout import Completion, end_of_turn_id, sample_completions, seeded_generator
+from pipeline.reasoning.rollout import Completion, sample_completions, seeded_generator
 from pipeline.recipe import ChatConfig
 
 _MARK = "THE-USER-SPEAKS-HERE"
@@ -55,7 +55,7 @@ def sample_self_chat(
     A question must end; an answer may be cut off, as most of a small model's are at a hundred tokens (41 of 48 for
     SmolLM2 at 96).
     """
-    end_token_id = end_of_turn_id(tokenizer)
+    stop_ids = stop_token_ids(tokenizer, model.architecture.eos_token_ids)
     header_ids = user_header_ids(tokenizer)
     turns: list[ChatTurn] = []
     num_dropped: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def sample_self_chat(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            end_token_id=end_token_id,
+            stop_ids=stop_ids,
             generator=generator,
         )[0]
         questions = []
@@ -86,7 +86,7 @@ def sample_self_chat(
                 seen.add(question)
             else:
                 num_dropped[f"question: {flaw}"] += 1
-        answered = _answer(model, tokenizer, questions, config=config, end_token_id=end_token_id, generator=generator)
+        answered = _answer(model, tokenizer, questions, config=config, stop_ids=stop_ids, generator=generator)
         for question, completion in zip(questions, answered, strict=True):
             answer = _text(completion, tokenizer)
             flaw = find_flaw(answer)
@@ -134,7 +134,7 @@ def _answer(
     questions: Sequence[str],
     *,
     config: ChatConfig,
-    end_token_id: int,
+    stop_ids: Sequence[int],
     generator: torch.Generator,
 ) -> list[Completion]:
     if not questions:
@@ -147,7 +147,7 @@ def _answer(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        end_token_id=end_token_id,
+        stop_ids=stop_ids,
         generator=generator,
     )
     return [group[0] for group in groups]

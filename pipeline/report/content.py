@@ -11,11 +11,17 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import CheckpointEvaluation
 from pipeline.progress import format_duration
 from pipeline.report.evaluation_tables import MISSING, write_estimate
-from pipeline.report.inputs import ReportInputs
+from pipeline.report.inputs import ReportInputs, TargetLimits
 from pipeline.stage import Table
 
 FINAL = "rl"
 BF16_BYTES = 2
+ANSWER_FOUND = (
+    "A right answer is found in a reply to a reasoning task when the task's verifier accepts all that stands after the "
+    "thought or, failing that, what a fixed rule takes from it: the last \\boxed{...}; else the last number, where the "
+    "reference is one; else the last word or the quotation at the end. This compares parent and child, because the "
+    "parent was never taught to reply with the bare answer, as an exact reply must."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,14 +64,14 @@ QUANTITIES = (
         name="multiple-choice accuracy (normalised)", of=mean_multiple_choice, is_higher_better=True, as_percent=True
     ),
     Quantity(
-        name="reasoning accuracy, thinking on",
-        of=lambda evaluation: evaluation.thinking_on.accuracy,
+        name="rate of right answers found, thinking on",
+        of=lambda evaluation: evaluation.thinking_on.answer_found,
         is_higher_better=True,
         as_percent=True,
     ),
     Quantity(
-        name="reasoning accuracy, thinking off",
-        of=lambda evaluation: evaluation.thinking_off.accuracy,
+        name="rate of right answers found, thinking off",
+        of=lambda evaluation: evaluation.thinking_off.answer_found,
         is_higher_better=True,
         as_percent=True,
     ),
@@ -114,21 +120,37 @@ def verdict(inputs: ReportInputs, *, target_name: str) -> str:
             f"{final.text_overall.num_tokens:,} held-out tokens"
         )
         on, off = final.thinking_on.toggle_compliance, final.thinking_off.toggle_compliance
+        before_on, before_off = parent.thinking_on.answer_found, parent.thinking_off.answer_found
+        found_on, found_off = final.thinking_on.answer_found, final.thinking_off.answer_found
+        parts.append(
+            f"replies with a right answer in {100 * found_on.value:.0f}% (thinking on) and "
+            f"{100 * found_off.value:.0f}% (off) against {100 * before_on.value:.0f}% and {100 * before_off.value:.0f}%"
+        )
         parts.append(
             f"obeys the reasoning switch in {100 * on.value:.0f}% (on) and {100 * off.value:.0f}% (off) of "
             f"{on.num_samples} answers per mode"
         )
-    missed = inputs.metric("child_checkpoint", "num_missed_limits")
-    if missed is not None:
-        parts.append(
-            "meets its target when measured"
-            if missed == 0
-            else f"misses {missed:.0f} limit{'s' if missed > 1 else ''} of its target when measured"
-        )
+    limits = inputs.target_limits()
+    if limits is not None and limits.num_limits:
+        parts.append(write_target_limits(limits))
     if not parts:
         return f"Nothing was measured for target {target_name}."
     said = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
     return f"For target {target_name}, the child {said}."
+
+
+def write_target_limits(limits: TargetLimits) -> str:
+    """Return how the final checkpoint stands to the target's limits, in a few words."""
+    if limits.num_missed:
+        text = f"misses {limits.num_missed} of the {_limits(limits.num_limits)} of its target when measured"
+    else:
+        text = "meets its target when measured"
+    if not limits.num_within_tolerance:
+        return text
+    number = "all" if limits.num_within_tolerance == limits.num_limits else f"{limits.num_within_tolerance}"
+    return f"{text} ({number} of its {_limits(limits.num_limits)} only within the tolerance of " + (
+        f"{100 * limits.speed_tolerance:g}%)"
+    )
 
 
 def where_it_loses(inputs: ReportInputs) -> list[str]:
@@ -152,10 +174,19 @@ def where_it_loses(inputs: ReportInputs) -> list[str]:
                     f"{write_estimate(before, as_percent=quantity.as_percent)}"
                     + (" (the intervals overlap)." if overlap else ".")
                 )
-    missed = inputs.metric("child_checkpoint", "num_missed_limits")
-    if missed:
-        found.append(f"Measured, the assembled child misses {missed:.0f} of its target's limits.")
+    limits = inputs.target_limits()
+    if limits is not None and limits.num_missed:
+        found.append(f"It misses {limits.num_missed} of its target's {_limits(limits.num_limits)} when measured.")
+    if limits is not None and limits.num_within_tolerance:
+        found.append(
+            f"It meets {limits.num_within_tolerance} of its target's {_limits(limits.num_limits)} only within the "
+            f"tolerance of {100 * limits.speed_tolerance:g}%."
+        )
     return found
+
+
+def _limits(number: int) -> str:
+    return f"{number} limit" if number == 1 else f"{number} limits"
 
 
 def headline_table(inputs: ReportInputs) -> Table:

@@ -90,7 +90,7 @@ def multiple_choice_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Ta
 
 
 def reasoning_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
-    """Return greedy answers in both modes: accuracy, toggle compliance, length; one checkpoint and mode per row."""
+    """Return what greedy answers are worth in both modes, and how long they are; one checkpoint and mode per row."""
     rows = []
     for name in ordered(evaluations):
         for mode in ("on", "off"):
@@ -100,18 +100,20 @@ def reasoning_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
                     STAGE_TITLES[name],
                     mode,
                     write_estimate(quality.toggle_compliance, as_percent=True),
-                    write_estimate(quality.accuracy, as_percent=True),
+                    write_estimate(quality.answer_found, as_percent=True),
+                    write_estimate(quality.exact_reply, as_percent=True),
                     round(quality.mean_tokens, 1),
                     quality.num_truncated,
                     quality.num_empty,
-                    quality.accuracy.num_samples,
+                    quality.answer_found.num_samples,
                 )
             )
     columns = (
         "checkpoint",
         "thinking",
         "obeys the switch",
-        "accuracy",
+        "right answer found",
+        "exact reply",
         "mean tokens",
         "cut off",
         "empty",
@@ -120,16 +122,16 @@ def reasoning_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
     return Table.of(columns, rows)
 
 
-def accuracy_by_task_table(evaluation: CheckpointEvaluation) -> Table:
-    """Return one checkpoint's accuracy per reasoning task and mode."""
+def answers_by_task_table(evaluation: CheckpointEvaluation) -> Table:
+    """Return in how many of one checkpoint's replies the right answer is found, per reasoning task and mode."""
     rows = [
         (
             task,
             write_estimate(on, as_percent=True),
-            write_estimate(evaluation.thinking_off.accuracy_by_task[task], as_percent=True),
+            write_estimate(evaluation.thinking_off.answer_found_by_task[task], as_percent=True),
             on.num_samples,
         )
-        for task, on in evaluation.thinking_on.accuracy_by_task.items()
+        for task, on in evaluation.thinking_on.answer_found_by_task.items()
     ]
     return Table.of(("task", "thinking on", "thinking off", "n (items)"), rows)
 
@@ -157,5 +159,6 @@ def evaluation_metrics(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[
             metrics[f"{name}_{set_name}_accuracy_normalised"] = quality.accuracy_normalised.value
         for mode in ("on", "off"):
             metrics[f"{name}_toggle_compliance_{mode}"] = found.mode(mode).toggle_compliance.value
-            metrics[f"{name}_accuracy_{mode}"] = found.mode(mode).accuracy.value
+            metrics[f"{name}_accuracy_{mode}"] = found.mode(mode).answer_found.value
+            metrics[f"{name}_exact_reply_{mode}"] = found.mode(mode).exact_reply.value
     return metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.architecture import Architecture
+from pipeline.architecture import Architecture, Frozen
 from pipeline.artifacts import MANIFEST, RESULT, Manifest, RunRecord, read_json
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.intervals import Estimate
@@ -35,6 +35,15 @@ class StageRecord:
     fingerprint: str
     content_hash: str
     provenance: Mapping[str, str | int | float]
+
+
+class TargetLimits(Frozen):
+    """How the final checkpoint stands to its target's limits; within tolerance: met by the recipe's tolerance alone."""
+
+    num_limits: int
+    num_missed: int
+    num_within_tolerance: int
+    speed_tolerance: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +75,18 @@ class ReportInputs:
             low=metrics[f"{phase}_speedup_low"],
             high=metrics[f"{phase}_speedup_high"],
             num_samples=int(metrics["num_rounds"]),
+        )
+
+    def target_limits(self) -> TargetLimits | None:
+        """Return how the final checkpoint, as measured, stands to the target; None without a speed report."""
+        if "speed_report" not in self.records:
+            return None
+        metrics = self.records["speed_report"].result.metrics
+        return TargetLimits(
+            num_limits=int(metrics["num_limits"]),
+            num_missed=int(metrics["num_missed_limits"]),
+            num_within_tolerance=int(metrics["num_limits_within_tolerance"]),
+            speed_tolerance=metrics["speed_tolerance"],
         )
 
     def predicted_speedup(self, phase: str) -> Number | None:

@@ -47,6 +47,7 @@ def render_model_card(inputs: ReportInputs, *, subject: CardSubject) -> str:
         licence=licence(subject.parent),
         verdict=content.verdict(inputs, target_name=subject.target_name),
         losses=content.where_it_loses(inputs),
+        answer_found=content.ANSWER_FOUND,
         headline=content.headline_table(inputs),
         quality=evaluation_tables.quality_table(inputs.evaluations),
         choices=evaluation_tables.multiple_choice_table(inputs.evaluations),

@@ -46,6 +46,7 @@ def compose_page(
         _section(
             "summary",
             "Parent and child",
+            intro=content.ANSWER_FOUND if inputs.evaluations else "",
             tables={"Final checkpoint against its parent": content.headline_table(inputs)},
         ),
         _section("architecture", "Architecture", figures=_pick(figures, "architecture")),
@@ -115,13 +116,15 @@ def _toggle_section(inputs: ReportInputs, *, figures: Mapping[str, str]) -> Sect
     final = inputs.evaluations.get(content.FINAL)
     tables = {"Greedy answers in both modes": evaluation_tables.reasoning_table(inputs.evaluations)}
     if final is not None:
-        tables["Final checkpoint by task"] = evaluation_tables.accuracy_by_task_table(final)
+        tables["Right answer found, final checkpoint by task"] = evaluation_tables.answers_by_task_table(final)
     return _section(
         "toggle",
         "Reasoning on and off",
         intro=(
             "On obeys when the reply is exactly one closed think block followed by an answer; off obeys when there is "
-            "no think tag. An empty answer counts as wrong. The answers below are the final checkpoint's, as generated."
+            "an answer and no think tag. An empty answer counts as wrong. An exact reply is the right answer and "
+            "nothing else behind the thought; how a right answer is found in other replies stands with the first "
+            "table. The answers below are the final checkpoint's, as generated."
         ),
         figures=_pick(figures, "toggle"),
         tables=tables,

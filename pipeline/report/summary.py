@@ -8,7 +8,7 @@ from pipeline.architecture import Frozen
 from pipeline.costs import num_parameters
 from pipeline.errors import ArtifactError
 from pipeline.progress import format_duration
-from pipeline.report.inputs import ReportInputs, read_inputs
+from pipeline.report.inputs import ReportInputs, TargetLimits, read_inputs
 
 REPORT_FILE = "report.html"
 
@@ -68,6 +68,7 @@ class Summary(Frozen):
     perplexity: Perplexities
     kl: Divergences
     toggle_compliance: ToggleCompliance
+    target_limits: TargetLimits
     exported_model: str
     report: str
 
@@ -83,6 +84,9 @@ def build_summary(
         ArtifactError: when an artifact is not finished, or a figure is not among what its stage reported.
     """
     inputs = read_inputs(artifacts)
+    limits = inputs.target_limits()
+    if limits is None:
+        raise ArtifactError("there is no speed_report: materialize it before its figures are summed up")
     evaluations = inputs.evaluations
     perplexity = {name: found.text_overall.perplexity.value for name, found in evaluations.items()}
     kl = {name: found.text_overall.kl_nats_per_token.value for name, found in evaluations.items()}
@@ -103,6 +107,7 @@ def build_summary(
         toggle_compliance=ToggleCompliance(
             on=final.thinking_on.toggle_compliance.value, off=final.thinking_off.toggle_compliance.value
         ),
+        target_limits=limits,
         exported_model=_relative(artifacts["exported_model"], repository_root),
         report=_relative(artifacts["report"] / REPORT_FILE, repository_root),
     )
@@ -111,6 +116,7 @@ def build_summary(
 def render_summary(summary: Summary) -> str:
     """Return the summary as a plain-text table."""
     parameters, speed, predicted = summary.parameters, summary.speedup, summary.predicted_speedup
+    limits = summary.target_limits
     change = 100 * (parameters.child / parameters.parent - 1)
     lines = [
         f"Recipe {summary.recipe}, target {summary.target}",
@@ -120,6 +126,10 @@ def render_summary(summary: Summary) -> str:
         f"  {'prefill speed':<20} {speed.prefill:>13.2f}x measured, {predicted.prefill:.2f}x predicted",
         f"  {'reasoning switch':<20} {100 * summary.toggle_compliance.on:>13.0f}% obey on, "
         f"{100 * summary.toggle_compliance.off:.0f}% obey off",
+        f"  {'target limits':<20} {limits.num_limits - limits.num_missed:>14} of {limits.num_limits} met by the final "
+        "checkpoint",
+        f"  {'':<20} {limits.num_within_tolerance:>14} of them only within the tolerance of "
+        f"{100 * limits.speed_tolerance:g}%",
         "",
         f"  {'checkpoint':<20} {'perplexity':>14} {'KL to parent, nats/token':>26}",
     ]

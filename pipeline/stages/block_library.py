@@ -31,6 +31,7 @@ from pipeline.puzzle.library import (
 )
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.tables import LOSSES, SCHEMAS, write_table
+from pipeline.report.drawings import draw_library, save_figures
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockLibraryStage
 from pipeline.training.distributed import barrier
@@ -64,7 +65,8 @@ def run(config: BlockLibraryStage, inputs: StageInputs, out_dir: Path) -> StageR
     records = {key: read_record(artifact) for key, artifact in found.items()}
     out_dir.mkdir(parents=True, exist_ok=True)
     write_index(out_dir, index)
-    write_table(out_dir, LOSSES, _losses(records))
+    losses = _losses(records)
+    write_table(out_dir, LOSSES, losses)
     failed = [key for key in wanted if key not in found]
     improved = [record.final_loss < record.initial_loss for record in records.values()]
     reasons = {failure.key: failure.reason for failure in failures}
@@ -77,6 +79,7 @@ def run(config: BlockLibraryStage, inputs: StageInputs, out_dir: Path) -> StageR
             "num_tokens": config.block_library.tokens,
         },
         facts={f"failed: {key}": reasons.get(key, "trained by another rank") for key in failed},
+        figures=save_figures({"library": draw_library(losses)} if records else {}, out_dir=out_dir),
         tables={"variants": _variant_table(records), "layers": _layer_table(records)},
     )
 

@@ -17,6 +17,7 @@ from pipeline.puzzle.library import BlockKey, LibraryIndex, load_block, read_ind
 from pipeline.puzzle.scoring import LayerVariants, Scores, score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.tables import SCHEMAS, SCORES, write_table
+from pipeline.report.drawings import draw_scores, save_figures
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockScoresStage
 
@@ -51,6 +52,7 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             "num_tokens": scores.num_tokens,
             "parent_lm_loss": scores.parent_lm_loss,
         },
+        figures=save_figures({"scores": draw_scores(table)}, out_dir=out_dir),
         tables={"kl_nats_per_token": _heat_map(scores), "by_block": _by_block(scores)},
     )
 

@@ -29,7 +29,9 @@ from pipeline.puzzle.search import (
     write_solution,
 )
 from pipeline.puzzle.verification import CHILD, PARENT, CheckedLimit, check_limits, recalibrate
-from pipeline.stage import Number, StageInputs, StageResult, Table
+from pipeline.report.drawings import save_figures
+from pipeline.report.figures import architecture_strip
+from pipeline.stage import VIEW_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import ChildStage
 
 SEARCH_LOG = "search_log.json"
@@ -51,7 +53,7 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         measurements = measure_models(
             {PARENT: parent, CHILD: place(load_model(out_dir, dtype=dtype), device)},
             config.profile.scenarios,
-            speed=config.speed,
+            measurement=config.measurement,
             threads=config.profile.num_threads,
             reporter=inputs.reporter,
         )
@@ -64,7 +66,11 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         costs = recalibrated(costs, recalibrate(record, measurements, costs=costs))
         try:
             record = search(
-                scores, costs=costs, target_name=config.target_name, target=config.target, settings=config.search
+                scores,
+                costs=costs,
+                target_name=config.target_name,
+                requirements=config.requirements,
+                settings=config.search,
             )
         except InfeasibleError as err:
             # The child at hand is the best answer there is; the check on num_missed_limits tells of it.
@@ -72,8 +78,10 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
             inputs.reporter.note(str(err))
             break
     write_solution(out_dir, record)
-    write_atomically(out_dir / SEARCH_LOG, (json.dumps(log, indent=1) + "\n").encode())
-    return _result(config, record, measurements, checked, log)
+    write_atomically(out_dir / VIEW_DIR / SEARCH_LOG, (json.dumps(log, indent=1) + "\n").encode())
+    result = _result(config, record, measurements, checked, log)
+    strip = architecture_strip(costs.parent, record.architecture)
+    return result.model_copy(update={"figures": save_figures({"architecture": strip}, out_dir=out_dir)})
 
 
 def _result(
@@ -91,7 +99,7 @@ def _result(
         f"predicted_{record.objective_name}": record.objective,
     }
     for phase in PHASES:
-        name = headline_scenario(config.target.limits, f"{phase}_speed", profile=config.profile)
+        name = headline_scenario(config.requirements.limits, f"{phase}_speed", profile=config.profile)
         scenario = next(one for one in config.profile.scenarios if one.name == name)
         metrics[f"predicted_{phase}_speedup"] = record.predicted[f"{name}_{phase}_speedup"]
         metrics[f"measured_{phase}_speedup"] = measurements.speedup(CHILD, name, phase, over=PARENT).median

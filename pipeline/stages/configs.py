@@ -8,10 +8,13 @@ from pipeline.recipe import (
     EvaluationConfig,
     EvaluationSetsConfig,
     ImportanceConfig,
+    Limit,
+    MeasurementConfig,
     MixtureConfig,
     ParentConfig,
     ProfileConfig,
     ReasoningTask,
+    Requirements,
     RLPromptsConfig,
     SearchConfig,
     SearchSpaceConfig,
@@ -78,7 +81,7 @@ class MipStage(Frozen):
     """mip_solution."""
 
     target_name: str
-    target: Target
+    requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
 
@@ -87,10 +90,10 @@ class ChildStage(Frozen):
     """child_checkpoint: assembly, measurement, and the loop back to the programme."""
 
     target_name: str
-    target: Target
+    requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
-    speed: SpeedReportConfig
+    measurement: MeasurementConfig
 
 
 class ToggleDatasetStage(Frozen):
@@ -115,10 +118,12 @@ class EvaluationStage(Frozen):
 
 
 class SpeedStage(Frozen):
-    """speed_report."""
+    """speed_report; of the target its limits alone, so that its words re-measure nothing."""
 
     profile: ProfileConfig
     speed: SpeedReportConfig
+    limits: tuple[Limit, ...]
+    speed_tolerance: float
 
 
 class ExportStage(Frozen):

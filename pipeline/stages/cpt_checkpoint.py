@@ -1,7 +1,6 @@
 """cpt_checkpoint: continued pre-training of the distilled child on the pre-training mixture.
 
-    python -m pipeline.stages cpt_checkpoint --spec SPEC.json
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages cpt_checkpoint --spec SPEC.json
+    python -m pipeline materialize cpt_checkpoint          # on every rank that the execution settings name
 
 Leaves out: the teacher; this is next-token cross-entropy alone.
 """
@@ -12,6 +11,7 @@ from pathlib import Path
 from pipeline.data.packed import load_packed
 from pipeline.recipe import PretrainingConfig
 from pipeline.stage import StageInputs, StageResult
+from pipeline.stages.training_figures import with_curve
 from pipeline.training.batches import plan_batches
 from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
 from pipeline.training.objectives import NextTokenObjective
@@ -22,7 +22,7 @@ _NUM_VALIDATION_ROWS = 8
 
 def run(config: PretrainingConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Train kd_checkpoint on pretraining_mix."""
-    device = prepare_process(inputs.execution, seed=config.seed)
+    device = prepare_process(inputs.execution)
     mixture_dir = inputs["pretraining_mix"]
     plan = plan_batches(
         load_packed(mixture_dir, "train"),
@@ -44,4 +44,5 @@ def run(config: PretrainingConfig, inputs: StageInputs, out_dir: Path) -> StageR
         what="CPT steps",
         inputs=inputs,
     )
-    return fitting_result(fitted, plan=plan, judged_by="validation_perplexity")
+    result = fitting_result(fitted, plan=plan, judged_by="validation_perplexity")
+    return with_curve(result, asset="cpt_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

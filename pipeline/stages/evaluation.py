@@ -1,6 +1,6 @@
 """evaluation: every checkpoint of the target by one harness; collects what was measured before and measures the rest.
 
-python -m pipeline.stages evaluation --spec SPEC.json
+python -m pipeline materialize evaluation
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """exported_model: the final checkpoint as one DeciLM (nemotron-nas) directory, loaded back and compared.
 
-    python -m pipeline.stages exported_model --spec SPEC.json
+    python -m pipeline materialize exported_model
 
 Leaves out: GGUF, and re-packing of identity layers.
 

@@ -1,6 +1,6 @@
 """fused_checkpoint: runs of attention-free layers joined into wide FFNs (FFN Fusion, section 3).
 
-    python -m pipeline.stages fused_checkpoint --spec SPEC.json
+    python -m pipeline materialize fused_checkpoint
 
 Where there is no run, the artifact is the child itself. Leaves out: healing, which is what kd_checkpoint does next.
 

@@ -1,7 +1,6 @@
 """kd_checkpoint: the child learns from its parent on the distillation mixture (Puzzle, equation 1).
 
-    python -m pipeline.stages kd_checkpoint --spec SPEC.json
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages kd_checkpoint --spec SPEC.json
+    python -m pipeline materialize kd_checkpoint          # on every rank that the execution settings name
 
 Leaves out: the ordinary language-model loss, which the paper found not to help.
 """
@@ -12,6 +11,7 @@ from pipeline.data.packed import load_packed
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.recipe import DistillationConfig
 from pipeline.stage import StageInputs, StageResult
+from pipeline.stages.training_figures import with_curve
 from pipeline.training.batches import plan_batches
 from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
 from pipeline.training.objectives import DistillationObjective
@@ -23,7 +23,7 @@ _NEGLIGIBLE_KL = 1e-4  # nats per token; the rounding of bf16 logits alone makes
 
 def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Distil fused_checkpoint from parent_checkpoint."""
-    device = prepare_process(inputs.execution, seed=config.seed)
+    device = prepare_process(inputs.execution)
     mixture_dir = inputs["distillation_mix"]
     plan = plan_batches(
         load_packed(mixture_dir, "train"),
@@ -49,4 +49,5 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
         what="KD steps",
         inputs=inputs,
     )
-    return fitting_result(fitted, plan=plan, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)
+    result = fitting_result(fitted, plan=plan, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)
+    return with_curve(result, asset="kd_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

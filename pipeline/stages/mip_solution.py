@@ -5,6 +5,8 @@ from pathlib import Path
 from pipeline.costs import block_parameters
 from pipeline.puzzle.predictions import headline_scenario
 from pipeline.puzzle.search import SolutionRecord, read_costs, read_scores, search, write_solution
+from pipeline.report.drawings import save_figures
+from pipeline.report.figures import architecture_strip
 from pipeline.stage import Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import MipStage
 
@@ -16,13 +18,13 @@ def run(config: MipStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         read_scores(inputs["block_scores"]),
         costs=costs,
         target_name=config.target_name,
-        target=config.target,
+        requirements=config.requirements,
         settings=config.search,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
     write_solution(out_dir, record)
     decode, prefill = (
-        headline_scenario(config.target.limits, quantity, profile=config.profile)
+        headline_scenario(config.requirements.limits, quantity, profile=config.profile)
         for quantity in ("decode_speed", "prefill_speed")
     )
     metrics: dict[str, Number] = {
@@ -41,6 +43,7 @@ def run(config: MipStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     return StageResult(
         metrics=metrics,
         facts={"status": record.status, "objective": f"sum of {record.objective_name}", "greedy baseline": greedy},
+        figures=save_figures({"architecture": architecture_strip(costs.parent, record.architecture)}, out_dir=out_dir),
         tables={"layers": _layer_table(record), "limits": limit_table(record)},
     )
 

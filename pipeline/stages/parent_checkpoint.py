@@ -1,6 +1,6 @@
 """parent_checkpoint: the model that everything starts from, verified and in the pipeline's own layout.
 
-    python -m pipeline.stages parent_checkpoint --spec SPEC.json
+    python -m pipeline materialize parent_checkpoint
 
 Leaves out: any change of the weights. A Hugging Face checkpoint keeps its dtype, a GGUF file is dequantised to fp32.
 """

@@ -1,6 +1,6 @@
 """parent_evaluation: the parent through the harness that will measure its children.
 
-    python -m pipeline.stages parent_evaluation --spec SPEC.json
+    python -m pipeline materialize parent_evaluation
 
 Leaves out KL and agreement: the parent's with itself are 0 and 1 by definition.
 """

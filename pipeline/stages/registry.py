@@ -97,7 +97,10 @@ def _report(recipe: Recipe, target: str) -> Frozen:
 def _mip(recipe: Recipe, target: str) -> Frozen:
     _target(recipe, target)
     return configs.MipStage(
-        target_name=target, target=recipe.targets[target], search=recipe.search, profile=recipe.block_profile
+        target_name=target,
+        requirements=recipe.targets[target].requirements,
+        search=recipe.search,
+        profile=recipe.block_profile,
     )
 
 
@@ -105,10 +108,20 @@ def _child(recipe: Recipe, target: str) -> Frozen:
     _target(recipe, target)
     return configs.ChildStage(
         target_name=target,
-        target=recipe.targets[target],
+        requirements=recipe.targets[target].requirements,
         search=recipe.search,
         profile=recipe.block_profile,
+        measurement=recipe.speed_report.measurement,
+    )
+
+
+def _speed(recipe: Recipe, target: str) -> Frozen:
+    _target(recipe, target)
+    return configs.SpeedStage(
+        profile=recipe.block_profile,
         speed=recipe.speed_report,
+        limits=recipe.targets[target].limits,
+        speed_tolerance=recipe.search.speed_tolerance,
     )
 
 
@@ -536,7 +549,7 @@ STAGES: tuple[Stage, ...] = (
                 comparison=">=",
                 bound=lambda thresholds: thresholds.min_toggle_compliance,
                 blocking=True,
-                description="Share of answers without any think tag when thinking is off.",
+                description="Share of replies with an answer and without any think tag when thinking is off.",
             ),
         ),
     ),
@@ -546,11 +559,22 @@ STAGES: tuple[Stage, ...] = (
         module="pipeline.stages.speed_report",
         version=1,
         inputs=("parent_checkpoint", "child_checkpoint", "rl_checkpoint"),
-        config=lambda recipe, _: configs.SpeedStage(profile=recipe.block_profile, speed=recipe.speed_report),
+        config=_speed,
         description="Prefill and decode of parent, child and final checkpoint, measured in turn; cached tokens.",
         per_target=True,
         in_child=True,
         measures_hardware=True,
+        checks=(
+            Check(
+                name="target_is_met_by_the_final_checkpoint",
+                metric="num_missed_limits",
+                comparison="==",
+                bound=0,
+                blocking=False,
+                description="The final checkpoint, fused and trained, against the target's limits; times within the "
+                "recipe's tolerance.",
+            ),
+        ),
     ),
     Stage(
         name="exported_model",

@@ -1,7 +1,6 @@
 """rl_checkpoint: group-relative policy optimisation on verifiable rewards, from the supervised checkpoint.
 
-    python -m pipeline.stages rl_checkpoint --spec SPEC.json
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages rl_checkpoint --spec SPEC.json
+    python -m pipeline materialize rl_checkpoint          # on every rank that the execution settings name
 
 Policy and sampler are one model; the reference is the supervised checkpoint, frozen, in the same precision, so that the
 KL begins at zero. Left out: difficulty filter and curriculum of Llama-Nemotron, section 5, which need a stronger
@@ -19,9 +18,9 @@ from pipeline.reasoning.prompts import load_prompts
 from pipeline.reasoning.rl import PolicyTraining, rows_per_update, train_policy
 from pipeline.recipe import RLConfig
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
+from pipeline.stages.training_figures import with_curve
 from pipeline.training.distributed import init_distributed
-from pipeline.training.engine import TrainEngine
-from pipeline.training.fitting import export_checkpoint, prepare_process, training_facts
+from pipeline.training.fitting import export_checkpoint, open_engine, prepare_process, training_facts
 from pipeline.training.metrics import write_curve
 
 SAMPLES_FILE = "rollout_samples.parquet"
@@ -35,18 +34,17 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
             "execution.zero_stage is 3 for rl_checkpoint: its ranks sample replies of different lengths, and sharded "
             "weights would make them wait for each other forever; set zero_stage to 2 or less"
         )
-    device = prepare_process(inputs.execution, seed=config.seed)
+    device = prepare_process(inputs.execution)
     start_dir = inputs["sft_checkpoint"]
-    dtype = TORCH_DTYPES[config.precision]
-    engine = TrainEngine.create(
-        load_model(start_dir, dtype=dtype),
+    engine = open_engine(
+        start_dir,
         optimizer=config.optimizer,
         total_steps=config.steps * config.updates_per_rollout,
         precision=config.precision,
         execution=inputs.execution,
         global_batch_size=rows_per_update(config, world_size=init_distributed().world_size),
     )
-    reference = load_model(start_dir, dtype=dtype)
+    reference = load_model(start_dir, dtype=TORCH_DTYPES[config.precision])
     torch.nn.Module.to(reference, device)
     try:
         training = train_policy(
@@ -66,7 +64,8 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         facts = training_facts(engine)
     finally:
         engine.close()
-    return _result(training, facts=facts)
+    result = _result(training, facts=facts)
+    return with_curve(result, asset="rl_checkpoint", curve=training.curve, out_dir=out_dir)
 
 
 def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:

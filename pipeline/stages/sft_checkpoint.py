@@ -1,7 +1,6 @@
 """sft_checkpoint: supervised fine-tuning on paired reasoning modes; only the assistant's tokens carry loss.
 
-    python -m pipeline.stages sft_checkpoint --spec SPEC.json
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages sft_checkpoint --spec SPEC.json
+    python -m pipeline materialize sft_checkpoint          # on every rank that the execution settings name
 
 The samples are packed into windows, attention never crosses from one to the next, and they are gone through as often
 as the token budget asks for, reshuffled every epoch.
@@ -12,6 +11,7 @@ from pathlib import Path
 from pipeline.data.packed import load_packed
 from pipeline.recipe import SFTConfig
 from pipeline.stage import StageInputs, StageResult
+from pipeline.stages.training_figures import with_curve
 from pipeline.training.batches import plan_batches
 from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
 from pipeline.training.objectives import NextTokenObjective
@@ -22,7 +22,7 @@ _NUM_VALIDATION_ROWS = 8
 
 def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Train cpt_checkpoint on reasoning_toggle_dataset."""
-    device = prepare_process(inputs.execution, seed=config.seed)
+    device = prepare_process(inputs.execution)
     dataset_dir = inputs["reasoning_toggle_dataset"]
     data = load_packed(dataset_dir, "train")
     trained_share = require_masked(data, what=str(dataset_dir))
@@ -47,4 +47,5 @@ def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         inputs=inputs,
     )
     result = fitting_result(fitted, plan=plan, judged_by="validation_loss")
-    return result.model_copy(update={"metrics": {**result.metrics, "trained_token_share": trained_share}})
+    result = result.model_copy(update={"metrics": {**result.metrics, "trained_token_share": trained_share}})
+    return with_curve(result, asset="sft_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

@@ -14,6 +14,7 @@ micro-batch size, nor the number of ranks changes the gradient.
 import contextlib
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -196,6 +197,27 @@ class TrainEngine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine.load_checkpoint(str(found.path), tag=checkpoints.TAG)
         return found.manifest.state
+
+    def set_master_weights(self, read: Callable[[str], Tensor]) -> None:
+        """Give the trained parameters' fp32 masters their values: `read(name)` at full precision, one at a time.
+
+        For bf16, whose masters DeepSpeed clones from the rounded weights of the model; call it before the first step
+        and before `load_latest`. What the model computes with is left as it is. Works at ZeRO 1, 2 and 3 and with any
+        number of ranks, each of which reads everything and keeps its part.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.zero_stage < 3:
+                safe_set_full_fp32_param(parameter, read(name))
+            else:
+                # The call for whole tensors fails at stage 3 when the ranks do not divide the tensor.
+                num_elements = parameter.ds_tensor.numel()
+                whole = read(name).flatten()
+                padded = nn.functional.pad(whole, (0, num_elements * self.world_size - whole.numel()))
+                safe_set_local_fp32_param(parameter, padded.narrow(0, num_elements * self.rank, num_elements))
 
     def state_dict_for_export(self) -> dict[str, Tensor]:
         """Return the trained parameters in fp32 on the CPU, from the master weights; an empty dict on other ranks.

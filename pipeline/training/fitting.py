@@ -42,11 +42,6 @@ class TrainingConfig(Protocol):
         """What the model computes in."""
         ...
 
-    @property
-    def seed(self) -> int:
-        """Seeds whatever the training draws."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedCheckpoint:
@@ -58,12 +53,39 @@ class FittedCheckpoint:
     facts: dict[str, str]
 
 
-def prepare_process(execution: ExecutionSettings, *, seed: int) -> torch.device:
-    """Join the process group, set threads and seed, and return the device to compute on."""
+def prepare_process(execution: ExecutionSettings) -> torch.device:
+    """Join the process group, set threads, and return the device to compute on."""
     if execution.num_threads is not None:
         torch.set_num_threads(execution.num_threads)
-    torch.manual_seed(seed)
     return init_distributed().device
+
+
+def open_engine(
+    start_dir: Path,
+    *,
+    optimizer: OptimizerConfig,
+    total_steps: int,
+    precision: Precision,
+    execution: ExecutionSettings,
+    global_batch_size: int,
+) -> TrainEngine:
+    """Put the checkpoint in `start_dir` under training; bf16 starts from its full-precision weights all the same.
+
+    Raises:
+        RecipeError, StageError: see TrainEngine.create.
+        CheckpointError: see pipeline.model.checkpoint.load_model.
+    """
+    engine = TrainEngine.create(
+        load_model(start_dir, dtype=TORCH_DTYPES[precision]).train(),
+        optimizer=optimizer,
+        total_steps=total_steps,
+        precision=precision,
+        execution=execution,
+        global_batch_size=global_batch_size,
+    )
+    if precision == "bf16":
+        engine.set_master_weights(TensorReader(start_dir).read)
+    return engine
 
 
 def fit_checkpoint(
@@ -85,9 +107,8 @@ def fit_checkpoint(
     Raises:
         DivergedError, DataError, CheckpointError: see pipeline.training.loop.train.
     """
-    model = load_model(start_dir, dtype=TORCH_DTYPES[config.precision]).train()
-    engine = TrainEngine.create(
-        model,
+    engine = open_engine(
+        start_dir,
         optimizer=config.optimizer,
         total_steps=plan.num_steps,
         precision=config.precision,

@@ -82,7 +82,7 @@ def test_missing_input_is_one_clear_failure(tmp_path: Path):
 
     assert done.returncode != 0
     assert "Failure: kd_checkpoint: " in done.stderr
-    assert "run `dagster asset materialize -m pipeline.definitions --select " in done.stderr
+    assert "run `make materialize SELECT=+" in done.stderr
 
 
 def test_unknown_target_is_refused(tmp_path: Path):

@@ -5,14 +5,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.events import EngineEventData
 
+from resources import run_hygiene
 from resources.home import prepare_home
 from resources.run_hygiene import HOST_TAG, PID_TAG, PROCESS_TAG, claim_run, end_dead_runs, process_identity
+
+LONG_AGO_S = 1e9
 
 
 @pytest.fixture
@@ -89,6 +94,74 @@ def test_run_of_another_host_is_left_alone(instance: dg.DagsterInstance, dead_pr
     _add_run(instance, pid=pid, identity=identity, status=dg.DagsterRunStatus.STARTED, host="elsewhere")
 
     assert end_dead_runs(instance) == []
+
+
+def _add_untagged_run(instance: dg.DagsterInstance, *, executor_pid: int | None, logged_at_s: float) -> str:
+    """Add a run that has not executed a step, as while it waits for a slot of its pool."""
+    run = dg.DagsterRun(job_name="all_stages", status=dg.DagsterRunStatus.STARTED)
+    instance.run_storage.add_run(run)
+    if executor_pid is not None:
+        event = dg.DagsterEvent(
+            event_type_value=dg.DagsterEventType.ENGINE_EVENT.value,
+            job_name=run.job_name,
+            event_specific_data=EngineEventData.in_process(executor_pid),
+        )
+        entry = dg.EventLogEntry(
+            error_info=None,
+            level=10,
+            user_message="",
+            run_id=run.run_id,
+            timestamp=logged_at_s,
+            job_name=run.job_name,
+            dagster_event=event,
+        )
+        instance.event_log_storage.store_event(entry)
+    return run.run_id
+
+
+def test_run_that_waits_long_for_its_first_step_is_left_alone_while_its_executor_lives(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_hygiene, "UNCLAIMED_RUN_S", 0.0)
+    _add_untagged_run(instance, executor_pid=os.getpid(), logged_at_s=time.time())
+
+    assert end_dead_runs(instance) == []
+
+
+def test_run_whose_executor_was_killed_before_its_first_step_is_failed(
+    instance: dg.DagsterInstance, dead_process: tuple[int, str]
+):
+    run_id = _add_untagged_run(instance, executor_pid=dead_process[0], logged_at_s=time.time())
+
+    assert end_dead_runs(instance) == [run_id]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process start times are read from /proc")
+def test_run_whose_executor_began_after_it_was_logged_is_failed(instance: dg.DagsterInstance):
+    run_id = _add_untagged_run(instance, executor_pid=os.getpid(), logged_at_s=LONG_AGO_S)
+
+    assert end_dead_runs(instance) == [run_id]
+
+
+def test_run_that_never_named_a_process_is_failed_after_a_while(
+    instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+):
+    run_id = _add_untagged_run(instance, executor_pid=None, logged_at_s=0.0)
+    monkeypatch.setattr(run_hygiene, "UNCLAIMED_RUN_S", 0.0)
+
+    assert end_dead_runs(instance) == [run_id]
+
+
+def test_executor_of_a_real_run_is_found_in_its_log(instance: dg.DagsterInstance):
+    @dg.asset
+    def nothing() -> None: ...
+
+    result = dg.materialize([nothing], instance=instance)
+
+    executor = run_hygiene._find_executor(instance, result.run_id)
+    assert executor is not None
+    assert executor.pid == os.getpid()
+    assert run_hygiene._lives(executor)
 
 
 def test_run_without_a_step_yet_is_given_time(instance: dg.DagsterInstance):

@@ -1,6 +1,7 @@
 """The whole recipe on `tiny` through the real command line, twice; then its summary and an answer in each mode."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,28 +9,29 @@ import pytest
 
 from pipeline.stages.registry import STAGES
 from tests.dagster.commands import REPOSITORY, materialize_command, run_module
+from tests.end_to_end.conftest import TinyRun
 
 MAX_SECOND_RUN_S = 60.0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_tiny_from_the_command_line_runs_then_is_reused_and_summarised(tmp_path: Path):
-    first = run_module(*materialize_command(select="*", target="fused"), home=tmp_path, timeout_s=500)
-    assert first.returncode == 0, first.stderr[-5000:]
+def test_tiny_from_the_command_line_runs_then_is_reused_and_summarised(tiny_run: TinyRun):
+    home = tiny_run.home
     for stage in STAGES:
-        assert f"{stage.name} ran: " in first.stderr, stage.name
+        assert f"{stage.name} ran: " in tiny_run.process.stderr, stage.name
 
+    shutil.rmtree(home / "dagster")
     began = time.monotonic()
-    second = run_module(*materialize_command(select="*", target="fused"), home=tmp_path)
+    second = run_module(*materialize_command(select="*", target="fused"), home=home)
     assert second.returncode == 0, second.stderr[-5000:]
     assert time.monotonic() - began < MAX_SECOND_RUN_S
     for stage in STAGES:
         assert f"{stage.name} reused: " in second.stderr, stage.name
 
-    done = run_module("pipeline", "summary", "--started-at", str(time.time() - 100), home=tmp_path)
+    done = run_module("pipeline", "summary", "--started-at", str(time.time() - 100), home=home)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((home / "summary.json").read_text())
     assert summary["recipe"] == "tiny"
     assert summary["target"] == "fused"
     assert summary["wall_s"].keys() == {stage.name for stage in STAGES}
@@ -40,7 +42,7 @@ def test_tiny_from_the_command_line_runs_then_is_reused_and_summarised(tmp_path:
     assert f"{summary['parameters']['child']:,}" in done.stdout
 
     for thinking in ("on", "off"):
-        chat = run_module("pipeline", "chat", "--thinking", thinking, "What is 2 + 2?", home=tmp_path)
+        chat = run_module("pipeline", "chat", "--thinking", thinking, "What is 2 + 2?", home=home)
         assert chat.returncode == 0, chat.stderr
 
 

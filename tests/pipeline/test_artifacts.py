@@ -121,7 +121,7 @@ def test_manifest_with_an_unknown_key_is_refused(store: ArtifactStore):
         store.find("corpora", KEY)
 
 
-def test_lock_held_by_another_process_is_refused_naming_it(store: ArtifactStore):
+def test_lock_held_by_another_process_is_waited_for_until_that_ends(store: ArtifactStore):
     code = (
         "import sys, time; from pathlib import Path; from pipeline.artifacts import ArtifactStore\n"
         f"with ArtifactStore(Path(sys.argv[1])).locked('corpora', '{KEY}'):\n"
@@ -137,14 +137,18 @@ def test_lock_held_by_another_process_is_refused_naming_it(store: ArtifactStore)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
 
-        with pytest.raises(ArtifactError, match=f"being made by process {holder.pid}"), store.locked("corpora", KEY):
-            pass
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
+        heard: list[str] = []
 
-    with store.locked("corpora", KEY) as directory:  # a killed process holds no lock
-        assert directory.is_dir()
+        def kill_holder(message: str) -> None:
+            heard.append(message)
+            holder.send_signal(signal.SIGKILL)
+
+        with store.locked("corpora", KEY, on_wait=kill_holder) as directory:  # a killed process holds no lock
+            assert directory.is_dir()
+        assert heard == [f"waiting for process {holder.pid}, which is making corpora"]
+    finally:
+        holder.kill()
+        holder.communicate()
 
 
 def test_write_atomically_replaces_the_whole_file_and_leaves_no_temporary(tmp_path: Path):

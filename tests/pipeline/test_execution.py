@@ -1,5 +1,6 @@
 """Identity and materialization: what changes a fingerprint, and when a stage is reused, resumed, run or refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,18 +57,40 @@ def test_materialize_records_where_the_artifact_comes_from(workspace: Workspace)
 
 
 def test_materialize_without_inputs_names_the_asset_to_materialize(workspace: Workspace):
-    with pytest.raises(MissingInputError, match=r"--select (corpora|parent_checkpoint)` first"):
+    with pytest.raises(MissingInputError, match=r"SELECT=\+(corpora|parent_checkpoint)` first"):
         materialize(workspace, "distillation_mix", "fused")
 
 
-def test_materialize_while_another_makes_it_is_refused(workspace: Workspace):
+def test_materialize_while_another_makes_it_waits_and_says_for_whom(workspace: Workspace):
     key = stage_fingerprint(workspace, PARENT, "fused")
+    heard: list[dict[str, object]] = []
 
-    with (
-        workspace.store.locked(PARENT.name, key),
-        pytest.raises(ArtifactError, match="being made by process"),
-    ):
-        materialize(workspace, PARENT.name, "fused")
+    def stop_waiting(line: dict[str, object]) -> None:
+        heard.append(line)
+        raise KeyboardInterrupt
+
+    with workspace.store.locked(PARENT.name, key), pytest.raises(KeyboardInterrupt):
+        materialize(workspace, PARENT.name, "fused", on_progress=stop_waiting)
+
+    assert heard == [{"note": f"waiting for process {os.getpid()}, which is making {PARENT.name}"}]
+
+
+def test_materialize_after_a_failed_blocking_check_of_its_input_is_refused(workspace: Workspace):
+    materialize(workspace, "corpora", "fused")
+    publish(workspace, PARENT, target="fused", num_non_finite_weights=3)
+    publish(workspace, get_stage("evaluation_sets"), target="fused")
+
+    with pytest.raises(StageError, match=r"weights_are_finite: num_non_finite_weights is 3, wanted == 0"):
+        materialize(workspace, "distillation_mix", "fused")
+
+
+def test_materialize_from_an_input_whose_bytes_changed_is_refused(workspace: Workspace):
+    corpora = materialize(workspace, "corpora", "fused").artifact
+    (file,) = corpora.path.glob("*.parquet")
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+
+    with pytest.raises(ArtifactError, match="was changed after it was published"):
+        materialize(workspace, "evaluation_sets", "fused")
 
 
 def test_materialize_of_a_stage_that_fails_in_its_process_shows_the_end_of_its_log(workspace: Workspace):

@@ -1,5 +1,6 @@
 """The registry: consistent in itself, with the recipe, and with the code that it names."""
 
+import importlib
 import importlib.util
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pipeline.architecture import Frozen
 from pipeline.errors import RecipeError
 from pipeline.fingerprint import fingerprint
 from pipeline.recipe import load_recipe
-from pipeline.stages import sources
+from pipeline.stages import code_record
 from pipeline.stages.registry import BY_NAME, STAGES, Check, Stage, get_stage
 
 CHECK = Check(name="c", metric="m", comparison="<=", bound=1.0, blocking=True, description="d")
@@ -43,7 +44,7 @@ def test_stage_shared_by_targets_reads_nothing_of_one(stage: Stage):
         assert stage.config(recipe, "fused") == stage.config(recipe, "light")
 
 
-@pytest.mark.parametrize("name", ["mip_solution", "child_checkpoint", "report", "model_card"])
+@pytest.mark.parametrize("name", ["mip_solution", "child_checkpoint", "speed_report", "report", "model_card"])
 def test_stage_with_unknown_target_names_the_known(name: str):
     with pytest.raises(RecipeError, match="no target 'nope'; it has fused, light"):
         get_stage(name).config(load_recipe("tiny"), "nope")
@@ -79,15 +80,36 @@ def test_check_bound_may_come_from_the_recipe():
     assert check.bound_for(recipe) == recipe.thresholds.max_rl_kl
 
 
-def test_stage_sources_are_those_that_were_recorded():
-    recorded, current = sources.recorded_sources(), sources.current_sources()
+def test_code_is_what_was_recorded():
+    recorded, current = code_record.recorded_code(), code_record.current_code()
     changed = [name for name in current if recorded.get(name) != current[name]]
 
     assert not changed, (
-        f"the source of {', '.join(changed)} is not what sources.json records. Where a stage now computes something "
-        "else, raise its version in pipeline/stages/registry.py; then run `python -m pipeline.stages.sources`"
+        "this code is not what code_record.json records; of these versions, raise every one whose code now computes "
+        f"something else: {'; '.join(code_record.version_to_raise(name) for name in changed)}. Then run "
+        "`.venv/bin/python -m pipeline.stages.code_record`"
     )
     assert recorded.keys() == current.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pipeline.puzzle.library.BLD_VERSION", "BLD_VERSION in pipeline/puzzle/library.py"),
+        ("pipeline.evaluation.suite.HARNESS_VERSION", "HARNESS_VERSION in pipeline/evaluation/suite.py"),
+        ("kd_checkpoint", "version of kd_checkpoint in pipeline/stages/registry.py"),
+    ],
+)
+def test_version_to_raise_says_where_it_stands(name: str, expected: str):
+    assert code_record.version_to_raise(name) == expected
+
+
+@pytest.mark.parametrize(("name", "module"), code_record.CONSTANTS.items())
+def test_constant_is_the_one_its_module_has_and_is_reached_by_what_it_guards(name: str, module: str):
+    owner, _, constant = name.rpartition(".")
+
+    assert code_record.current_code()[name]["version"] == getattr(importlib.import_module(owner), constant)
+    assert owner in code_record.reachable_modules(module)
 
 
 def test_source_hash_ignores_comments_docstrings_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,11 +133,11 @@ def _hash_of(text: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, inner: s
     (root / "pipeline").mkdir(parents=True)
     (root / "pipeline" / "outer.py").write_text(text)
     (root / "pipeline" / "inner.py").write_text(inner)
-    monkeypatch.setattr(sources, "PACKAGE_ROOT", root)
-    sources._imports.cache_clear()
-    sources._code.cache_clear()
+    monkeypatch.setattr(code_record, "PACKAGE_ROOT", root)
+    code_record._imports.cache_clear()
+    code_record._code.cache_clear()
     try:
-        return sources.source_hash("pipeline.outer")
+        return code_record.source_hash("pipeline.outer")
     finally:
-        sources._imports.cache_clear()
-        sources._code.cache_clear()
+        code_record._imports.cache_clear()
+        code_record._code.cache_clear()

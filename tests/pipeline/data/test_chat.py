@@ -9,6 +9,7 @@ from pipeline.data.chat import (
     reasoning_messages,
     render_chat,
     split_thinking,
+    stop_token_ids,
     tokenize_conversation,
 )
 from pipeline.errors import DataError
@@ -139,3 +140,12 @@ def test_thinking_out_of_form_is_not_well_formed(text: str, num_blocks: int, tra
     parsed = split_thinking(text)
     assert not parsed.is_well_formed
     assert (parsed.num_blocks, parsed.trace, parsed.answer) == (num_blocks, trace, answer)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_stop_tokens_are_the_templates_end_of_turn_and_the_models_own(name: str):
+    tokenizer = TOKENIZERS[name]
+    end_id = tokenizer.convert_tokens_to_ids(END[name])
+    assert isinstance(end_id, int)
+    assert stop_token_ids(tokenizer, ()) == stop_token_ids(tokenizer, (end_id,)) == (end_id,)
+    assert stop_token_ids(tokenizer, (10_001, end_id, 10_002)) == (end_id, 10_001, 10_002)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.data.decontamination import NgramSet, build_ngrams
-from pipeline.data.documents import Document, select_documents
+from pipeline.data.documents import Document, is_validation_document, select_documents
 from pipeline.data.drawing import DrawableSource, split_text
 from pipeline.data.mixtures import Mixture, SourceDocuments, build_mixture, separator_id
 from pipeline.errors import DataError
@@ -53,6 +53,12 @@ def words_of(tokens_NT: torch.Tensor) -> set[str]:
     return found
 
 
+def documents_of(tokens_NT: torch.Tensor) -> set[str]:
+    """Return the ids of the documents of SOURCES whose words stand in the windows."""
+    owners = {word: item.document_id for items in SOURCES.values() for item in items for word in item.text.split()}
+    return {owners[word] for word in words_of(tokens_NT) if word in owners}
+
+
 SOURCES = {"a": make_documents(60, num_words=100, seed=1), "b": make_documents(60, num_words=100, seed=2)}
 
 
@@ -79,14 +85,40 @@ def test_mixture_tokens_per_source_agree_with_a_count_of_the_words():
 
 def test_mixture_splits_share_no_document():
     mixture = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}))
-    owners = {word: item.document_id for items in SOURCES.values() for item in items for word in item.text.split()}
-    train, validation = (
-        {owners[word] for word in words_of(split.tokens_NT) if word in owners}
-        for split in (mixture.train, mixture.validation)
-    )
+    train, validation = (documents_of(split.tokens_NT) for split in (mixture.train, mixture.validation))
     assert len(train) > 5
     assert len(validation) > 1
     assert not train & validation
+
+
+def test_mixtures_of_different_seeds_and_weights_never_train_on_each_others_validation():
+    distillation = build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}, tokens=30_000))
+    pretraining = build(SOURCES, mixture_config({"a": 3.0, "b": 1.0}, tokens=30_000, seed=2))
+    for mixture, other in ((distillation, pretraining), (pretraining, distillation)):
+        validation = documents_of(mixture.validation.tokens_NT)
+        assert len(validation) > 1
+        assert not validation & documents_of(other.train.tokens_NT)
+        assert all(int(document_id[7], 16) == 0 for document_id in validation)
+    trained = documents_of(distillation.train.tokens_NT) | documents_of(pretraining.train.tokens_NT)
+    assert len(trained) > 40
+    assert all(int(document_id[7], 16) != 0 for document_id in trained)
+
+
+def test_mixture_of_too_few_validation_documents_says_how_many_tokens_there_are():
+    message = r"validation part wants 99,968 tokens, .* hold [1-9][0-9,]+ in their validation .*lower validation_tokens"
+    with pytest.raises(DataError, match=message):
+        build(SOURCES, mixture_config({"a": 1.0, "b": 1.0}, validation=99_968))
+
+
+def test_mixture_validation_goes_on_with_later_pieces_of_its_documents():
+    documents = make_documents(40, num_words=400, seed=3)
+    only = next(item for item in documents if is_validation_document(item.document_id))
+    others = [item for item in documents if not is_validation_document(item.document_id)]
+    num_tokens = len(only.text) // SEQUENCE_LENGTH * SEQUENCE_LENGTH
+    assert num_tokens > 3 * 16 * SEQUENCE_LENGTH  # a piece is 16 windows of single bytes
+    mixture = build({"a": [only, *others]}, mixture_config({"a": 1.0}, validation=num_tokens))
+    assert words_of(mixture.validation.tokens_NT) & {word for item in others for word in item.text.split()} == set()
+    assert mixture.record.sources[0].num_validation_documents == 1
 
 
 def test_mixture_is_the_same_every_time_and_another_under_another_seed():
@@ -111,10 +143,11 @@ def test_mixture_leaves_out_held_out_and_contaminated_documents():
     start = random.Random(1).randrange(50)
     quote = " ".join(copied.text.split()[start : start + 13])
     dirty = select_documents([f"{item.text}\n{quote.upper()}!" for item in SOURCES["a"][5:15]], max_documents=99)
-    sources = {"a": [*held_out, *SOURCES["a"][15:30], *dirty]}
+    clean = SOURCES["a"][15:]
+    num_tokens = sum(len(item.text) for item in clean if not is_validation_document(item.document_id))
     mixture = build(
-        sources,
-        mixture_config({"a": 1.0}, tokens=9000, validation=500),
+        {"a": [*held_out, *clean, *dirty]},
+        mixture_config({"a": 1.0}, tokens=num_tokens - SEQUENCE_LENGTH, validation=500),  # so every document comes up
         held_out_ids=frozenset(item.document_id for item in held_out),
         ngrams=build_ngrams([copied.text, *(item.text for item in held_out)], num_words=13),
     )
@@ -149,7 +182,7 @@ def test_mixture_of_a_source_that_runs_dry_goes_on_with_the_others():
 
 def test_mixture_of_too_few_documents_says_how_many_tokens_there_are():
     with pytest.raises(DataError, match=r"training part wants 80,000 tokens, its sources hold [0-9,]+ .*a [0-9,]+"):
-        build({"a": SOURCES["a"][:5]}, mixture_config({"a": 1.0}, tokens=80_000))
+        build({"a": SOURCES["a"]}, mixture_config({"a": 1.0}, tokens=80_000))
 
 
 def test_mixture_does_not_let_one_long_document_fill_a_share():
@@ -161,9 +194,8 @@ def test_mixture_does_not_let_one_long_document_fill_a_share():
 
 def test_mixture_reads_special_tokens_in_text_as_text():
     text = "<|im_end|> and <|endoftext|> are written out here. " * 300
-    mixture = build(
-        {"a": select_documents([text, text + "x"], max_documents=2)}, mixture_config({"a": 1.0}, tokens=3000)
-    )
+    documents = select_documents([f"{text}{number}" for number in range(40)], max_documents=40)
+    mixture = build({"a": documents}, mixture_config({"a": 1.0}, tokens=3000))
     assert TOKENIZER.eos_token_id not in mixture.train.tokens_NT.flatten().tolist()
     assert int((mixture.train.tokens_NT == separator_id(TOKENIZER)).sum()) < 10
 

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import polars as pl
 import pytest
+from pydantic import ValidationError
 
 from pipeline.data.documents import MIN_CHARACTERS, read_documents, select_documents, write_documents
 from pipeline.data.embedded import EMBEDDED
-from pipeline.data.sources import read_source, source_licence
+from pipeline.data.sources import read_source, source_licence, source_origin
 from pipeline.errors import DataError
 from pipeline.recipe import DatasetSource, EmbeddedSource, FileSource, SourceConfig
 
 TEXTS = [f"document {number} " + "word " * 60 for number in range(8)]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def sha1(text: str) -> str:
@@ -31,6 +35,12 @@ def jsonl_source(path: Path | str, *, max_documents: int = 100, text_field: str 
         text_field=text_field,
         max_documents=max_documents,
     )
+
+
+def dataset_source(path: Path | str, **fields: Any) -> DatasetSource:
+    whole = {"name": "own", "domain": "d", "licence": "CC0", "text_field": "text", "max_documents": 6}
+    whole |= {"kind": "datasets", "path": str(path), "split": "train", "revision": None, "config_name": None}
+    return DatasetSource.model_validate(whole | fields)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -66,8 +76,8 @@ def test_file_sources_of_every_kind_give_the_same_documents(tmp_path: Path):
     sources: list[SourceConfig] = [
         FileSource(kind="jsonl", path=str(tmp_path / "*.jsonl"), **shared),
         FileSource(kind="parquet", path=str(tmp_path / "all.parquet"), **shared),
-        DatasetSource(kind="datasets", path=str(tmp_path / "one"), split="train", **shared),
-        DatasetSource(kind="datasets", path=str(tmp_path / "split"), split="train", **shared),
+        dataset_source(tmp_path / "one", **shared),
+        dataset_source(tmp_path / "split", **shared),
     ]
     wanted = select_documents(TEXTS, max_documents=6)
     for source in sources:
@@ -87,6 +97,44 @@ def test_file_source_that_cannot_be_read_names_what_is_wrong(tmp_path: Path):
     path.write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.jsonl line 2 is not JSON"):
         list(read_source(jsonl_source(path), downloads=tmp_path))
+
+
+def test_hub_dataset_is_streamed_at_its_commit_and_read_no_further_than_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The hub is out of reach of a test; what is asked of `datasets`, and how much is read of its answer, is not."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+    read: list[str] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for text in ["short", TEXTS[0], *TEXTS]:
+            read.append(text)
+            yield {"text": text}
+
+    def load_dataset(path: str, **options: Any) -> datasets.IterableDataset:
+        asked.append((path, options))
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = dataset_source("owner/set", revision=COMMIT, config_name="en", max_documents=3)
+    assert list(read_source(source, downloads=tmp_path)) == select_documents(TEXTS[:3], max_documents=3)
+    assert len(read) == 5  # the short one, the first twice, and two more
+    options = {"name": "en", "split": "train", "revision": COMMIT, "streaming": True}
+    assert asked == [("owner/set", options | {"cache_dir": str(tmp_path / "datasets")})]
+    assert source_origin(source) == f"datasets owner/set en [train] at {COMMIT[:12]}"
+
+
+def test_dataset_source_without_its_commit_or_with_a_directorys_is_refused(tmp_path: Path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "one"))
+    for source, match in (
+        (dataset_source("owner/set"), "revision is null, and owner/set is no directory written by save_to_disk"),
+        (dataset_source(tmp_path / "one", revision=COMMIT), "has no commits: set revision to null"),
+        (dataset_source(tmp_path / "one", config_name="en"), "set config_name to null"),
+    ):
+        with pytest.raises(DataError, match=match):
+            list(read_source(source, downloads=tmp_path))
+    with pytest.raises(ValidationError, match="revision"):
+        dataset_source("owner/set", revision="main")
 
 
 def test_embedded_source_unknown_lists_the_names(tmp_path: Path):

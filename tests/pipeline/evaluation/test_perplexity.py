@@ -77,6 +77,14 @@ def test_cut_windows_keeps_to_the_budget() -> None:
     assert windows_WT.shape == (2, 9)
 
 
+def test_cut_windows_spreads_over_all_documents() -> None:
+    documents = [[number] * 9 for number in range(1, 101)]  # with its separator ten tokens each
+    windows_WT = cut_windows(documents, separator=0, sequence_length=10, max_tokens=50)
+    assert windows_WT[:, 0].tolist() == [10, 30, 50, 70, 90]
+    whole_WT = cut_windows(documents, separator=0, sequence_length=10, max_tokens=10_000)
+    assert whole_WT[:, 0].tolist() == list(range(1, 100))
+
+
 def test_cut_windows_short_text_is_one_short_window() -> None:
     assert cut_windows([[5, 6]], separator=0, sequence_length=8, max_tokens=20).tolist() == [[5, 6, 0]]
 

@@ -81,12 +81,17 @@ def test_evaluation_measures_each_distinct_checkpoint_once(artifacts: dict[str, 
     assert result.metrics["parent_kl"] == 0.0
     assert result.metrics["child_kl"] > 0.0
     assert result.metrics["rl_perplexity"] == result.metrics["child_perplexity"]
-    assert {"rl_toggle_compliance_on", "rl_toggle_compliance_off", "rl_accuracy_on"} <= result.metrics.keys()
+    assert {
+        "rl_toggle_compliance_on",
+        "rl_toggle_compliance_off",
+        "rl_accuracy_on",
+        "rl_exact_reply_off",
+    } <= result.metrics.keys()
     evaluations = read_evaluations(tmp_path / "evaluation" / "f00")
     assert list(evaluations) == ["parent", "child", "fused", "kd", "cpt", "sft", "rl"]
     final = evaluations["rl"]
     assert final.text_overall.num_tokens == 128
-    assert final.thinking_on.accuracy.num_samples == 3
+    assert final.thinking_on.answer_found.num_samples == 3
     assert final.samples[0].question
 
 

@@ -1,4 +1,4 @@
-"""Which replies obey the switch, and how accuracy counts them."""
+"""Which replies obey the switch, and how right ones are counted."""
 
 import pytest
 
@@ -20,7 +20,8 @@ TASK = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "
         ("<think>a</think><think>b</think>2", "on", False),
         ("</think>a<think>2", "on", False),
         ("2", "off", True),
-        ("", "off", True),
+        ("", "off", False),
+        ("  \n", "off", False),
         ("<think>a</think>2", "off", False),
         ("a</think>2", "off", False),
     ],
@@ -40,13 +41,15 @@ def test_mode_quality_counts_right_empty_and_cut_off_answers() -> None:
             _answer(items[0], f"<think>\nx\n</think>\n\n{items[0].answer}"),
             _answer(items[1], f"<think>\n{items[1].answer}", has_ended=False),  # right digits, but only in a thought
             _answer(items[2], ""),
-            _answer(items[3], items[3].answer),
+            _answer(items[3], f"That makes 100 - no, **{items[3].answer}**."),
         ],
         mode="on",
         max_new_tokens=32,
     )
-    assert quality.accuracy.value == 0.5
-    assert quality.accuracy_by_task["chain_sum"] == quality.accuracy
+    assert quality.exact_reply.value == 0.25
+    assert (quality.answer_found.value, quality.answer_found.num_samples) == (0.5, 4)
+    assert quality.answer_found.low < 0.5 < quality.answer_found.high
+    assert quality.answer_found_by_task["chain_sum"] == quality.answer_found
     assert quality.toggle_compliance.value == 0.25
     assert (quality.num_empty, quality.num_truncated) == (2, 1)
 

@@ -21,10 +21,11 @@ SETTINGS = BlockLibraryConfig(
     learning_rate=3e-3,
     min_learning_rate_ratio=0.1,
     warmup_ratio=0.2,
+    schedule="cosine",
     weight_decay=0.01,
+    betas=(0.9, 0.95),
     max_grad_norm=1.0,
     precision="fp32",
-    seed=1,
 )
 NARROW = BlockKey(layer=1, subblock="ffn", variant="ffn16")
 ONE_HEAD = BlockKey(layer=1, subblock="attention", variant="kv1")

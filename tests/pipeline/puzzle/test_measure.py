@@ -10,7 +10,7 @@ from pipeline.puzzle.calibration import PHASES, calibrate
 from pipeline.puzzle.measure import Measurements, measure_models, median_interval
 from pipeline.puzzle.profiling import Samples, SubblockClock, profile_blocks
 from pipeline.puzzle.search_space import resolve
-from pipeline.recipe import ProfileConfig, Scenario, SearchSpaceConfig, SpeedReportConfig
+from pipeline.recipe import MeasurementConfig, ProfileConfig, Scenario, SearchSpaceConfig
 from tests.pipeline.puzzle.conftest import Workplace
 
 CHAT = Scenario(name="chat", batch_size=2, prompt_tokens=12, generation_tokens=3)
@@ -51,7 +51,7 @@ def test_measure_models_times_every_model_in_every_round(workplace: Workplace):
     measurements = measure_models(
         {"parent": workplace.model(), "child": workplace.model()},
         [CHAT],
-        speed=SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=1.0),
+        measurement=MeasurementConfig(rounds=3, warmups=1),
         threads=1,
         reporter=SilentReporter(),
     )

@@ -19,11 +19,11 @@ from pipeline.recipe import (
     BlockScoresConfig,
     Limit,
     ProfileConfig,
+    Requirements,
     Scenario,
     SearchConfig,
     SearchSpaceConfig,
     SpeedReportConfig,
-    Target,
 )
 from pipeline.stage import StageResult
 from pipeline.stages import (
@@ -52,10 +52,11 @@ BLD = BlockLibraryConfig(
     learning_rate=3e-3,
     min_learning_rate_ratio=0.1,
     warmup_ratio=0.0,
+    schedule="cosine",
     weight_decay=0.0,
+    betas=(0.9, 0.95),
     max_grad_norm=1.0,
     precision="fp32",
-    seed=1,
 )
 PROFILE = ProfileConfig(
     scenarios=(Scenario(name="chat", batch_size=1, prompt_tokens=12, generation_tokens=4),),
@@ -68,8 +69,8 @@ SEARCH = SearchConfig(objective="kl", time_limit_s=10, relative_gap=0.0, max_rec
 SPEED = SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=0.5)
 
 
-def target(*limits: Limit) -> Target:
-    return Target(description="for a test", limits=limits, pins=())
+def target(*limits: Limit) -> Requirements:
+    return Requirements(limits=limits, pins=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,15 +85,17 @@ class Line:
     profile_dir: Path
     profile: StageResult
 
-    def mip(self, wanted: Target, out_dir: Path) -> StageResult:
+    def mip(self, wanted: Requirements, out_dir: Path) -> StageResult:
         """Solve for a target."""
-        config = MipStage(target_name="t", target=wanted, search=SEARCH, profile=PROFILE)
+        config = MipStage(target_name="t", requirements=wanted, search=SEARCH, profile=PROFILE)
         inputs = self.workplace.inputs(block_scores=self.scores_dir, block_profile=self.profile_dir)
         return mip_solution.run(config, inputs, out_dir)
 
-    def child(self, wanted: Target, mip_dir: Path, out_dir: Path) -> StageResult:
+    def child(self, wanted: Requirements, mip_dir: Path, out_dir: Path) -> StageResult:
         """Assemble and measure."""
-        config = ChildStage(target_name="t", target=wanted, search=SEARCH, profile=PROFILE, speed=SPEED)
+        config = ChildStage(
+            target_name="t", requirements=wanted, search=SEARCH, profile=PROFILE, measurement=SPEED.measurement
+        )
         inputs = self.workplace.inputs(
             mip_solution=mip_dir,
             block_scores=self.scores_dir,
@@ -175,6 +178,12 @@ def test_load_block_that_was_replaced_is_refused(line: Line):
         load_block(ArtifactStore(line.workplace.store_root), index, key)
 
 
+def test_load_block_that_was_deleted_names_it_and_what_to_delete(line: Line, tmp_path: Path):
+    key = BlockKey(layer=0, subblock="ffn", variant="ffn16")
+    with pytest.raises(ArtifactError, match=r"layer 0 ffn ffn16: delete .*block_library and materialize block_library"):
+        load_block(ArtifactStore(tmp_path), read_index(line.library_dir), key)
+
+
 def test_block_scores_table_holds_every_composed_block_and_the_parents(line: Line):
     table = read_table(line.scores_dir, SCORES)
     assert line.scores.metrics["num_candidates"] == 3 * 8
@@ -199,11 +208,11 @@ def test_mip_solution_meets_its_limits_and_beats_greedy(line: Line, tmp_path: Pa
 
 def test_mip_solution_pins_force_blocks_and_unknown_pins_are_refused(line: Line, tmp_path: Path):
     pin = {"layers": (1,), "attention": "no_op", "ffn": 16}
-    line.mip(Target.model_validate({"description": "", "limits": (), "pins": (pin,)}), tmp_path)
+    line.mip(Requirements.model_validate({"limits": (), "pins": (pin,)}), tmp_path)
     blocks = read_solution(tmp_path).blocks
     assert [block.key for block in blocks] == ["kv2+ffn48", "no_op+ffn16", "kv2+ffn48"]
     with pytest.raises(RecipeError, match="leave none of its scored blocks"):
-        line.mip(Target.model_validate({"description": "", "limits": (), "pins": (pin | {"ffn": 8},)}), tmp_path)
+        line.mip(Requirements.model_validate({"limits": (), "pins": (pin | {"ffn": 8},)}), tmp_path)
 
 
 def test_mip_solution_impossible_target_says_what_is_reachable(line: Line, tmp_path: Path):
@@ -217,7 +226,7 @@ def test_child_checkpoint_holds_the_chosen_blocks_tensor_by_tensor(line: Line, t
         {"layers": (1,), "attention": "parent", "ffn": 16},
         {"layers": (2,), "attention": "no_op", "ffn": "no_op"},
     )
-    wanted = Target.model_validate({"description": "", "limits": (), "pins": pins})
+    wanted = Requirements.model_validate({"limits": (), "pins": pins})
     line.mip(wanted, tmp_path / "mip")
     result = line.child(wanted, tmp_path / "mip", tmp_path / "child")
     assert result.metrics["num_missed_limits"] == result.metrics["num_recalibrations"] == 0
@@ -260,7 +269,7 @@ def test_child_checkpoint_short_of_its_speed_calibrates_and_searches_again(line:
     hopeful.mip(wanted, tmp_path / "mip")
     assert [block.key for block in read_solution(tmp_path / "mip").blocks] == ["kv2+ffn48"] * 3
     result = hopeful.child(wanted, tmp_path / "mip", tmp_path / "child")
-    log = json.loads((tmp_path / "child/search_log.json").read_text())
+    log = json.loads((tmp_path / "child/view/search_log.json").read_text())
     assert log[0]["limits"][0]["predicted"] > 5
     assert not log[0]["limits"][0]["is_met"]
     assert result.metrics["num_recalibrations"] >= 1
@@ -273,7 +282,7 @@ def test_child_checkpoint_out_of_reach_once_measured_keeps_its_child_and_counts_
     hopeful = told_a_faster_machine(line, tmp_path / "profile", times=1000)
     hopeful.mip(wanted, tmp_path / "mip")
     result = hopeful.child(wanted, tmp_path / "mip", tmp_path / "child")
-    log = json.loads((tmp_path / "child/search_log.json").read_text())
+    log = json.loads((tmp_path / "child/view/search_log.json").read_text())
     assert "the best of all candidates is" in log[1]["infeasible"]
     assert (result.metrics["num_missed_limits"], result.metrics["num_recalibrations"]) == (1, 0)
     assert (
@@ -286,7 +295,21 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     line.mip(wanted, tmp_path / "mip")
     line.child(wanted, tmp_path / "mip", tmp_path / "child")
     inputs = line.workplace.inputs(child_checkpoint=tmp_path / "child", rl_checkpoint=tmp_path / "child")
-    result = speed_report.run(SpeedStage(profile=PROFILE, speed=SPEED), inputs, tmp_path / "speed")
+    limits = (
+        limit("num_parameters", 0.8),
+        limit("kv_bytes_per_token", 0.01),
+        limit("decode_speed", 0.001),
+        limit("prefill_speed", 1e9, relative=False),
+    )
+    config = SpeedStage(profile=PROFILE, speed=SPEED, limits=limits, speed_tolerance=0.05)
+    result = speed_report.run(config, inputs, tmp_path / "speed")
+    assert [row[3] for row in result.tables["limits"].rows] == [True, False, True, False]
+    final = read_architecture(tmp_path / "child")
+    assert result.tables["limits"].rows[0][2] == round(
+        num_parameters(final) / num_parameters(line.workplace.architecture), 4
+    )
+    assert (result.metrics["num_limits"], result.metrics["num_missed_limits"]) == (4, 2)
+    assert result.metrics["num_limits_within_tolerance"] == 0
     assert result.metrics["decode_speedup"] > 0
     assert result.metrics["decode_speedup_low"] <= result.metrics["decode_speedup"]
     parent = line.workplace.architecture

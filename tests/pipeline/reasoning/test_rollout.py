@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.reasoning.policy import SampledRow, batch_rows, row_statistics
 from pipeline.reasoning.rollout import (
     Completion,
-    end_of_turn_id,
     sample_completions,
     sample_tokens,
     seeded_generator,
@@ -17,7 +15,9 @@ from pipeline.reasoning.rollout import (
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
 
 
-def _sample(model: HeterogeneousLlamaForCausalLM, *, seed: int = 0, end_token_id: int = 2) -> list[list[Completion]]:
+def _sample(
+    model: HeterogeneousLlamaForCausalLM, *, seed: int = 0, stop_ids: tuple[int, ...] = (2,)
+) -> list[list[Completion]]:
     return sample_completions(
         model,
         PROMPTS,
@@ -25,7 +25,7 @@ def _sample(model: HeterogeneousLlamaForCausalLM, *, seed: int = 0, end_token_id
         max_new_tokens=40,
         temperature=1.3,
         top_p=1.0,
-        end_token_id=end_token_id,
+        stop_ids=stop_ids,
         generator=seeded_generator(seed, device="cpu"),
     )
 
@@ -51,6 +51,15 @@ def test_sample_completions_end_token_is_last_and_only_when_terminated(model: He
             assert completion.is_terminated or len(completion.ids) == 40
 
 
+def test_sample_completions_end_with_any_of_several_stop_tokens(model: HeterogeneousLlamaForCausalLM):
+    last = {completion.ids[-1] for group in _sample(model, stop_ids=(0, 2)) for completion in group}
+    assert {0, 2} <= last
+    for group in _sample(model, stop_ids=(0, 2)):
+        for completion in group:
+            assert completion.is_terminated == (completion.ids[-1] in (0, 2))
+            assert not {0, 2} & set(completion.ids[:-1])
+
+
 def test_sample_completions_same_seed_same_samples(model: HeterogeneousLlamaForCausalLM):
     assert _sample(model, seed=3) == _sample(model, seed=3)
     assert _sample(model, seed=3) != _sample(model, seed=4)
@@ -65,7 +74,7 @@ def test_sample_completions_near_zero_temperature_equals_greedy_generate(model: 
         max_new_tokens=12,
         temperature=1e-4,
         top_p=1.0,
-        end_token_id=-1,
+        stop_ids=(),
         generator=seeded_generator(0, device="cpu"),
     )[1][0]
     theirs = model.generate(  # pyright: ignore[reportAttributeAccessIssue] (its protocol asks for more than it uses)
@@ -138,7 +147,3 @@ def test_batch_rows_marks_sampled_tokens_and_spreads_values():
     assert batch.target_ids_BK[batch.sampled_BK].tolist() == [4, 5, 7, 8, 9]
     spread = batch.spread([torch.tensor([0.4, 0.5]), torch.tensor([0.7, 0.8, 0.9])])
     assert spread.tolist() == [pytest.approx([0, 0, 0.4, 0.5]), pytest.approx([0.7, 0.8, 0.9, 0])]
-
-
-def test_end_of_turn_id_is_the_templates_end_token(tokenizer: PreTrainedTokenizerFast):
-    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<|im_end|>"

@@ -74,8 +74,9 @@ def checkpoint_evaluation(name: str) -> CheckpointEvaluation:
     )
     is_trained = name in ("sft", "rl")
     on = ModeQuality(
-        accuracy=share(8 if is_trained else 2, num_samples=20),
-        accuracy_by_task={"chain_sum": share(8 if is_trained else 2, num_samples=20)},
+        answer_found=share(8 if is_trained else 2, num_samples=20),
+        answer_found_by_task={"chain_sum": share(8 if is_trained else 2, num_samples=20)},
+        exact_reply=share(7 if is_trained else 0, num_samples=20),
         toggle_compliance=share(19 if is_trained else 0, num_samples=20),
         mean_tokens=41.5,
         num_truncated=1,
@@ -126,7 +127,7 @@ def publish_run(root: Path) -> dict[str, Path]:
                 "predicted_prefill_speedup": 1.2,
                 "measured_decode_speedup": 1.31,
                 "measured_prefill_speedup": 0.97,
-                "num_missed_limits": 1,
+                "num_missed_limits": 0,
             },
             tables={"rounds": Table.of(("round", "objective"), [(0, 0.12), (1, 0.15)])},
         ),
@@ -139,6 +140,10 @@ def publish_run(root: Path) -> dict[str, Path]:
                 "prefill_speedup_low": 0.95,
                 "prefill_speedup_high": 0.98,
                 "num_rounds": 15,
+                "num_limits": 3,
+                "num_missed_limits": 1,
+                "num_limits_within_tolerance": 1,
+                "speed_tolerance": 0.05,
             },
             facts={"hardware": "two cores"},
         ),

@@ -27,6 +27,7 @@ def test_summary_keys_are_exact(summary: Summary, artifacts: dict[str, Path]) ->
         "perplexity",
         "kl",
         "toggle_compliance",
+        "target_limits",
         "exported_model",
         "report",
     ]
@@ -37,13 +38,27 @@ def test_summary_keys_are_exact(summary: Summary, artifacts: dict[str, Path]) ->
     assert plain["perplexity"] == {"parent": 29.0, "child": 61.0, "kd": 36.0, "cpt": 34.0, "sft": 35.0, "rl": 35.5}
     assert list(plain["kl"]) == ["child", "kd", "cpt", "sft", "rl"]
     assert plain["toggle_compliance"] == {"on": 0.95, "off": 1.0}
+    assert plain["target_limits"] == {
+        "num_limits": 3,
+        "num_missed": 1,
+        "num_within_tolerance": 1,
+        "speed_tolerance": 0.05,
+    }
     assert plain["exported_model"] == "store/exported_model/f00"
     assert plain["report"] == "store/report/f00/report.html"
 
 
 def test_render_summary_shows_figures_in_plain_text(summary: Summary) -> None:
     text = render_summary(summary)
-    for words in ("1.30x measured, 1.40x predicted", "95% obey on, 100% obey off", "29.00", "0.3550", "12s"):
+    for words in (
+        "1.30x measured, 1.40x predicted",
+        "95% obey on, 100% obey off",
+        "2 of 3 met",
+        "1 of them only within the tolerance of 5%",
+        "29.00",
+        "0.3550",
+        "12s",
+    ):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80
     assert text.isascii()

@@ -34,9 +34,8 @@ KD = DistillationConfig(
     kl_weight=1.0,
     optimizer=OPTIMIZER,
     precision="fp32",
-    seed=0,
 )
-CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16", seed=0)
+CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16")
 SFT = SFTConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16", seed=0)
 
 

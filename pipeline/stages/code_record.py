@@ -1,9 +1,10 @@
-"""What code each stage is made of, and the record that keeps its version honest: `python -m pipeline.stages.sources`.
+"""What code each version stands for, and the record that keeps it honest: `python -m pipeline.stages.code_record`.
 
-A fingerprint holds a stage's hand-kept version, not its source, so that a renamed variable re-trains nothing. The price
-is that somebody must raise the version when a stage computes something else. `sources.json` records, per stage, the
-version and a hash of the stage's module and of every module of this package that it imports, however far down. A test
-fails when they differ from the code: raise the version, or find that nothing computed differently, and record again.
+A fingerprint holds a hand-kept version, not a source, so that a renamed variable re-trains nothing. The price is that
+somebody must raise the version when something else is computed. `code_record.json` records, per stage, the version and
+a hash of the stage's module and of every module of this package that it imports, however far down; and the same for the
+two constants that version what stages share in the store. A test fails when they differ from the code: raise the
+version, or find that nothing computed differently, and record again.
 """
 
 import ast
@@ -18,8 +19,15 @@ from pathlib import Path
 from pipeline.artifacts import write_atomically
 from pipeline.stages.registry import STAGES
 
-RECORD = Path(__file__).parent / "sources.json"
+RECORD = Path(__file__).parent / "code_record.json"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+# Versions beside those of stages, and the module from which all that they guard is reached. A stage that runs again
+# still finds its trained blocks or its evaluations in the store; only these make it train or measure them anew.
+CONSTANTS = {
+    "pipeline.puzzle.library.BLD_VERSION": "pipeline.stages.block_library",
+    "pipeline.evaluation.suite.HARNESS_VERSION": "pipeline.evaluation.shared",
+}
 
 # Recipes, configs and the registry reach a fingerprint by value; the rest cannot change what an artifact holds.
 NOT_RECORDED = frozenset(
@@ -35,15 +43,27 @@ NOT_RECORDED = frozenset(
 )
 
 
-def current_sources() -> dict[str, dict[str, int | str]]:
-    """Return version and source hash of every stage, by name."""
-    return {stage.name: {"version": stage.version, "source": source_hash(stage.module)} for stage in STAGES}
+def current_code() -> dict[str, dict[str, int | str]]:
+    """Return version and source hash of every stage, by name, and of every constant, by its dotted name."""
+    stages = {stage.name: {"version": stage.version, "source": source_hash(stage.module)} for stage in STAGES}
+    constants = {
+        name: {"version": _constant(name), "source": source_hash(module)} for name, module in CONSTANTS.items()
+    }
+    return {**stages, **constants}
 
 
-def recorded_sources() -> dict[str, dict[str, int | str]]:
+def recorded_code() -> dict[str, dict[str, int | str]]:
     """Return what was recorded last."""
     found: dict[str, dict[str, int | str]] = json.loads(RECORD.read_text(encoding="utf-8"))
     return found
+
+
+def version_to_raise(name: str) -> str:
+    """Return where the version of an entry stands, as a person looks for it."""
+    if name not in CONSTANTS:
+        return f"version of {name} in pipeline/stages/registry.py"
+    module, _, constant = name.rpartition(".")
+    return f"{constant} in {module.replace('.', '/')}.py"
 
 
 def source_hash(module: str) -> str:
@@ -63,6 +83,15 @@ def reachable_modules(module: str) -> set[str]:
         found.add(name)
         waiting += _imports(name)
     return found
+
+
+def _constant(name: str) -> int:
+    """Return a constant's value from its module's text: importing the module would import torch."""
+    module, _, constant = name.rpartition(".")
+    for node in ast.parse(_read(module)).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
+            return int(ast.literal_eval(node.value))
+    raise LookupError(f"{module} assigns no {constant} at its top: name the constant that versions it now in CONSTANTS")
 
 
 @functools.cache
@@ -125,9 +154,9 @@ def _path(module: str) -> Path | None:
 
 
 def main() -> None:
-    """Record the sources as they are."""
-    before = recorded_sources() if RECORD.is_file() else {}
-    now = current_sources()
+    """Record the code as it is."""
+    before = recorded_code() if RECORD.is_file() else {}
+    now = current_code()
     write_atomically(RECORD, (json.dumps(now, indent=1, sort_keys=True) + "\n").encode())
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     sys.stdout.write(f"{RECORD.name}: {', '.join(changed) or 'nothing'} changed\n")
