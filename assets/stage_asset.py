@@ -12,7 +12,8 @@ from assets.metadata import outcome_metadata
 from pipeline.execution import Outcome
 from pipeline.fingerprint import fingerprint
 from pipeline.recipe import Recipe
-from pipeline.stages.registry import Check, Stage, get_stage
+from pipeline.stages.checks import Check
+from pipeline.stages.registry import Stage, get_stage
 
 GPU_POOL = "gpu"
 

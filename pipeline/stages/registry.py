@@ -12,36 +12,12 @@ from typing import Literal
 
 from pipeline.architecture import Frozen
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Thresholds
+from pipeline.recipe import Recipe, Target
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import configs
+from pipeline.stages.checks import CHECKS, Check
 
 RunStage = Callable[[Frozen, StageInputs, Path], StageResult]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One comparison of a metric with a threshold; evaluated from the artifact, so a new threshold re-runs nothing."""
-
-    name: str
-    metric: str
-    comparison: Literal["<=", ">=", "=="]
-    bound: float | Callable[[Thresholds], float]
-    blocking: bool
-    description: str
-
-    def bound_for(self, recipe: Recipe) -> float:
-        """Return the number this recipe asks for."""
-        return self.bound(recipe.thresholds) if callable(self.bound) else self.bound
-
-    def passes(self, value: float, *, recipe: Recipe) -> bool:
-        """Return whether the metric's value meets the bound; NaN never does."""
-        bound = self.bound_for(recipe)
-        if self.comparison == "<=":
-            return value <= bound
-        if self.comparison == ">=":
-            return value >= bound
-        return value == bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +47,7 @@ class Stage:
         return run
 
 
-def _target(recipe: Recipe, name: str) -> object:
+def _target(recipe: Recipe, name: str) -> Target:
     if name not in recipe.targets:
         raise RecipeError(f"recipe {recipe.name} has no target {name!r}; it has {', '.join(sorted(recipe.targets))}")
     return recipe.targets[name]
@@ -84,31 +60,28 @@ def _mixture(which: Literal["distillation_mix", "pretraining_mix"]) -> Callable[
 
 
 def _report(recipe: Recipe, target: str) -> Frozen:
-    _target(recipe, target)
     return configs.ReportStage(
         recipe_name=recipe.name,
         recipe_description=recipe.description,
         target_name=target,
-        target=recipe.targets[target],
+        target=_target(recipe, target),
         parent=recipe.parent,
     )
 
 
 def _mip(recipe: Recipe, target: str) -> Frozen:
-    _target(recipe, target)
     return configs.MipStage(
         target_name=target,
-        requirements=recipe.targets[target].requirements,
+        requirements=_target(recipe, target).requirements,
         search=recipe.search,
         profile=recipe.block_profile,
     )
 
 
 def _child(recipe: Recipe, target: str) -> Frozen:
-    _target(recipe, target)
     return configs.ChildStage(
         target_name=target,
-        requirements=recipe.targets[target].requirements,
+        requirements=_target(recipe, target).requirements,
         search=recipe.search,
         profile=recipe.block_profile,
         measurement=recipe.speed_report.measurement,
@@ -116,11 +89,10 @@ def _child(recipe: Recipe, target: str) -> Frozen:
 
 
 def _speed(recipe: Recipe, target: str) -> Frozen:
-    _target(recipe, target)
     return configs.SpeedStage(
         profile=recipe.block_profile,
         speed=recipe.speed_report,
-        limits=recipe.targets[target].limits,
+        limits=_target(recipe, target).limits,
         speed_tolerance=recipe.search.speed_tolerance,
     )
 
@@ -134,16 +106,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=(),
         config=lambda recipe, _: configs.ParentStage(parent=recipe.parent),
         description="The checkpoint that everything starts from, verified and in the pipeline's own layout.",
-        checks=(
-            Check(
-                name="weights_are_finite",
-                metric="num_non_finite_weights",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="No weight is NaN or infinite.",
-            ),
-        ),
+        checks=CHECKS["parent_checkpoint"],
     ),
     Stage(
         name="corpora",
@@ -153,16 +116,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=(),
         config=lambda recipe, _: configs.CorporaStage(corpora=recipe.corpora),
         description="Documents of every named source, with licence and counts per domain.",
-        checks=(
-            Check(
-                name="every_source_has_documents",
-                metric="min_documents_per_source",
-                comparison=">=",
-                bound=1,
-                blocking=True,
-                description="No source is empty.",
-            ),
-        ),
+        checks=CHECKS["corpora"],
     ),
     Stage(
         name="evaluation_sets",
@@ -183,16 +137,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("corpora", "evaluation_sets", "parent_checkpoint"),
         config=_mixture("distillation_mix"),
         description="Packed tokens for importance, block distillation, scores and knowledge distillation.",
-        checks=(
-            Check(
-                name="decontaminated",
-                metric="num_contaminated_documents_left",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="No training document shares an n-gram with an evaluation set.",
-            ),
-        ),
+        checks=CHECKS["distillation_mix"],
     ),
     Stage(
         name="pretraining_mix",
@@ -202,16 +147,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("corpora", "evaluation_sets", "parent_checkpoint"),
         config=_mixture("pretraining_mix"),
         description="Packed tokens for continued pre-training.",
-        checks=(
-            Check(
-                name="decontaminated",
-                metric="num_contaminated_documents_left",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="No training document shares an n-gram with an evaluation set.",
-            ),
-        ),
+        checks=CHECKS["pretraining_mix"],
     ),
     Stage(
         name="channel_importance",
@@ -221,16 +157,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("parent_checkpoint", "distillation_mix"),
         config=lambda recipe, _: configs.ImportanceStage(importance=recipe.channel_importance),
         description="FFN channel contribution and KV-head statistics over calibration tokens.",
-        checks=(
-            Check(
-                name="importance_is_finite",
-                metric="num_non_finite_values",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="Every channel and head has a finite statistic.",
-            ),
-        ),
+        checks=CHECKS["channel_importance"],
     ),
     Stage(
         name="block_library",
@@ -244,24 +171,7 @@ STAGES: tuple[Stage, ...] = (
         description="Alternative subblocks of every layer, trained by decoupled block-wise local distillation.",
         in_child=True,
         trains=True,
-        checks=(
-            Check(
-                name="no_block_failed",
-                metric="num_failed_blocks",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="Every variant trained to a finite loss.",
-            ),
-            Check(
-                name="distillation_helps",
-                metric="share_of_blocks_improved",
-                comparison=">=",
-                bound=lambda thresholds: thresholds.min_share_of_blocks_improved,
-                blocking=False,
-                description="Share of trained blocks whose loss fell below that of their initialisation.",
-            ),
-        ),
+        checks=CHECKS["block_library"],
     ),
     Stage(
         name="block_scores",
@@ -274,16 +184,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         description="Replace-1-block KL and LM loss of every composed block on held-out tokens.",
         in_child=True,
-        checks=(
-            Check(
-                name="scores_are_finite",
-                metric="num_non_finite_scores",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="Every candidate has a finite score.",
-            ),
-        ),
+        checks=CHECKS["block_scores"],
     ),
     Stage(
         name="block_profile",
@@ -297,16 +198,7 @@ STAGES: tuple[Stage, ...] = (
         description="Measured prefill and decode time of every variant, with exact weight and KV memory.",
         in_child=True,
         measures_hardware=True,
-        checks=(
-            Check(
-                name="blocks_add_up",
-                metric="max_relative_residual",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_profile_residual,
-                blocking=False,
-                description="The sum of block times against the measured parent, before calibration.",
-            ),
-        ),
+        checks=CHECKS["block_profile"],
     ),
     Stage(
         name="reasoning_toggle_dataset",
@@ -320,24 +212,7 @@ STAGES: tuple[Stage, ...] = (
             ngram_tokens=recipe.evaluation_sets.ngram_tokens,
         ),
         description="Verified tasks as pairs with detailed thinking on and off, and chat from the parent.",
-        checks=(
-            Check(
-                name="every_trace_verifies",
-                metric="num_unverified_traces_kept",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="Every kept trace ends in an answer its verifier accepts.",
-            ),
-            Check(
-                name="modes_are_paired",
-                metric="num_unpaired_prompts",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="Every reasoning prompt is there in both modes.",
-            ),
-        ),
+        checks=CHECKS["reasoning_toggle_dataset"],
     ),
     Stage(
         name="rl_prompts",
@@ -349,16 +224,7 @@ STAGES: tuple[Stage, ...] = (
             rl_prompts=recipe.rl_prompts, reasoning_tasks=recipe.reasoning_tasks
         ),
         description="Verifiable prompts that neither supervised fine-tuning nor evaluation uses.",
-        checks=(
-            Check(
-                name="known_right_answers_score_one",
-                metric="num_rejected_reference_answers",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="The verifier gives every reference answer full reward.",
-            ),
-        ),
+        checks=CHECKS["rl_prompts"],
     ),
     Stage(
         name="parent_evaluation",
@@ -379,16 +245,7 @@ STAGES: tuple[Stage, ...] = (
         config=_mip,
         description="One variant per layer: the lowest predicted loss that meets every limit of the target.",
         per_target=True,
-        checks=(
-            Check(
-                name="solution_verified",
-                metric="num_violated_limits",
-                comparison="==",
-                bound=0,
-                blocking=True,
-                description="The chosen blocks, added up from the tables, meet every limit.",
-            ),
-        ),
+        checks=CHECKS["mip_solution"],
     ),
     Stage(
         name="child_checkpoint",
@@ -401,16 +258,7 @@ STAGES: tuple[Stage, ...] = (
         per_target=True,
         in_child=True,
         measures_hardware=True,
-        checks=(
-            Check(
-                name="target_is_met_when_measured",
-                metric="num_missed_limits",
-                comparison="==",
-                bound=0,
-                blocking=False,
-                description="Measured speed of the assembled child against the target, within the recipe's tolerance.",
-            ),
-        ),
+        checks=CHECKS["child_checkpoint"],
     ),
     Stage(
         name="fused_checkpoint",
@@ -434,16 +282,7 @@ STAGES: tuple[Stage, ...] = (
         in_child=True,
         trains=True,
         runs_on_all_ranks=True,
-        checks=(
-            Check(
-                name="distillation_lowers_kl",
-                metric="validation_kl_ratio",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_kd_kl_ratio,
-                blocking=True,
-                description="KL to the parent on validation tokens, after over before.",
-            ),
-        ),
+        checks=CHECKS["kd_checkpoint"],
     ),
     Stage(
         name="cpt_checkpoint",
@@ -457,16 +296,7 @@ STAGES: tuple[Stage, ...] = (
         in_child=True,
         trains=True,
         runs_on_all_ranks=True,
-        checks=(
-            Check(
-                name="pretraining_does_no_harm",
-                metric="validation_perplexity_ratio",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_cpt_perplexity_ratio,
-                blocking=True,
-                description="Perplexity on the mixture's validation tokens, after over before.",
-            ),
-        ),
+        checks=CHECKS["cpt_checkpoint"],
     ),
     Stage(
         name="sft_checkpoint",
@@ -480,16 +310,7 @@ STAGES: tuple[Stage, ...] = (
         in_child=True,
         trains=True,
         runs_on_all_ranks=True,
-        checks=(
-            Check(
-                name="fine_tuning_lowers_loss",
-                metric="validation_loss_ratio",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_sft_loss_ratio,
-                blocking=True,
-                description="Assistant-token loss on held-out samples, after over before.",
-            ),
-        ),
+        checks=CHECKS["sft_checkpoint"],
     ),
     Stage(
         name="rl_checkpoint",
@@ -503,16 +324,7 @@ STAGES: tuple[Stage, ...] = (
         in_child=True,
         trains=True,
         runs_on_all_ranks=True,
-        checks=(
-            Check(
-                name="policy_stays_near_its_start",
-                metric="final_kl",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_rl_kl,
-                blocking=True,
-                description="KL of the policy to the supervised checkpoint at the last step, nats per token.",
-            ),
-        ),
+        checks=CHECKS["rl_checkpoint"],
     ),
     Stage(
         name="evaluation",
@@ -534,24 +346,7 @@ STAGES: tuple[Stage, ...] = (
         description="Every checkpoint of the target by one harness: perplexity, KL, tasks, toggle compliance.",
         per_target=True,
         in_child=True,
-        checks=(
-            Check(
-                name="toggle_on_is_obeyed",
-                metric="rl_toggle_compliance_on",
-                comparison=">=",
-                bound=lambda thresholds: thresholds.min_toggle_compliance,
-                blocking=True,
-                description="Share of answers with exactly one well-formed think block when thinking is on.",
-            ),
-            Check(
-                name="toggle_off_is_obeyed",
-                metric="rl_toggle_compliance_off",
-                comparison=">=",
-                bound=lambda thresholds: thresholds.min_toggle_compliance,
-                blocking=True,
-                description="Share of replies with an answer and without any think tag when thinking is off.",
-            ),
-        ),
+        checks=CHECKS["evaluation"],
     ),
     Stage(
         name="speed_report",
@@ -564,17 +359,7 @@ STAGES: tuple[Stage, ...] = (
         per_target=True,
         in_child=True,
         measures_hardware=True,
-        checks=(
-            Check(
-                name="target_is_met_by_the_final_checkpoint",
-                metric="num_missed_limits",
-                comparison="==",
-                bound=0,
-                blocking=False,
-                description="The final checkpoint, fused and trained, against the target's limits; times within the "
-                "recipe's tolerance.",
-            ),
-        ),
+        checks=CHECKS["speed_report"],
     ),
     Stage(
         name="exported_model",
@@ -585,16 +370,7 @@ STAGES: tuple[Stage, ...] = (
         config=lambda recipe, _: configs.ExportStage(),
         description="The final checkpoint as one DeciLM (nemotron-nas) directory.",
         per_target=True,
-        checks=(
-            Check(
-                name="export_computes_the_same",
-                metric="max_abs_logit_difference",
-                comparison="<=",
-                bound=lambda thresholds: thresholds.max_export_logit_difference,
-                blocking=True,
-                description="Logits of the exported directory, loaded by transformers, against the checkpoint, fp32.",
-            ),
-        ),
+        checks=CHECKS["exported_model"],
     ),
     Stage(
         name="model_card",

@@ -13,7 +13,8 @@ from pipeline.errors import RecipeError
 from pipeline.fingerprint import fingerprint
 from pipeline.recipe import load_recipe
 from pipeline.stages import code_record
-from pipeline.stages.registry import BY_NAME, STAGES, Check, Stage, get_stage
+from pipeline.stages.checks import Check
+from pipeline.stages.registry import BY_NAME, STAGES, Stage, get_stage
 
 CHECK = Check(name="c", metric="m", comparison="<=", bound=1.0, blocking=True, description="d")
 
