@@ -32,7 +32,7 @@ from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, load
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
 from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
-from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, config_type_name
+from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ProgressListener = Callable[[dict[str, object]], None]
@@ -129,7 +129,7 @@ def materialize(
     with store.locked(stage.name, key, on_wait=lambda message: listener({"note": message})) as out_dir:
         if found := store.find(stage.name, key):  # another process finished it while this one waited for the lock
             return Outcome(artifact=found, how="reused")
-        resumed = (out_dir / WORK_DIR).is_dir()
+        resumed = _has_saved_work(out_dir / WORK_DIR)
         began = time.monotonic()
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
@@ -193,6 +193,13 @@ class _Resolver:
                 )
             self._found[name] = found
         return self._found[name]
+
+
+def _has_saved_work(work_dir: Path) -> bool:
+    """Return whether an earlier run left more than the files that start a stage."""
+    return any(
+        path.is_file() and path.name not in (SPEC_FILE, Path(RESULT_IN_WORK).name) for path in work_dir.rglob("*")
+    )
 
 
 def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
@@ -284,7 +291,7 @@ def _run(
         out_dir=str(out_dir.absolute()),
         execution=workspace.execution,
     )
-    spec_path = out_dir / WORK_DIR / "spec.json"
+    spec_path = out_dir / WORK_DIR / SPEC_FILE
     result_path = out_dir / RESULT_IN_WORK
     result_path.unlink(missing_ok=True)
     write_atomically(spec_path, spec.model_dump_json(indent=1).encode())

@@ -267,12 +267,17 @@ class ProfileConfig(Frozen):
 
 
 class SearchConfig(Frozen):
-    """The integer programme: which score it minimises, and when the solver may stop."""
+    """The integer programme: which score it minimises, and when the solver may stop.
+
+    Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
+    `speed_tolerance`.
+    """
 
     objective: Literal["kl", "lm_loss"]
     time_limit_s: PositiveFloat
     relative_gap: NonNegativeFloat
     max_recalibrations: Annotated[int, Field(ge=0)]
+    speed_margin: Annotated[float, Field(ge=0, lt=1)]
     speed_tolerance: Ratio
 
 
@@ -465,6 +470,7 @@ class Thresholds(Frozen):
 
     min_share_of_blocks_improved: Ratio
     max_profile_residual: PositiveFloat
+    max_fusion_kl: PositiveFloat
     max_kd_kl_ratio: PositiveFloat
     max_cpt_perplexity_ratio: PositiveFloat
     max_sft_loss_ratio: PositiveFloat

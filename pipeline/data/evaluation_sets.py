@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from pipeline.data.benchmarks import MultipleChoiceItem
-from pipeline.data.decontamination import NgramSet, read_ngrams, save_ngrams
+from pipeline.data.decontamination import NgramSet, build_ngrams, read_ngrams, save_ngrams
 from pipeline.data.documents import Document, read_documents, write_documents
 from pipeline.data.reasoning_items import ReasoningItem
 
@@ -68,6 +68,16 @@ def save_evaluation_ngrams(directory: Path, ngrams: NgramSet) -> None:
 def load_evaluation_ngrams(directory: Path) -> NgramSet:
     """Return the n-grams of everything that is measured."""
     return read_ngrams(directory / _NGRAMS)
+
+
+def build_text_ngrams(directory: Path, *, num_words: int) -> NgramSet:
+    """Return the n-grams of held-out text and multiple-choice prompts alone.
+
+    Questions of one reasoning task share their wording by construction; those are told apart as whole questions.
+    """
+    texts = [text for documents in load_held_out(directory).values() for text in documents]
+    prompts = [item.prompt for items in load_multiple_choice(directory).values() for item in items]
+    return build_ngrams([*texts, *prompts], num_words=num_words)
 
 
 def _held_out(directory: Path) -> dict[str, list[Document]]:

@@ -23,6 +23,9 @@ from pipeline.recipe import Limit, ProfileConfig, Scenario
 FIXED = "fixed"
 
 
+TIMED = ("decode_speed", "prefill_speed", "latency_ms")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
     """What blocks cost on the profiled hardware.
@@ -86,10 +89,16 @@ class LinearLimit:
         return total / self.reference if self.limit.relative_to == "parent" else total
 
 
-def linear_limits(limits: Sequence[Limit], *, costs: CostModel, blocks: Sequence[BlockSpec]) -> tuple[LinearLimit, ...]:
-    """Return the rows of a target's limits, with the cost of every block that may be chosen."""
+def linear_limits(
+    limits: Sequence[Limit], *, costs: CostModel, blocks: Sequence[BlockSpec], speed_margin: float
+) -> tuple[LinearLimit, ...]:
+    """Return the rows of a target's limits, with the cost of every block that may be chosen.
+
+    A predicted time must stay below its bound by the share `speed_margin`, because what is measured later scatters
+    around the prediction; counted quantities need none.
+    """
     distinct = {block.key: block for block in blocks}
-    return tuple(_linear(limit, costs=costs, blocks=distinct) for limit in limits)
+    return tuple(_linear(limit, costs=costs, blocks=distinct, speed_margin=speed_margin) for limit in limits)
 
 
 def describe_limit(limit: Limit) -> str:
@@ -130,13 +139,15 @@ def headline_scenario(limits: Sequence[Limit], quantity: str, *, profile: Profil
     return named[0] if named else profile.scenarios[0].name
 
 
-def _linear(limit: Limit, *, costs: CostModel, blocks: Mapping[str, BlockSpec]) -> LinearLimit:
+def _linear(limit: Limit, *, costs: CostModel, blocks: Mapping[str, BlockSpec], speed_margin: float) -> LinearLimit:
     fixed, cost, reference, work = _parts(limit, costs=costs, blocks=blocks)
     is_speed = limit.quantity in ("decode_speed", "prefill_speed")
     if limit.relative_to == "parent":
         upper = reference / limit.bound if is_speed else reference * limit.bound
     else:
         upper = 1000.0 * work / limit.bound if is_speed else limit.bound
+    if limit.quantity in TIMED:
+        upper *= 1 - speed_margin
     return LinearLimit(
         limit=limit,
         name=describe_limit(limit),

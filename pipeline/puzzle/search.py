@@ -88,7 +88,7 @@ def search(
         InfeasibleError: when no choice of blocks meets its limits.
         RecipeError: when a pin asks for a block that was never scored.
     """
-    problem = build_problem(scores, costs=costs, requirements=requirements, objective=settings.objective)
+    problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
     solution = solve(problem, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
     baseline = greedy(problem)
     broken = violated_limits(solution.blocks, problem.limits)
@@ -107,7 +107,7 @@ def search(
 
 
 def build_problem(
-    scores: pl.DataFrame, *, costs: CostModel, requirements: Requirements, objective: Literal["kl", "lm_loss"]
+    scores: pl.DataFrame, *, costs: CostModel, requirements: Requirements, settings: SearchConfig
 ) -> Problem:
     """Return the candidates that the pins leave, with their scores, and the target's limits.
 
@@ -121,8 +121,8 @@ def build_problem(
             ffn=ffn_from_key(row["ffn"]),
             parent_layers=(row["layer"],),
         )
-        layers[row["layer"]].append(Candidate(block=block, score=row[objective]))
-    if objective == "lm_loss":
+        layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective]))
+    if settings.objective == "lm_loss":
         parent_loss = _parent_loss(scores, parent)
         layers = [
             [replace(candidate, score=candidate.score - parent_loss) for candidate in candidates]
@@ -133,7 +133,7 @@ def build_problem(
     blocks = [candidate.block for candidates in layers for candidate in candidates]
     return Problem(
         layers=tuple(tuple(candidates) for candidates in layers),
-        limits=linear_limits(requirements.limits, costs=costs, blocks=blocks),
+        limits=linear_limits(requirements.limits, costs=costs, blocks=blocks, speed_margin=settings.speed_margin),
     )
 
 

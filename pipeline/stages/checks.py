@@ -243,12 +243,70 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     ),
     "exported_model": (
         Check(
+            name="chat_renders_the_same",
+            metric="num_token_id_differences",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="The exported tokenizer renders chats of both modes to the token ids that were trained.",
+        ),
+        Check(
             name="export_computes_the_same",
             metric="max_abs_logit_difference",
             comparison="<=",
             bound=lambda thresholds: thresholds.max_export_logit_difference,
             blocking=True,
             description="Logits of the exported directory, loaded by transformers, against the checkpoint, fp32.",
+        ),
+    ),
+    "evaluation_sets": (
+        Check(
+            name="text_is_held_out",
+            metric="num_held_out_documents",
+            comparison=">=",
+            bound=1,
+            blocking=True,
+            description="There is text that nothing trains on.",
+        ),
+    ),
+    "parent_evaluation": (
+        Check(
+            name="parent_is_a_language_model",
+            metric="parent_perplexity",
+            comparison="<=",
+            bound=1e6,
+            blocking=True,
+            description="The parent's perplexity is a number, and not that of noise over a large vocabulary.",
+        ),
+    ),
+    "report": (
+        Check(
+            name="page_loads_nothing_remote",
+            metric="num_remote_loads",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="The page is self-contained: no script, style or picture comes from elsewhere.",
+        ),
+    ),
+    "model_card": (
+        Check(
+            name="front_matter_is_complete",
+            metric="num_missing_front_matter_keys",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="A model hub finds licence, base model, library and task in the card.",
+        ),
+    ),
+    "fused_checkpoint": (
+        Check(
+            name="fusion_stays_close",
+            metric="kl_to_unfused_nats",
+            comparison="<=",
+            bound=lambda thresholds: thresholds.max_fusion_kl,
+            blocking=True,
+            description="KL of the fused child to the unfused one before any training, nats per token.",
         ),
     ),
 }

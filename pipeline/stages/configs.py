@@ -109,6 +109,7 @@ class RLPromptsStage(Frozen):
 
     rl_prompts: RLPromptsConfig
     reasoning_tasks: tuple[ReasoningTask, ...]
+    ngram_tokens: int
 
 
 class EvaluationStage(Frozen):

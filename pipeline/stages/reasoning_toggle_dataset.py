@@ -8,11 +8,9 @@ import polars as pl
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.decontamination import build_ngrams
 from pipeline.data.evaluation_sets import (
+    build_text_ngrams,
     load_evaluation_ngrams,
-    load_held_out,
-    load_multiple_choice,
     load_reasoning_items,
 )
 from pipeline.data.packed import save_packed
@@ -52,7 +50,7 @@ def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> Stage
         items_per_task=dataset.items_per_task,
         seed=dataset.seed,
         evaluation_questions={item.question for item in load_reasoning_items(evaluation_dir)},
-        evaluation_ngrams=build_ngrams(_evaluation_texts(evaluation_dir), num_words=config.ngram_tokens),
+        evaluation_ngrams=build_text_ngrams(evaluation_dir, num_words=config.ngram_tokens),
     )
     inputs.reporter.note(f"{len(solved.kept)} items solved and verified")
     chat = _sample_chat(config, inputs, tokenizer)
@@ -94,11 +92,6 @@ def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> Stage
         },
         markdown={"mask_preview": _preview(split.train, tokenizer)},
     )
-
-
-def _evaluation_texts(evaluation_dir: Path) -> list[str]:
-    texts = [text for documents in load_held_out(evaluation_dir).values() for text in documents]
-    return texts + [item.prompt for items in load_multiple_choice(evaluation_dir).values() for item in items]
 
 
 def _sample_chat(config: ToggleDatasetStage, inputs: StageInputs, tokenizer: PreTrainedTokenizerBase) -> SelfChat:

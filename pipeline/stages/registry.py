@@ -128,6 +128,7 @@ STAGES: tuple[Stage, ...] = (
             evaluation_sets=recipe.evaluation_sets, reasoning_tasks=recipe.reasoning_tasks
         ),
         description="Held-out text, multiple-choice items and verifiable tasks that nothing trains on.",
+        checks=CHECKS["evaluation_sets"],
     ),
     Stage(
         name="distillation_mix",
@@ -157,6 +158,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("parent_checkpoint", "distillation_mix"),
         config=lambda recipe, _: configs.ImportanceStage(importance=recipe.channel_importance),
         description="FFN channel contribution and KV-head statistics over calibration tokens.",
+        in_child=True,
         checks=CHECKS["channel_importance"],
     ),
     Stage(
@@ -171,6 +173,7 @@ STAGES: tuple[Stage, ...] = (
         description="Alternative subblocks of every layer, trained by decoupled block-wise local distillation.",
         in_child=True,
         trains=True,
+        runs_on_all_ranks=True,
         checks=CHECKS["block_library"],
     ),
     Stage(
@@ -212,6 +215,7 @@ STAGES: tuple[Stage, ...] = (
             ngram_tokens=recipe.evaluation_sets.ngram_tokens,
         ),
         description="Verified tasks as pairs with detailed thinking on and off, and chat from the parent.",
+        in_child=True,
         checks=CHECKS["reasoning_toggle_dataset"],
     ),
     Stage(
@@ -221,7 +225,9 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         inputs=("evaluation_sets", "reasoning_toggle_dataset"),
         config=lambda recipe, _: configs.RLPromptsStage(
-            rl_prompts=recipe.rl_prompts, reasoning_tasks=recipe.reasoning_tasks
+            rl_prompts=recipe.rl_prompts,
+            reasoning_tasks=recipe.reasoning_tasks,
+            ngram_tokens=recipe.evaluation_sets.ngram_tokens,
         ),
         description="Verifiable prompts that neither supervised fine-tuning nor evaluation uses.",
         checks=CHECKS["rl_prompts"],
@@ -235,6 +241,7 @@ STAGES: tuple[Stage, ...] = (
         config=lambda recipe, _: configs.EvaluationStage(evaluation=recipe.evaluation),
         description="The parent measured by the harness that measures its children.",
         in_child=True,
+        checks=CHECKS["parent_evaluation"],
     ),
     Stage(
         name="mip_solution",
@@ -268,7 +275,9 @@ STAGES: tuple[Stage, ...] = (
         inputs=("child_checkpoint", "distillation_mix"),
         config=lambda recipe, _: recipe.fusion,
         description="Runs of attention-free layers joined into wide FFNs; the child itself where it has none.",
+        in_child=True,
         per_target=True,
+        checks=CHECKS["fused_checkpoint"],
     ),
     Stage(
         name="kd_checkpoint",
@@ -369,6 +378,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("rl_checkpoint",),
         config=lambda recipe, _: configs.ExportStage(),
         description="The final checkpoint as one DeciLM (nemotron-nas) directory.",
+        in_child=True,
         per_target=True,
         checks=CHECKS["exported_model"],
     ),
@@ -388,6 +398,7 @@ STAGES: tuple[Stage, ...] = (
         config=_report,
         description="What the exported model is, how it was made, measured and licensed.",
         per_target=True,
+        checks=CHECKS["model_card"],
     ),
     Stage(
         name="report",
@@ -421,6 +432,7 @@ STAGES: tuple[Stage, ...] = (
         config=_report,
         description="One self-contained HTML page: architecture, predicted against measured, quality, loss curves.",
         per_target=True,
+        checks=CHECKS["report"],
     ),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.artifacts import write_atomically
-from pipeline.data.evaluation_sets import load_reasoning_items
+from pipeline.data.evaluation_sets import build_text_ngrams, load_reasoning_items
 from pipeline.data.reasoning_items import ReasoningItem, generate_items, score_answer
 from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
 from pipeline.stage import StageInputs, StageResult, Table
@@ -21,13 +21,17 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
     samples = pl.read_parquet(inputs["reasoning_toggle_dataset"] / "samples.parquet", columns=["question"])
     known = evaluated | set(samples["question"])
     num_known = len(known)
+    measured = build_text_ngrams(inputs["evaluation_sets"], num_words=config.ngram_tokens)
+    num_contaminated = 0
     items: list[ReasoningItem] = []
     for task in config.reasoning_tasks:
         drawn = generate_items(
             task, num_items=config.rl_prompts.items_per_task, seed=config.rl_prompts.seed, exclude_questions=known
         )
         known.update(item.question for item in drawn)
-        items += drawn
+        clean = [item for item in drawn if not measured.shares_ngram(item.question)]
+        num_contaminated += len(drawn) - len(clean)
+        items += clean
     write_atomically(out_dir / PROMPTS_FILE, prompts_text(items).encode())
     errors: Counter[str] = Counter()
     num_rejected = sum(score_answer(item, item.answer, errors=errors) != 1.0 for item in items)
@@ -36,6 +40,7 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
             "num_prompts": len(items),
             "num_tasks": len(config.reasoning_tasks),
             "num_excluded_questions": num_known,
+            "num_contaminated_questions": num_contaminated,
             "num_rejected_reference_answers": num_rejected,
             "num_verifier_errors": errors.total(),
         },

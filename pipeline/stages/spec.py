@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.architecture import Frozen
 from pipeline.stage import WORK_DIR, ExecutionSettings
 
+SPEC_FILE = "spec.json"
 RESULT_IN_WORK = f"{WORK_DIR}/result.json"
 
 

@@ -1,7 +1,8 @@
-"""After an edit only what reads it runs again: one recipe line, one more width, one more target."""
+"""After an edit only what reads it runs again: a recipe line, one more width or target; ranks change nothing."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,15 @@ def test_second_target_reuses_everything_above_the_programme(store: ArtifactStor
     assert how.pop("child_checkpoint") == "ran"
     assert set(how.values()) == {"reused"}
     assert all(not BY_NAME[name].per_target for name in how)
+
+
+def test_block_library_on_two_ranks_equals_that_of_one(store: ArtifactStore):
+    one_rank = materialize(workspace(store, load_recipe("tiny")), "block_library", "fused").artifact
+    for asset in ("block_library", "bld_block"):
+        shutil.rmtree(store.root / asset)
+    two_ranks = replace(workspace(store, load_recipe("tiny")), execution=ExecutionSettings(num_ranks=2, num_threads=1))
+
+    again = materialize(two_ranks, "block_library", "fused")
+
+    assert again.how == "ran"
+    assert again.artifact.content_hash == one_rank.content_hash

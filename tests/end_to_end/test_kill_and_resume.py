@@ -101,20 +101,22 @@ def test_kill_9_during_block_library_and_kd_resumes_to_identical_weights(tmp_pat
         home.mkdir(parents=True)
     outcomes(start(calm, stages))
 
+    told: dict[str, str] = {}
     for asset in ("block_library", "kd_checkpoint"):
         process = start(disturbed, stages)
         # spec.json comes first; anything more is state to resume from
         wait_for_checkpoint(disturbed, asset, process, num_files=3)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        told[asset] = process.communicate()[0]
         deadline = time.monotonic() + 30
         while processes_using(disturbed):
             assert time.monotonic() < deadline, f"left running: {processes_using(disturbed)}"
             time.sleep(0.1)
         assert not list((disturbed / "store" / asset).glob("*/manifest.json"))
 
+    assert "block_library resumed" in told["kd_checkpoint"]  # by the run that was then killed in kd_checkpoint
     how = outcomes(start(disturbed, stages))
-    assert how["block_library"] == "reused"  # resumed by the run that was then killed in kd_checkpoint
+    assert how["block_library"] == "reused"
     assert how["kd_checkpoint"] == "resumed"
     for asset in ("block_library", "kd_checkpoint"):
         ours, theirs = manifest_of(disturbed, asset), manifest_of(calm, asset)

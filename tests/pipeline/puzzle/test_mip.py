@@ -31,7 +31,7 @@ def make_problem(limits: list[Limit], *, seed: int, num_layers: int = 3) -> Prob
     )
     blocks = [candidate.block for candidates in layers for candidate in candidates]
     costs = make_costs(make_architecture(num_layers=num_layers), blocks, seed=seed)
-    return Problem(layers=layers, limits=linear_limits(limits, costs=costs, blocks=blocks))
+    return Problem(layers=layers, limits=linear_limits(limits, costs=costs, blocks=blocks, speed_margin=0.0))
 
 
 def brute_force(problem: Problem) -> float | None:
@@ -140,7 +140,9 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
     child = [architecture.blocks[0], small, architecture.blocks[2]]
     predicted = predict(child, costs=costs)
     quantities = ("decode_speed", "prefill_speed", "latency_ms", "memory_mib", "num_parameters", "kv_bytes_per_token")
-    rows = linear_limits([limit(name, 1.0) for name in quantities], costs=costs, blocks=[*architecture.blocks, small])
+    rows = linear_limits(
+        [limit(name, 1.0) for name in quantities], costs=costs, blocks=[*architecture.blocks, small], speed_margin=0.0
+    )
     got = {row.limit.quantity: row.quantity(row.total(child)) for row in rows}
     assert got["decode_speed"] == pytest.approx(predicted["chat_decode_speedup"])
     assert got["prefill_speed"] == pytest.approx(predicted["chat_prefill_speedup"])
@@ -149,3 +151,15 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
     assert got["num_parameters"] == pytest.approx(predicted["num_parameters"] / parent["num_parameters"])
     # Two of three layers keep 2 heads of 8 values for keys and values, 4 bytes each.
     assert predicted["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+
+
+def test_linear_limits_with_a_speed_margin_tighten_times_and_leave_counts_alone():
+    architecture = make_architecture()
+    costs = make_costs(architecture, [])
+    limits = [limit(name, 1.2) for name in ("decode_speed", "latency_ms", "memory_mib", "num_parameters")]
+    plain, tight = (
+        linear_limits(limits, costs=costs, blocks=architecture.blocks, speed_margin=margin) for margin in (0.0, 0.04)
+    )
+    assert [row.upper / other.upper for row, other in zip(tight, plain, strict=True)] == pytest.approx(
+        [0.96, 0.96, 1.0, 1.0]
+    )

@@ -65,7 +65,9 @@ PROFILE = ProfileConfig(
     warmups=1,
     repeats=5,
 )
-SEARCH = SearchConfig(objective="kl", time_limit_s=10, relative_gap=0.0, max_recalibrations=2, speed_tolerance=0.05)
+SEARCH = SearchConfig(
+    objective="kl", time_limit_s=10, relative_gap=0.0, max_recalibrations=2, speed_margin=0.0, speed_tolerance=0.05
+)
 SPEED = SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=0.5)
 
 

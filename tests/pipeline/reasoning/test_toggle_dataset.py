@@ -225,7 +225,9 @@ def test_stages_toggle_dataset_and_prompts_are_verified_paired_and_disjoint(
     for path in toggle_dir.iterdir():
         assert path.read_bytes() == (again_dir / path.name).read_bytes()
 
-    stage = RLPromptsStage(rl_prompts=RLPromptsConfig(items_per_task=12, seed=4), reasoning_tasks=TASKS)
+    stage = RLPromptsStage(
+        rl_prompts=RLPromptsConfig(items_per_task=12, seed=4), reasoning_tasks=TASKS, ngram_tokens=13
+    )
     prompts = rl_prompts.run(stage, inputs, prompts_dir)
     items = load_prompts(prompts_dir)
     asked = set(pl.read_parquet(toggle_dir / "samples.parquet")["question"])
