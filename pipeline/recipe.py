@@ -335,6 +335,7 @@ class FusionConfig(Frozen):
     """FFN fusion of attention-free runs (FFN Fusion, section 3)."""
 
     min_run_layers: Annotated[int, Field(ge=2)]
+    max_run_layers: Annotated[int, Field(ge=2)]
     keep_last_ffn: bool
     norm_rule: Literal["fold_each", "last"]
     calibration_tokens: Positive

@@ -56,15 +56,20 @@ class FusedModel:
     tensors: Iterator[tuple[str, Tensor]]
 
 
-def find_runs(architecture: Architecture, *, min_run_layers: int, keep_last_ffn: bool) -> list[FusionRun]:
+def find_runs(
+    architecture: Architecture, *, min_run_layers: int, max_run_layers: int, keep_last_ffn: bool
+) -> list[FusionRun]:
     """Return the runs to fuse, first layer first.
 
-    A run is a longest stretch of layers without attention whose FFNs are gated or absent; a linear FFN ends it.
+    A stretch is a longest succession of layers without attention whose FFNs are gated or absent; a linear FFN ends it.
+    A stretch of more than `max_run_layers` FFNs becomes several runs, as in the paper's Ultra (section 4): each run
+    reads the output of the one before it, so the longer the runs, the coarser the approximation.
 
     Args:
         architecture: the model.
         min_run_layers: the fewest FFNs worth joining.
-        keep_last_ffn: leave the last FFN of each run as it is, as the paper's ablation recommends (table 5).
+        max_run_layers: the most FFNs to join into one.
+        keep_last_ffn: leave the last FFN of each stretch as it is, as the paper's ablation recommends (table 5).
     """
     runs, stretch = [], []
     for layer, block in enumerate((*architecture.blocks, None)):
@@ -74,9 +79,10 @@ def find_runs(architecture: Architecture, *, min_run_layers: int, keep_last_ffn:
         ffn_layers = [index for index in stretch if architecture.blocks[index].ffn.kind == "swiglu"]
         if keep_last_ffn:
             ffn_layers = ffn_layers[:-1]
-        if len(ffn_layers) >= min_run_layers:
-            layers = range(ffn_layers[0], ffn_layers[-1] + 1)
-            runs.append(FusionRun(layers=tuple(layers), ffn_layers=tuple(ffn_layers)))
+        for start in range(0, len(ffn_layers), max_run_layers):
+            joined = ffn_layers[start : start + max_run_layers]
+            if len(joined) >= min_run_layers:
+                runs.append(FusionRun(layers=tuple(range(joined[0], joined[-1] + 1)), ffn_layers=tuple(joined)))
         stretch = []
     return runs
 

@@ -44,7 +44,12 @@ def run(config: FusionConfig, inputs: StageInputs, out_dir: Path) -> StageResult
         torch.set_num_threads(inputs.execution.num_threads)
     child_dir = inputs["child_checkpoint"]
     architecture = read_architecture(child_dir)
-    runs = find_runs(architecture, min_run_layers=config.min_run_layers, keep_last_ffn=config.keep_last_ffn)
+    runs = find_runs(
+        architecture,
+        min_run_layers=config.min_run_layers,
+        max_run_layers=config.max_run_layers,
+        keep_last_ffn=config.keep_last_ffn,
+    )
     out_dir.mkdir(parents=True, exist_ok=True)
     if not runs:
         _copy_checkpoint(child_dir, out_dir)

@@ -30,7 +30,9 @@ class Tensors:
         return self._tensors[name]
 
 
-def runs_of(letters: str, *, min_run_layers: int, keep_last_ffn: bool) -> list[tuple[int, ...]]:
+def runs_of(
+    letters: str, *, min_run_layers: int, keep_last_ffn: bool, max_run_layers: int = 99
+) -> list[tuple[int, ...]]:
     """Runs of layers written as P parent, F FFN alone, I identity, L linear FFN alone, A attention alone."""
     kinds = {
         "P": (A, F),
@@ -40,7 +42,16 @@ def runs_of(letters: str, *, min_run_layers: int, keep_last_ffn: bool) -> list[t
         "A": (A, NO_FFN),
     }
     architecture = make_architecture(blocks=make_blocks(*(kinds[letter] for letter in letters)))
-    return [run.layers for run in find_runs(architecture, min_run_layers=min_run_layers, keep_last_ffn=keep_last_ffn)]
+    runs = find_runs(
+        architecture, min_run_layers=min_run_layers, max_run_layers=max_run_layers, keep_last_ffn=keep_last_ffn
+    )
+    return [run.layers for run in runs]
+
+
+def test_find_runs_splits_a_long_stretch_and_leaves_a_rest_that_is_too_short():
+    assert runs_of("PFFFFFP", min_run_layers=2, max_run_layers=2, keep_last_ffn=False) == [(1, 2), (3, 4)]
+    assert runs_of("PFFFFFP", min_run_layers=2, max_run_layers=3, keep_last_ffn=True) == [(1, 2, 3)]
+    assert runs_of("PFIFFFFP", min_run_layers=2, max_run_layers=2, keep_last_ffn=True) == [(1, 2, 3), (4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def runs_of(letters: str, *, min_run_layers: int, keep_last_ffn: bool) -> list[t
 def test_runs_are_the_hand_drawn_ones(
     letters: str, min_run_layers: int, keep_last_ffn: bool, expected: list[tuple[int, ...]]
 ):
-    assert runs_of(letters, min_run_layers=min_run_layers, keep_last_ffn=keep_last_ffn) == expected
+    assert runs_of(letters, min_run_layers=min_run_layers, max_run_layers=99, keep_last_ffn=keep_last_ffn) == expected
 
 
 def make_ffns(*, dtype: torch.dtype, biased: bool) -> list[dict[str, Tensor]]:
@@ -109,7 +120,7 @@ def test_wide_ffn_equals_the_sum_at_the_shared_input(
 def fused_model(
     architecture: Architecture, *, norm_rule: NormRule, keep_last_ffn: bool
 ) -> tuple[HeterogeneousLlamaForCausalLM, Architecture]:
-    runs = find_runs(architecture, min_run_layers=2, keep_last_ffn=keep_last_ffn)
+    runs = find_runs(architecture, min_run_layers=2, max_run_layers=99, keep_last_ffn=keep_last_ffn)
     fused = fuse(architecture, source=Tensors(make_model(architecture)), runs=runs, norm_rule=norm_rule)
     tensors = dict(fused.tensors)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(fused.architecture)
@@ -164,7 +175,7 @@ def test_fusing_ffns_that_add_nothing_changes_nothing():
     for layer in (1, 3):
         model.model.layers[layer].mlp.down_proj.weight.zero_()
         model.model.layers[layer].mlp.down_proj.bias.zero_()
-    runs = find_runs(MIXED, min_run_layers=2, keep_last_ffn=False)
+    runs = find_runs(MIXED, min_run_layers=2, max_run_layers=99, keep_last_ffn=False)
     fused = fuse(MIXED, source=Tensors(model), runs=runs, norm_rule="last")
     tensors = dict(fused.tensors)
     other = empty_model(fused.architecture)

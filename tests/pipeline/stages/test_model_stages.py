@@ -111,7 +111,9 @@ def write_mixture(directory: Path) -> Path:
     return directory
 
 
-FUSION = FusionConfig(min_run_layers=2, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48)
+FUSION = FusionConfig(
+    min_run_layers=2, max_run_layers=8, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48
+)
 PARENT_LAYER, FFN_LAYER = (gqa(2), swiglu(48)), (NO_ATTENTION, swiglu(48))
 
 
