@@ -336,6 +336,7 @@ class FusionConfig(Frozen):
 
     min_run_layers: Annotated[int, Field(ge=2)]
     max_run_layers: Annotated[int, Field(ge=2)]
+    max_run_kl: PositiveFloat
     keep_last_ffn: bool
     norm_rule: Literal["fold_each", "last"]
     calibration_tokens: Positive

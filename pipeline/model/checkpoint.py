@@ -196,10 +196,15 @@ def load_model(directory: Path, *, dtype: torch.dtype) -> HeterogeneousLlamaForC
         CheckpointError: when a tensor is missing, unexpected, cut off or of the wrong shape.
     """
     architecture = read_architecture(directory)
-    expected = tensor_shapes(architecture)
-    tensors = {
-        name: tensor.to(dtype) for name, tensor in _checked(TensorReader(directory), expected, where=str(directory))
-    }
+    checked = _checked(TensorReader(directory), tensor_shapes(architecture), where=str(directory))
+    return model_from_tensors(architecture, checked, dtype=dtype)
+
+
+def model_from_tensors(
+    architecture: Architecture, named: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
+) -> HeterogeneousLlamaForCausalLM:
+    """Return a model on the CPU, in evaluation mode, that holds these tensors; a tied head need not be among them."""
+    tensors = {name: tensor.to(dtype) for name, tensor in named}
     if architecture.tie_word_embeddings:
         tensors[_HEAD] = tensors[_EMBEDDING]
     model = empty_model(architecture)

@@ -112,18 +112,18 @@ def write_mixture(directory: Path) -> Path:
 
 
 FUSION = FusionConfig(
-    min_run_layers=2, max_run_layers=8, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48
+    min_run_layers=2, max_run_layers=8, max_run_kl=9.0, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48
 )
 PARENT_LAYER, FFN_LAYER = (gqa(2), swiglu(48)), (NO_ATTENTION, swiglu(48))
 
 
-def run_fusion(tmp_path: Path, blocks: tuple[BlockSpec, ...]) -> StageResult:
+def run_fusion(tmp_path: Path, blocks: tuple[BlockSpec, ...], *, config: FusionConfig = FUSION) -> StageResult:
     inputs = stage_inputs(
         tmp_path,
         child_checkpoint=write_checkpoint(tmp_path / "child", blocks),
         distillation_mix=write_mixture(tmp_path / "mix"),
     )
-    return fused_checkpoint.run(FUSION, inputs, tmp_path / "fused")
+    return fused_checkpoint.run(config, inputs, tmp_path / "fused")
 
 
 def test_child_without_a_run_is_passed_on_as_it_is(tmp_path: Path):
@@ -132,7 +132,7 @@ def test_child_without_a_run_is_passed_on_as_it_is(tmp_path: Path):
         assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "child" / name).read_bytes()
     assert result.metrics["num_runs"] == 0
     assert result.metrics["kl_to_unfused_nats"] == 0.0
-    assert "no run of attention-free layers has 2 FFNs" in result.facts["outcome"]
+    assert "no stretch of attention-free layers has 2 FFNs" in result.facts["outcome"]
 
 
 @torch.no_grad()
@@ -150,7 +150,18 @@ def test_fused_child_is_measured_against_the_unfused(tmp_path: Path):
     hidden, fused_hidden = (model.model(tokens_NT).last_hidden_state for model in (child, fused))
     error = (fused_hidden - hidden).norm() / hidden.norm()
     assert result.metrics["relative_output_error"] == pytest.approx(float(error), rel=1e-4)
-    assert result.tables["runs"].rows == (("1-2", 2, "48 + 48", 96),)
+    kl_alone, error_alone = round(result.metrics["kl_to_unfused_nats"], 4), round(float(error), 4)
+    assert result.tables["runs"].rows == (("1-2", "48 + 48", kl_alone, error_alone, True),)
+
+
+def test_run_that_costs_more_than_allowed_stays_unfused(tmp_path: Path):
+    blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
+    result = run_fusion(tmp_path, blocks, config=FUSION.model_copy(update={"max_run_kl": 1e-12}))
+    assert (result.metrics["num_runs"], result.metrics["num_runs_left_out"]) == (0, 1)
+    assert result.tables["runs"].rows[0][-1] is False
+    assert "each of 1 runs alone costs more than 1e-12 nats" in result.facts["outcome"]
+    for name in ("architecture.json", "model.safetensors"):
+        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "child" / name).read_bytes()
 
 
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
