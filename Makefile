@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The target to materialize: TARGET, or the recipe's own default.
 FIND_TARGET = target="$(TARGET)"; \
-	target="$${target:-$$($(PYTHON) -c 'import os; from pipeline.recipe import load_recipe; print(load_recipe(os.environ["RECIPE"]).default_target)')}"; \
+	target="$${target:-$$($(PYTHON) -c 'import os; from pipeline.recipe_file import load_recipe; print(load_recipe(os.environ["RECIPE"]).default_target)')}"; \
 	[ -n "$$target" ] || exit 1
 # Dagster's own step events are DEBUG; what stages say is INFO.
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.execution import Workspace, materialize
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 

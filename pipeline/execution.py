@@ -28,7 +28,8 @@ from pipeline.fingerprint import fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
-from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, load_recipe
+from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
 from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage

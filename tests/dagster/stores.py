@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipeline.artifacts import Artifact, ArtifactStore
 from pipeline.execution import Workspace, stage_fingerprint
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, Stage
 

@@ -11,7 +11,7 @@ from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGra
 
 import assets
 from pipeline.definitions import build_defs, load_assets
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES
 from tests.dagster.commands import run_module, run_python
 from tests.dagster.stores import open_tiny

@@ -11,7 +11,7 @@ from assets.metadata import MAX_FIGURE_BYTES, MAX_TABLE_ROWS, outcome_metadata
 from assets.stage_asset import describe_outcome
 from pipeline.artifacts import ArtifactStore
 from pipeline.execution import Outcome
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import StageResult, Table
 from pipeline.stages.registry import get_stage
 from tests.dagster.stores import open_tiny, publish

@@ -10,7 +10,8 @@ import pytest
 from assets.jobs import RERUN_TAG, build_schedule
 from assets.stage_asset import code_version
 from pipeline.execution import Workspace
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES, get_stage
 from resources.staleness import find_stale_stages
 from tests.dagster.stores import open_tiny, publish_all

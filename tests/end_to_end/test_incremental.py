@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.execution import Workspace, materialize
-from pipeline.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe, parse_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import BY_NAME, STAGES
 from tests.end_to_end.conftest import TinyRun

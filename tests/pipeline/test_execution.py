@@ -15,7 +15,8 @@ from pipeline.execution import (
     refit_home,
     stage_fingerprint,
 )
-from pipeline.recipe import CorporaConfig, FileSource, load_recipe
+from pipeline.recipe import CorporaConfig, FileSource
+from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish, publish_all
@@ -40,11 +41,14 @@ def test_materialize_runs_then_reuses_without_running(workspace: Workspace):
     first.artifact.verify_hashes()
 
 
-def test_materialize_of_an_unfinished_artifact_says_resumed(workspace: Workspace):
+@pytest.mark.parametrize(("left", "how"), [("checkpoints/step-10/weights", "resumed"), ("spec.json", "ran")])
+def test_materialize_after_a_stopped_run_says_resumed_where_work_was_saved(workspace: Workspace, left: str, how: str):
     key = stage_fingerprint(workspace, PARENT, "fused")
-    (workspace.store.directory(PARENT.name, key) / "_work").mkdir(parents=True)
+    saved = workspace.store.directory(PARENT.name, key) / "_work" / left
+    saved.parent.mkdir(parents=True)
+    saved.touch()
 
-    assert materialize(workspace, PARENT.name, "fused").how == "resumed"
+    assert materialize(workspace, PARENT.name, "fused").how == how
 
 
 def test_materialize_records_where_the_artifact_comes_from(workspace: Workspace):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import RECIPES_DIR, Recipe, find_recipe, load_recipe, parse_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import RECIPES_DIR, find_recipe, load_recipe, parse_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 

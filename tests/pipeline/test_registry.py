@@ -11,7 +11,7 @@ import pytest
 from pipeline.architecture import Frozen
 from pipeline.errors import RecipeError
 from pipeline.fingerprint import fingerprint
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.stages import code_record
 from pipeline.stages.checks import Check
 from pipeline.stages.registry import BY_NAME, STAGES, Stage, get_stage

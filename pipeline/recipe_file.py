@@ -1,0 +1,72 @@
+"""Reading a recipe from its YAML file: by name or path, no key given twice, every wrong key named."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by name (`smol`) or by path (`my/recipe.yaml`).
+
+    Raises:
+        RecipeError: when there is no such file, it is not YAML, or a key is unknown, missing or of the wrong value.
+    """
+    path = find_recipe(name_or_path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as err:
+        raise RecipeError(f"{path} is not valid YAML: {err}") from err
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of sections")
+    return parse_recipe(data, origin=str(path))
+
+
+def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
+    """Validate the plain form of a recipe.
+
+    Raises:
+        RecipeError: listing every key that is wrong.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as err:
+        lines = [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in err.errors()]
+        raise RecipeError(f"{origin} is not a valid recipe:\n" + "\n".join(lines)) from err
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Return the file of a recipe given by name or path.
+
+    Raises:
+        RecipeError: when there is none, listing the shipped recipes.
+    """
+    if re.fullmatch(r"[A-Za-z0-9._-]+", name_or_path):
+        shipped = RECIPES_DIR / f"{name_or_path}.yaml"
+        if shipped.is_file():
+            return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    names = sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
+    raise RecipeError(f"no recipe {name_or_path!r}: give a path to a YAML file, or one of {', '.join(names)}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, which YAML would otherwise settle silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
