@@ -23,7 +23,8 @@ from pipeline.recipe import Limit, ProfileConfig, Scenario
 FIXED = "fixed"
 
 
-TIMED = ("decode_speed", "prefill_speed", "latency_ms")
+SPEEDS = ("decode_speed", "prefill_speed")
+TIMED = (*SPEEDS, "latency_ms")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ class LinearLimit:
 
     def quantity(self, total: float) -> float:
         """Return a total in the unit of the limit's bound: a speed, or a ratio to the parent where it is relative."""
-        if self.limit.quantity in ("decode_speed", "prefill_speed"):
+        if self.limit.quantity in SPEEDS:
             return self.reference / total if self.limit.relative_to == "parent" else 1000.0 * self.work / total
         return total / self.reference if self.limit.relative_to == "parent" else total
 
@@ -104,7 +105,7 @@ def linear_limits(
 def describe_limit(limit: Limit) -> str:
     """Return a limit as a person would write it: `decode_speed (chat) >= 1.5 x parent`."""
     where = "" if limit.scenario is None else f" ({limit.scenario})"
-    sign = ">=" if limit.quantity in ("decode_speed", "prefill_speed") else "<="
+    sign = ">=" if limit.quantity in SPEEDS else "<="
     return f"{limit.quantity}{where} {sign} {limit.bound:,g}{' x parent' if limit.relative_to == 'parent' else ''}"
 
 
@@ -141,7 +142,7 @@ def headline_scenario(limits: Sequence[Limit], quantity: str, *, profile: Profil
 
 def _linear(limit: Limit, *, costs: CostModel, blocks: Mapping[str, BlockSpec], speed_margin: float) -> LinearLimit:
     fixed, cost, reference, work = _parts(limit, costs=costs, blocks=blocks)
-    is_speed = limit.quantity in ("decode_speed", "prefill_speed")
+    is_speed = limit.quantity in SPEEDS
     if limit.relative_to == "parent":
         upper = reference / limit.bound if is_speed else reference * limit.bound
     else:

@@ -8,12 +8,11 @@ from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_par
 from pipeline.puzzle.calibration import PHASES, Calibration, Phase, calibrate
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.mip import VERIFICATION_TOLERANCE
-from pipeline.puzzle.predictions import CostModel, describe_limit
+from pipeline.puzzle.predictions import SPEEDS, CostModel, describe_limit
 from pipeline.puzzle.search import LimitRecord, SolutionRecord
 from pipeline.recipe import Limit, ProfileConfig, Scenario
 
 PARENT, CHILD = "parent", "child"
-SPEEDS = ("decode_speed", "prefill_speed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

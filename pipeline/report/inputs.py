@@ -18,9 +18,9 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import CheckpointEvaluation, read_evaluations
 from pipeline.puzzle.tables import LOSSES, SCORES, read_table
 from pipeline.stage import Number, StageResult
+from pipeline.training.metrics import CURVE_FILE, read_curve
 
 ARCHITECTURE_FILE = "architecture.json"
-CURVE_FILE = "curve.parquet"
 TRAINED = ("kd_checkpoint", "cpt_checkpoint", "sft_checkpoint", "rl_checkpoint")
 
 
@@ -110,7 +110,7 @@ def read_inputs(artifacts: Mapping[str, Path]) -> ReportInputs:
         },
         evaluations=read_evaluations(artifacts["evaluation"]) if "evaluation" in artifacts else {},
         curves={
-            asset: pl.read_parquet(artifacts[asset] / CURVE_FILE)
+            asset: read_curve(artifacts[asset])
             for asset in TRAINED
             if asset in artifacts and (artifacts[asset] / CURVE_FILE).is_file()
         },

@@ -9,7 +9,7 @@ Letters: B batch, T tokens, D hidden_size, V vocab_size.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from pipeline.model.checkpoint import (
     read_architecture,
     save_checkpoint,
 )
-from pipeline.model.fusion import FusedModel, FusionRun, find_runs, fuse
+from pipeline.model.fusion import FusionRun, find_runs, fuse
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.recipe import FusionConfig
 from pipeline.stage import StageInputs, StageResult, Table
@@ -56,7 +56,7 @@ def run(config: FusionConfig, inputs: StageInputs, out_dir: Path) -> StageResult
     out_dir.mkdir(parents=True, exist_ok=True)
     if not candidates:
         _copy_checkpoint(child_dir, out_dir)
-        return _result(architecture, architecture, alone={}, config=config, error=None)
+        return _result(architecture, architecture, runs=[], alone={}, config=config, error=None)
     source = TensorReader(child_dir)
     comparison = _Comparison(
         load_model(child_dir, dtype=torch.float32),
@@ -65,16 +65,16 @@ def run(config: FusionConfig, inputs: StageInputs, out_dir: Path) -> StageResult
     alone: dict[FusionRun, FusionError] = {}
     for done, candidate in enumerate(candidates, start=1):
         one = fuse(architecture, source=source, runs=[candidate], norm_rule=config.norm_rule)
-        alone[candidate] = comparison.error_of(_model_of(one))
+        alone[candidate] = comparison.error_of(model_from_tensors(one.architecture, one.tensors, dtype=torch.float32))
         inputs.reporter.step(done, len(candidates), what="candidate runs", kl=alone[candidate].kl_to_unfused_nats)
     runs = [candidate for candidate in candidates if alone[candidate].kl_to_unfused_nats <= config.max_run_kl]
     if not runs:
         _copy_checkpoint(child_dir, out_dir)
-        return _result(architecture, architecture, alone=alone, config=config, error=None)
+        return _result(architecture, architecture, runs=[], alone=alone, config=config, error=None)
     fused = fuse(architecture, source=source, runs=runs, norm_rule=config.norm_rule)
     save_checkpoint(out_dir, architecture=fused.architecture, tensors=fused.tensors, tokenizer_dir=child_dir)
     error = comparison.error_of(load_model(out_dir, dtype=torch.float32))
-    return _result(architecture, fused.architecture, alone=alone, config=config, error=error)
+    return _result(architecture, fused.architecture, runs=runs, alone=alone, config=config, error=error)
 
 
 class _Comparison:
@@ -108,10 +108,6 @@ class _Comparison:
         )
 
 
-def _model_of(fused: FusedModel) -> HeterogeneousLlamaForCausalLM:
-    return model_from_tensors(fused.architecture, fused.tensors, dtype=torch.float32)
-
-
 def _copy_checkpoint(source: Path, directory: Path) -> None:
     names = [
         ARCHITECTURE_FILE,
@@ -128,12 +124,12 @@ def _result(
     before: Architecture,
     after: Architecture,
     *,
+    runs: Sequence[FusionRun],
     alone: Mapping[FusionRun, FusionError],
     config: FusionConfig,
     error: FusionError | None,
 ) -> StageResult:
     kept = ", the last FFN of a stretch staying as it is" if config.keep_last_ffn else ""
-    runs = [candidate for candidate, found in alone.items() if found.kl_to_unfused_nats <= config.max_run_kl]
     if runs:
         reason = f"joined by rule {config.norm_rule}{kept}"
     elif alone:

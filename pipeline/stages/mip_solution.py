@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.costs import block_parameters
-from pipeline.puzzle.predictions import headline_scenario
+from pipeline.puzzle.predictions import SPEEDS, headline_scenario
 from pipeline.puzzle.search import SolutionRecord, read_costs, read_scores, search, write_solution
 from pipeline.report.drawings import save_figures
 from pipeline.report.figures import architecture_strip
@@ -24,8 +24,7 @@ def run(config: MipStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     out_dir.mkdir(parents=True, exist_ok=True)
     write_solution(out_dir, record)
     decode, prefill = (
-        headline_scenario(config.requirements.limits, quantity, profile=config.profile)
-        for quantity in ("decode_speed", "prefill_speed")
+        headline_scenario(config.requirements.limits, quantity, profile=config.profile) for quantity in SPEEDS
     )
     metrics: dict[str, Number] = {
         "predicted_decode_speedup": record.predicted[f"{decode}_decode_speedup"],
