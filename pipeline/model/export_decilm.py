@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.architecture import Architecture, swiglu
 from pipeline.model import exported_code
 from pipeline.model.checkpoint import TensorReader, copy_tokenizer, read_architecture, write_tensors
-from pipeline.model.decilm import decilm_config, padded_width
+from pipeline.model.decilm_config import decilm_config, padded_width
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 

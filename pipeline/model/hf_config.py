@@ -78,10 +78,18 @@ def read_llama_config(directory: Path) -> Architecture:
             another rotary rule, or a key that is not known.
     """
     path = directory / "config.json"
-    config = read_json_object(path)
-    _require_plain_llama(config, path=path)
     generation = directory / "generation_config.json"
     token_ids = read_json_object(generation) if generation.is_file() else {}
+    return llama_architecture(read_json_object(path), token_ids=token_ids, path=path)
+
+
+def llama_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], path: Path) -> Architecture:
+    """Return what a Llama's config.json says, with further token ids from its generation_config.json.
+
+    Raises:
+        CheckpointError: as read_llama_config; `path` is the file it names.
+    """
+    _require_plain_llama(config, path=path)
     heads = _integer(config, "num_attention_heads", path=path)
     hidden = _integer(config, "hidden_size", path=path)
     key_value_heads = _integer(config, "num_key_value_heads", path=path, default=heads)
@@ -90,7 +98,7 @@ def read_llama_config(directory: Path) -> Architecture:
         "ffn": swiglu(_integer(config, "intermediate_size", path=path)),
     }
     num_layers = _integer(config, "num_hidden_layers", path=path)
-    theta, scaling = _rope(config, path=path)
+    theta, scaling = read_rope(config, path=path)
     try:
         architecture = Architecture(
             vocab_size=_integer(config, "vocab_size", path=path),
@@ -104,10 +112,12 @@ def read_llama_config(directory: Path) -> Architecture:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
-            bos_token_id=_first(_ids(config, "bos_token_id") or _ids(token_ids, "bos_token_id")),
+            bos_token_id=_first(read_token_ids(config, "bos_token_id") or read_token_ids(token_ids, "bos_token_id")),
             # Chat models often name all their end tokens in generation_config.json alone.
-            eos_token_ids=tuple(dict.fromkeys(_ids(token_ids, "eos_token_id") + _ids(config, "eos_token_id"))),
-            pad_token_id=_first(_ids(config, "pad_token_id") or _ids(token_ids, "pad_token_id")),
+            eos_token_ids=tuple(
+                dict.fromkeys(read_token_ids(token_ids, "eos_token_id") + read_token_ids(config, "eos_token_id"))
+            ),
+            pad_token_id=_first(read_token_ids(config, "pad_token_id") or read_token_ids(token_ids, "pad_token_id")),
             blocks=tuple(BlockSpec(**block, parent_layers=(layer,)) for layer in range(num_layers)),
         )
     except ValidationError as err:
@@ -161,8 +171,12 @@ def _require_plain_llama(config: dict[str, Any], *, path: Path) -> None:
         raise CheckpointError(f"{path} has rope_interleaved; rotary pairs must be the two halves of a head")
 
 
-def _rope(config: dict[str, Any], *, path: Path) -> tuple[float, RopeScaling | None]:
-    """Return theta and the scaling rule from either spelling: rope_theta + rope_scaling, or rope_parameters."""
+def read_rope(config: dict[str, Any], *, path: Path) -> tuple[float, RopeScaling | None]:
+    """Return theta and the scaling rule from either spelling: rope_theta + rope_scaling, or rope_parameters.
+
+    Raises:
+        CheckpointError: when the two disagree, or for a rule that is neither the default nor llama3.
+    """
     found = []
     for key in ("rope_parameters", "rope_scaling"):
         rules = config.get(key)
@@ -205,7 +219,8 @@ def _integer(config: dict[str, Any], key: str, *, path: Path, default: int | Non
     return value
 
 
-def _ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+def read_token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
+    """Return the one or many token ids of a key; empty for none."""
     value = config.get(key)
     values = value if isinstance(value, list) else [value]
     # Some checkpoints write -1 for "none".

@@ -5,7 +5,8 @@ One forward pass of the parent per batch feeds every variant of every layer. For
     mid = attend(x)    out = feed_forward(mid)                          the parent's
     an FFN variant predicts        feed_forward'(mid)
     an attention variant predicts  feed_forward(attend'(x))             through the frozen parent FFN
-    loss = MSE(prediction, out) / MSE(out, 0)
+    loss "tensor" = MSE(prediction, out) / MSE(out, 0)                  the paper's
+    loss "token"  = mean over tokens t of |prediction_t - out_t|^2 / |out_t|^2
 
 No gradient crosses layers, and no variant sees another: each has its own optimiser, clipping and failure, so its
 weights do not depend on what else is trained in the same run.
@@ -31,7 +32,7 @@ from pipeline.puzzle.devices import autocast
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey, BlockRecord, LossPoint
-from pipeline.recipe import BlockLibraryConfig, OptimizerConfig
+from pipeline.recipe import BlockLibraryConfig, BlockLoss, OptimizerConfig
 from pipeline.training.schedules import learning_rate_factor
 
 
@@ -63,11 +64,19 @@ class LayerActivations:
     attention_kwargs: dict[str, Any]
 
 
-def normalised_mse(prediction_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Return MSE(prediction, target) / MSE(target, 0), whole-tensor means in float32 (Puzzle, section 3)."""
+def block_loss(prediction_BTD: Tensor, target_BTD: Tensor, *, kind: BlockLoss) -> Tensor:
+    """Return how far a block's output is from the parent's, as a share of the parent's, in float32.
+
+    `tensor` divides the summed squares of the whole batch (Puzzle, section 3), which the few tokens with massive
+    activations rule; `token` divides token by token, as the norm that reads the output will.
+    """
     # bf16 squares of massive activations would round away everything else.
     prediction_BTD, target_BTD = prediction_BTD.float(), target_BTD.float()
-    return (prediction_BTD - target_BTD).square().mean() / target_BTD.square().mean()
+    error_BT = (prediction_BTD - target_BTD).square().mean(dim=-1)
+    size_BT = target_BTD.square().mean(dim=-1)
+    if kind == "tensor":
+        return error_BT.mean() / size_BT.mean()
+    return (error_BT / size_BT).mean()
 
 
 def train_blocks(
@@ -214,7 +223,7 @@ def _loss(
         else:
             attended_BTD = trainee.module.attend(activations.input_BTD, **activations.attention_kwargs)
             prediction_BTD = layers[activations.layer].feed_forward(attended_BTD)
-    return normalised_mse(prediction_BTD, activations.output_BTD)
+    return block_loss(prediction_BTD, activations.output_BTD, kind=settings.loss)
 
 
 def _finite_or_fail(trainee: Trainee, loss: float, *, when: str) -> float | None:

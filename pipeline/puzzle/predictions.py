@@ -63,8 +63,8 @@ class CostModel:
 
     @property
     def bytes_per_value(self) -> float:
-        """Bytes of one weight or cache value at the profile's precision."""
-        return BYTES_PER_PARAMETER[self.profile.precision]
+        """Bytes of one weight or cache value in the precision the child is deployed in."""
+        return BYTES_PER_PARAMETER[self.profile.served_precision]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -203,11 +203,13 @@ def _clocked_generation(
     clock = SubblockClock(next(model.parameters()).device)
     calls: dict[Phase, dict[tuple[str, str], list[float]]] = {}
 
-    def keep_prefill() -> None:
-        calls["prefill"] = clock.take()
+    def keep_prefill(part: str) -> None:
+        marked = clock.take()  # also empties the clock of the filling between the two phases
+        if part == "prefill":
+            calls["prefill"] = marked
 
     with clock.watching(model):
-        timing = time_generation(model, scenario, after_prefill=keep_prefill)
+        timing = time_generation(model, scenario, after=keep_prefill)
     calls["decode"] = clock.take()
     return timing, calls
 

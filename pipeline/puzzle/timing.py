@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import DynamicCache
@@ -15,14 +16,14 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.puzzle.calibration import Phase
 from pipeline.recipe import Scenario
 
-# Enough decode steps that one timing outlasts the clock's and the scheduler's grain; few enough that the context is
-# still the scenario's.
+# Enough decode steps that one timing outlasts the clock's and the scheduler's grain; few enough that the context hardly
+# grows meanwhile.
 MAX_DECODE_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationTiming:
-    """One timing of one scenario: the whole prefill, and one decode step of the whole batch."""
+    """One timing of one scenario: the whole prefill, and one decode step of the whole batch, half-way through."""
 
     prefill_ms: float
     decode_ms: float
@@ -38,11 +39,13 @@ def time_generation(
     model: HeterogeneousLlamaForCausalLM,
     scenario: Scenario,
     *,
-    after_prefill: Callable[[], None] = lambda: None,
+    after: Callable[[Literal["prefill", "filling"]], None] = lambda _: None,
 ) -> GenerationTiming:
-    """Time one prefill and the decode steps behind it; the tokens are fixed, their values do not change the work.
+    """Time one prefill, and decode steps in the middle of the generation; the tokens' values do not change the work.
 
-    `after_prefill` is called between the two phases, outside both clocks.
+    A step behind the prompt and half of the generated tokens costs what the steps of the whole generation cost on
+    average, since attention's work grows by the same amount with each. `after` is called outside the clocks: when the
+    prompt is in the cache, and when the tokens before the timed steps are.
     """
     device = next(model.parameters()).device
     vocab_size = model.architecture.vocab_size
@@ -54,7 +57,13 @@ def time_generation(
     began = _now(device)
     logits_BTV = model(input_ids=prompt_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     prefill_s = _now(device) - began
-    after_prefill()
+    after("prefill")
+
+    num_before = (scenario.generation_tokens - num_steps) // 2
+    if num_before:
+        filler_BT = prompt_BT[:, :1].expand(-1, num_before)
+        model(input_ids=filler_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    after("filling")
 
     token_BT = logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
     steps_s = []

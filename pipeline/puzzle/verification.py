@@ -59,7 +59,7 @@ def check_model(
         measured = None if scenario is None else _timed(limit, measurements, model=model, scenario=scenario)
         allowed = tolerance
         if measured is None:
-            size = BYTES_PER_PARAMETER[profile.precision]
+            size = BYTES_PER_PARAMETER[profile.served_precision]
             measured = _counted(limit, architecture, scenario=scenario, bytes_per_value=size)
             if limit.relative_to == "parent":
                 measured /= _counted(limit, parent, scenario=scenario, bytes_per_value=size)

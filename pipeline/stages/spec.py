@@ -24,7 +24,7 @@ class StageSpec(Frozen):
     def parse_config(self) -> Frozen:
         """Return the stage's config as the type it was written from."""
         module, _, name = self.config_type.partition(":")
-        if module not in ("pipeline.stages.configs", "pipeline.recipe"):
+        if module != "pipeline.stages.configs" and not module.startswith("pipeline.recipe."):
             raise ValueError(f"config_type is {self.config_type!r}; a stage's config is a model of this project")
         config: Frozen = getattr(importlib.import_module(module), name).model_validate(self.config)
         return config

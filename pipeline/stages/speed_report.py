@@ -112,7 +112,7 @@ def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str
 
 def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> dict[str, Any]:
     """Return what one model holds, and how many cached tokens fit the device once its weights are there."""
-    size = BYTES_PER_PARAMETER[config.profile.precision]
+    size = BYTES_PER_PARAMETER[config.profile.served_precision]
     count = num_parameters(model.architecture)
     kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size)
     weights = weight_mib(count, bytes_per_parameter=size)

@@ -59,6 +59,7 @@ MIXTURE = MixtureConfig(
     sequence_length=64,
     tokens=6400,
     validation_tokens=640,
+    long_context=(),
     entries=(MixtureEntry(source="words", weight=1.0),),
     seed=1,
 )

@@ -23,6 +23,7 @@ def mixture_config(weights: dict[str, float], *, tokens: int = 8000, validation:
         sequence_length=SEQUENCE_LENGTH,
         tokens=tokens,
         validation_tokens=validation,
+        long_context=(),
         entries=tuple(MixtureEntry(source=name, weight=weight) for name, weight in weights.items()),
         seed=seed,
     )
@@ -205,6 +206,7 @@ def test_mixture_that_names_a_source_twice_is_refused():
         sequence_length=8,
         tokens=8,
         validation_tokens=8,
+        long_context=(),
         entries=(MixtureEntry(source="a", weight=1.0), MixtureEntry(source="a", weight=2.0)),
         seed=1,
     )

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, NO_ATTENTION, NO_FFN, gqa, swiglu
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import save_checkpoint
-from pipeline.model.decilm import ffn_multiplier, register
+from pipeline.model.decilm import register
+from pipeline.model.decilm_config import ffn_multiplier
 from pipeline.model.export_decilm import export_decilm
 from pipeline.model.exported_code.configuration_decilm import DeciLMConfig, ffn_width
 from tests.pipeline.model.builders import (

@@ -41,7 +41,9 @@ def make_architecture(
 
 def make_profile(*, scenarios: tuple[Scenario, ...] | None = None) -> ProfileConfig:
     chat = Scenario(name="chat", batch_size=2, prompt_tokens=8, generation_tokens=4)
-    return ProfileConfig(scenarios=scenarios or (chat,), precision="fp32", num_threads=1, warmups=1, repeats=3)
+    return ProfileConfig(
+        scenarios=scenarios or (chat,), precision="fp32", served_precision="fp32", num_threads=1, warmups=1, repeats=3
+    )
 
 
 def make_costs(

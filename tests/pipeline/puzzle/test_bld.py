@@ -8,7 +8,7 @@ import torch
 from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter, SilentReporter
-from pipeline.puzzle.bld import FailedBlock, TrainedBlock, layer_activations, normalised_mse, train_blocks
+from pipeline.puzzle.bld import FailedBlock, TrainedBlock, block_loss, layer_activations, train_blocks
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey
@@ -17,6 +17,7 @@ from tests.pipeline.puzzle.conftest import Workplace
 
 SETTINGS = BlockLibraryConfig(
     tokens=192,
+    loss="tensor",
     batch_size=2,
     learning_rate=3e-3,
     min_learning_rate_ratio=0.1,
@@ -83,12 +84,17 @@ def assert_bitwise_equal(one: TrainedBlock | FailedBlock, other: TrainedBlock | 
         assert torch.equal(tensor, other.tensors[name]), name
 
 
-def test_normalised_mse_equals_the_ratio_of_sums():
+def test_block_loss_equals_the_ratio_of_sums_over_the_batch_or_over_each_token():
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    expected = ((prediction - target) ** 2).sum() / (target**2).sum()
-    torch.testing.assert_close(normalised_mse(prediction, target).double(), expected, rtol=1e-6, atol=0)
-    assert normalised_mse(target, target).item() == 0.0
+    target[0, 1] *= 1000  # a massive activation
+    error, size = (prediction - target).square(), target.square()
+    by_token = [error[row, token].sum() / size[row, token].sum() for row in range(2) for token in range(3)]
+    expected = {"tensor": error.sum() / size.sum(), "token": torch.stack(by_token).mean()}
+    for kind, value in expected.items():
+        found = block_loss(prediction, target, kind=kind)  # pyright: ignore[reportArgumentType]
+        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=0)
+        assert block_loss(target, target, kind=kind).item() == 0.0  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -122,7 +128,7 @@ def test_initial_loss_equals_the_swapped_layer_computed_whole(workplace: Workpla
                 activations.input_BTD, **activations.attention_kwargs
             )
             swapped = (variant if key.subblock == "ffn" else layer).feed_forward(middle)
-            expected = normalised_mse(swapped, whole).item()
+            expected = block_loss(swapped, whole, kind="tensor").item()
             assert outcomes[key].record.initial_loss == pytest.approx(expected, rel=1e-5)
 
 

@@ -48,6 +48,7 @@ from tests.pipeline.puzzle.conftest import Workplace, publish
 SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 16, "no_op"), overrides=(), portable=False)
 BLD = BlockLibraryConfig(
     tokens=96,
+    loss="tensor",
     batch_size=2,
     learning_rate=3e-3,
     min_learning_rate_ratio=0.1,
@@ -61,6 +62,7 @@ BLD = BlockLibraryConfig(
 PROFILE = ProfileConfig(
     scenarios=(Scenario(name="chat", batch_size=1, prompt_tokens=12, generation_tokens=4),),
     precision="fp32",
+    served_precision="fp32",
     num_threads=1,
     warmups=1,
     repeats=5,

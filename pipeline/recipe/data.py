@@ -1,0 +1,133 @@
+"""Sources, evaluation sets and mixtures of a recipe."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.architecture import Frozen
+from pipeline.recipe.types import Name, Positive, PositiveFloat
+
+
+class EmbeddedSource(Frozen):
+    """A text that comes with a registry package or the interpreter; `name` is one of pipeline.data.embedded."""
+
+    kind: Literal["embedded"]
+    name: Name
+    domain: str
+    max_documents: Positive
+
+
+class FileSource(Frozen):
+    """Documents in JSONL or Parquet files (`path` may be a glob); the text stands in `text_field`."""
+
+    kind: Literal["jsonl", "parquet"]
+    name: Name
+    domain: str
+    licence: str
+    path: str
+    text_field: str
+    max_documents: Positive
+
+
+class DatasetSource(Frozen):
+    """A Hugging Face dataset: a hub id at one commit, or a directory written by save_to_disk.
+
+    Of a hub id `revision` gives the commit and `config_name` the subset (null: the default one), and its first
+    `max_documents` documents are read; a directory takes null for both.
+    """
+
+    kind: Literal["datasets"]
+    name: Name
+    domain: str
+    licence: str
+    path: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    config_name: str | None
+    split: str
+    text_field: str
+    max_documents: Positive
+
+
+SourceConfig = Annotated[EmbeddedSource | FileSource | DatasetSource, Field(discriminator="kind")]
+
+
+class CorporaConfig(Frozen):
+    """Every document source of the recipe, whatever it is used for."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources share a name: {sorted(names)}")
+        return self
+
+
+class ReasoningTask(Frozen):
+    """One reasoning-gym dataset and its difficulty."""
+
+    name: Name
+    config: dict[str, int | float | str | bool]
+
+
+class HeldOutText(Frozen):
+    """Documents of one source that no training may see; perplexity is measured on them."""
+
+    source: Name
+    num_documents: Positive
+
+
+class MultipleChoiceSet(Frozen):
+    """Items of one embedded benchmark, drawn with `seed`; `name` is one of pipeline.data.benchmarks."""
+
+    name: Name
+    num_items: Positive
+
+
+class EvaluationSetsConfig(Frozen):
+    """What is measured, and therefore what every training set is decontaminated against."""
+
+    held_out: Annotated[tuple[HeldOutText, ...], Field(min_length=1)]
+    multiple_choice: tuple[MultipleChoiceSet, ...]
+    reasoning_items_per_task: Positive
+    ngram_tokens: Positive
+    seed: int
+
+
+class MixtureEntry(Frozen):
+    """How much of a mixture one source makes up; weights are relative."""
+
+    source: Name
+    weight: PositiveFloat
+
+
+class LongContextTokens(Frozen):
+    """Further training tokens of a mixture, of the same sources, in longer windows."""
+
+    sequence_length: Positive
+    tokens: Positive
+
+
+class MixtureConfig(Frozen):
+    """A packed token set: `tokens` for training and `validation_tokens` that no mixture trains on.
+
+    `long_context` adds sets of longer windows, shortest first, for trainings that extend the context at their end.
+
+    Which of the two a document serves depends on its text alone: one in sixteen, by its sha1, is only ever validation,
+    whatever the mixture and its seed (pipeline.data.documents.is_validation_document).
+    """
+
+    sequence_length: Positive
+    tokens: Positive
+    validation_tokens: Positive
+    long_context: tuple[LongContextTokens, ...]
+    entries: Annotated[tuple[MixtureEntry, ...], Field(min_length=1)]
+    seed: int
+
+    @model_validator(mode="after")
+    def _windows_grow(self) -> Self:
+        lengths = [self.sequence_length, *(more.sequence_length for more in self.long_context)]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(f"long_context windows must grow from one set to the next, got {lengths} tokens")
+        return self

@@ -1,0 +1,109 @@
+"""The whole recipe: its sections, and what they must say of one another."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.architecture import Frozen
+from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
+from pipeline.recipe.measuring import EvaluationConfig, SpeedReportConfig, Thresholds
+from pipeline.recipe.parent import ParentConfig
+from pipeline.recipe.puzzle import (
+    BlockLibraryConfig,
+    BlockScoresConfig,
+    FusionConfig,
+    ImportanceConfig,
+    ProfileConfig,
+    SearchConfig,
+    SearchSpaceConfig,
+    Target,
+)
+from pipeline.recipe.training import (
+    DistillationConfig,
+    LongContextPhase,
+    PretrainingConfig,
+    RLConfig,
+    RLPromptsConfig,
+    SFTConfig,
+    ToggleDatasetConfig,
+)
+from pipeline.recipe.types import Name
+
+
+class Recipe(Frozen):
+    """One experiment: parent in, one child per target out."""
+
+    name: Name
+    description: str
+    parent: ParentConfig
+    corpora: CorporaConfig
+    reasoning_tasks: Annotated[tuple[ReasoningTask, ...], Field(min_length=1)]
+    evaluation_sets: EvaluationSetsConfig
+    distillation_mix: MixtureConfig
+    pretraining_mix: MixtureConfig
+    channel_importance: ImportanceConfig
+    search_space: SearchSpaceConfig
+    block_library: BlockLibraryConfig
+    block_scores: BlockScoresConfig
+    block_profile: ProfileConfig
+    search: SearchConfig
+    targets: Annotated[dict[Name, Target], Field(min_length=1)]
+    default_target: Name
+    fusion: FusionConfig
+    kd: DistillationConfig
+    cpt: PretrainingConfig
+    reasoning_toggle_dataset: ToggleDatasetConfig
+    rl_prompts: RLPromptsConfig
+    sft: SFTConfig
+    rl: RLConfig
+    evaluation: EvaluationConfig
+    speed_report: SpeedReportConfig
+    thresholds: Thresholds
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        sources = {source.name for source in self.corpora.sources}
+        wanted = {
+            "evaluation_sets.held_out": [text.source for text in self.evaluation_sets.held_out],
+            "distillation_mix.entries": [entry.source for entry in self.distillation_mix.entries],
+            "pretraining_mix.entries": [entry.source for entry in self.pretraining_mix.entries],
+        }
+        for where, names in wanted.items():
+            for name in names:
+                if name not in sources:
+                    raise ValueError(f"{where} names {name!r}, which is not in corpora.sources: {sorted(sources)}")
+        if self.default_target not in self.targets:
+            raise ValueError(f"default_target is {self.default_target!r}; the targets are {sorted(self.targets)}")
+        scenarios = {scenario.name for scenario in self.block_profile.scenarios}
+        for target_name, target in self.targets.items():
+            for limit in target.limits:
+                if limit.scenario is not None and limit.scenario not in scenarios:
+                    raise ValueError(
+                        f"target {target_name} names scenario {limit.scenario!r}; block_profile has {sorted(scenarios)}"
+                    )
+        for stage, tokens, available in (
+            ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
+            ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
+            ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
+            ("kd.tokens", self.kd.tokens, self.distillation_mix.tokens),
+            ("cpt.tokens", self.cpt.tokens, self.pretraining_mix.tokens),
+        ):
+            if tokens > available:
+                raise ValueError(f"{stage} is {tokens:,} tokens, its mixture holds {available:,}: enlarge the mixture")
+        _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
+        _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
+        return self
+
+
+def _require_windows(
+    stage: str, phases: tuple[LongContextPhase, ...], mixture_name: str, mixture: MixtureConfig
+) -> None:
+    """Refuse a long-context phase whose windows its mixture does not hold."""
+    available = {more.sequence_length: more.tokens for more in mixture.long_context}
+    for phase in phases:
+        held = available.get(phase.sequence_length, 0)
+        if phase.tokens > held:
+            raise ValueError(
+                f"{stage}.long_context asks for {phase.tokens:,} tokens in windows of {phase.sequence_length:,}; "
+                f"{mixture_name}.long_context holds {held:,}: enlarge the mixture"
+            )
