@@ -1,4 +1,4 @@
-"""`python -m pipeline`: one stage, the results of a target, and a question to its final checkpoint."""
+"""`python -m pipeline`: plan, explain, materialize, summary, chat, doctor."""
 
 from pipeline.cli import main
 

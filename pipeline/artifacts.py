@@ -2,6 +2,7 @@
 
     <root>/<asset>/<fingerprint>/...            the files
     <root>/<asset>/<fingerprint>/manifest.json  written last; without it the directory is an unfinished run to resume
+    <root>/<asset>/<fingerprint>/identity.json  written first: what the fingerprint is the hash of
     <root>/<asset>/<fingerprint>.lock           held by the process that is making it
 
 `content_hash` is computed from names and bytes alone, free of clocks and paths, so that equal artifacts are equal.
@@ -17,9 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from pipeline.architecture import Frozen
 from pipeline.errors import ArtifactError, MissingInputError
@@ -29,9 +30,12 @@ from pipeline.stage import VIEW_DIR, WORK_DIR, StageResult
 MANIFEST = "manifest.json"
 RESULT = "result.json"
 PROGRESS = "progress.jsonl"
+IDENTITY = "identity.json"
 STAGE_LOG = "stage.log"
 MIN_FREE_BYTES = 512 * 2**20
 LOCK_POLL_S = 0.5
+
+_Record = TypeVar("_Record", bound=Frozen)
 
 
 class FileEntry(Frozen):
@@ -103,12 +107,12 @@ class ArtifactStore:
         """Return the finished artifact, or None when there is none yet.
 
         Raises:
-            ArtifactError: when the manifest is there but a file of it is missing or has another size.
+            ArtifactError: when there is a manifest that cannot be read, or a file of it is missing or has another size.
         """
         path = self.directory(asset, artifact_fingerprint)
         if not (path / MANIFEST).is_file():
             return None
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        manifest = _read_record(path / MANIFEST, Manifest, asset=asset)
         for name, entry in manifest.files.items():
             file = path / name
             size_bytes = file.stat().st_size if file.is_file() else None
@@ -118,7 +122,7 @@ class ArtifactStore:
                     f"{file} is {got}, its manifest says {entry.size_bytes:,} bytes: delete {path} and materialize "
                     f"{asset} again"
                 )
-        record = RunRecord.model_validate_json((path / RESULT).read_bytes())
+        record = _read_record(path / RESULT, RunRecord, asset=asset)
         return Artifact(path=path, manifest=manifest, record=record)
 
     def open(self, asset: str, artifact_fingerprint: str) -> Artifact:
@@ -223,10 +227,21 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def _read_record(path: Path, kind: type[_Record], *, asset: str) -> _Record:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as err:
+        first = err.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'its JSON'}: {first['msg']}"
+    except OSError as err:
+        reason = str(err)
+    raise ArtifactError(f"{path} cannot be read ({reason}): delete {path.parent} and materialize {asset} again")
+
+
 def _is_published(relative: Path) -> bool:
     return (
         relative.parts[0] != WORK_DIR
-        and relative.as_posix() not in (MANIFEST, RESULT, PROGRESS, STAGE_LOG)
+        and relative.as_posix() not in (MANIFEST, RESULT, PROGRESS, STAGE_LOG, IDENTITY)
         and (not relative.name.startswith("."))
     )
 

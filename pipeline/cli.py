@@ -1,21 +1,28 @@
-"""The command line beside Dagster's: one stage, what a target came to, and one answer from its final checkpoint.
+"""The command line beside Dagster's: before a run, instead of one, and after it.
 
-    python -m pipeline materialize STAGE [--target T]
-    python -m pipeline summary [--target T]
-    python -m pipeline chat [--target T] [--thinking on|off] QUESTION
+    python -m pipeline plan [--device NAME | --peak-tflops X | --measure]
+    python -m pipeline explain
+    python -m pipeline materialize STAGE
+    python -m pipeline summary
+    python -m pipeline chat [--thinking on|off] QUESTION
+    python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
 
-RECIPE selects the recipe, as everywhere.
+Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from pipeline.artifacts import write_atomically
-from pipeline.errors import MissingInputError, RefitError
+from pipeline.errors import MissingInputError, RecipeError, RefitError
 from pipeline.execution import REPOSITORY, Workspace, find_artifact, materialize, open_workspace, refit_home
 from pipeline.progress import render_progress
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import RECIPES_DIR, load_recipe
 from pipeline.stages.registry import STAGES
 
 SUMMARY_FILE = "summary.json"
@@ -25,18 +32,84 @@ MAX_NEW_TOKENS = 256
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name; an error of ours is one line and exit code 1."""
     given = _parser().parse_args(arguments)
+    exit_code = 0
     try:
-        workspace = open_workspace()
+        workspace = open_workspace(given.recipe)
         target = given.target or workspace.recipe.default_target
-        if given.command == "materialize":
-            text = make(workspace, given.stage, target=target)
-        elif given.command == "summary":
-            text = summarise(workspace, target=target, started_at=given.started_at)
-        else:
-            text = answer(workspace, target=target, question=given.question, thinking=given.thinking == "on")
+        require_target(workspace.recipe, target)
+        match given.command:
+            case "plan":
+                text = foresee(workspace, target=target, given=given)
+            case "explain":
+                text = explain_target(workspace, target=target)
+            case "doctor":
+                text, exit_code = examine(workspace, given=given)
+            case "materialize":
+                text = make(workspace, given.stage, target=target)
+            case "summary":
+                text = summarise(workspace, target=target, started_at=given.started_at)
+            case _:
+                text = answer(workspace, target=target, question=given.question, thinking=given.thinking == "on")
     except RefitError as err:
         sys.exit(f"error: {err}")
     sys.stdout.write(f"{text.rstrip()}\n")
+    if exit_code:
+        sys.exit(exit_code)
+
+
+def foresee(workspace: Workspace, *, target: str, given: argparse.Namespace) -> str:
+    """Return the plan of a target: tokens, FLOPs, memory, disk and time of every stage, and what stands against it."""
+    from pipeline.planning.command import plan_text  # only this command needs it
+
+    return plan_text(
+        workspace, target=target, device=given.device, peak_tflops=given.peak_tflops, measure=given.measure
+    )
+
+
+def explain_target(workspace: Workspace, *, target: str) -> str:
+    """Return, for every stage of a target, whether it is reused, resumed or run, and why."""
+    from pipeline.inspection.explain import explain, render_explanations
+
+    return render_explanations(explain(workspace, target=target))
+
+
+def examine(workspace: Workspace, *, given: argparse.Namespace) -> tuple[str, int]:
+    """Return what is wrong with the store and Dagster's home, and the exit code: 1 when something is."""
+    from resources.dagster_health import examine_dagster  # dagster takes seconds to import
+
+    from pipeline.inspection.findings import render_findings
+    from pipeline.inspection.garbage import remove_garbage
+    from pipeline.inspection.store_health import examine_store
+
+    recipes = known_recipes(workspace.recipe)
+    if given.remove_garbage:
+        findings = remove_garbage(workspace, recipes=recipes)
+    else:
+        findings = examine_store(workspace, recipes=recipes, verify=given.verify)
+        findings += examine_dagster(dagster_home(workspace), fix=given.fix)
+    return render_findings(findings), int(any(finding.severity == "problem" for finding in findings))
+
+
+def known_recipes(current: Recipe) -> tuple[Recipe, ...]:
+    """Return the given recipe and every shipped one: whose artifacts are not garbage."""
+    shipped = [load_recipe(path.stem) for path in sorted(RECIPES_DIR.glob("*.yaml"))]
+    return (current, *(recipe for recipe in shipped if recipe != current))
+
+
+def dagster_home(workspace: Workspace) -> Path:
+    """Return DAGSTER_HOME, or where the Makefile puts the home of this recipe."""
+    given = os.environ.get("DAGSTER_HOME")
+    return Path(given) if given else refit_home() / "dagster" / workspace.recipe.name
+
+
+def require_target(recipe: Recipe, target: str) -> None:
+    """Refuse a target that the recipe does not have.
+
+    Raises:
+        RecipeError: listing those it has.
+    """
+    if target not in recipe.targets:
+        raise RecipeError(f"recipe {recipe.name} has no target {target!r}; it has {', '.join(sorted(recipe.targets))}")
 
 
 def make(workspace: Workspace, stage_name: str, *, target: str) -> str:
@@ -120,6 +193,16 @@ def _not_materialized(workspace: Workspace, stage_name: str, *, target: str) -> 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="say what every stage will cost, from the configuration alone")
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument("--device", help="a device whose peak is known: h100-80gb, ...")
+    speed.add_argument("--peak-tflops", type=float, help="peak of one rank's device in TFLOP/s, bf16")
+    speed.add_argument("--measure", action="store_true", help="measure this machine's peak first")
+    why = commands.add_parser("explain", help="say which stages would be reused, resumed or run, and why")
+    doctor = commands.add_parser("doctor", help="look for dead runs, stuck locks, broken artifacts, and garbage")
+    doctor.add_argument("--verify", action="store_true", help="read every byte again and compare its hash")
+    doctor.add_argument("--fix", action="store_true", help="end dead runs and free the pool slots they hold")
+    doctor.add_argument("--remove-garbage", action="store_true", help="delete what no recipe refers to")
     one = commands.add_parser("materialize", help="make one stage's artifact, or find it, without Dagster")
     one.add_argument("stage", help="a stage whose inputs are there already")
     summary = commands.add_parser("summary", help="print the results of a target and write them to summary.json")
@@ -127,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="ask the final checkpoint one question")
     chat.add_argument("--thinking", choices=("on", "off"), default="on")
     chat.add_argument("question")
-    for command in (one, summary, chat):
+    for command in (plan, why, doctor, one, summary, chat):
+        command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

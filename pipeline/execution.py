@@ -22,9 +22,9 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.architecture import Frozen
-from pipeline.artifacts import PROGRESS, STAGE_LOG, Artifact, ArtifactStore, sha256_file, write_atomically
+from pipeline.artifacts import IDENTITY, PROGRESS, STAGE_LOG, Artifact, ArtifactStore, sha256_file, write_atomically
 from pipeline.errors import MissingInputError, RecipeError, StageError
-from pipeline.fingerprint import fingerprint
+from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
@@ -130,7 +130,8 @@ def materialize(
     with store.locked(stage.name, key, on_wait=lambda message: listener({"note": message})) as out_dir:
         if found := store.find(stage.name, key):  # another process finished it while this one waited for the lock
             return Outcome(artifact=found, how="reused")
-        resumed = _has_saved_work(out_dir / WORK_DIR)
+        resumed = has_saved_work(out_dir)
+        _write_identity(out_dir, resolver.identity(stage), recipe=workspace.recipe.name, target=target)
         began = time.monotonic()
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
@@ -163,6 +164,9 @@ class _Resolver:
         self._found: dict[str, Artifact] = {}
 
     def fingerprint(self, stage: Stage) -> str:
+        return fingerprint(self.identity(stage))
+
+    def identity(self, stage: Stage) -> dict[str, object]:
         config = stage.config(self._workspace.recipe, self._target)
         identity: dict[str, object] = {
             "stage": stage.name,
@@ -174,7 +178,7 @@ class _Resolver:
             identity["hardware"] = hardware_id()
         if environment := _environment(config):
             identity["environment"] = environment
-        return fingerprint(identity)
+        return identity
 
     def inputs(self, stage: Stage) -> dict[str, Artifact]:
         return {name: self._artifact(name, reader=stage) for name in stage.inputs}
@@ -196,11 +200,35 @@ class _Resolver:
         return self._found[name]
 
 
-def _has_saved_work(work_dir: Path) -> bool:
-    """Return whether an earlier run left more than the files that start a stage."""
-    return any(
-        path.is_file() and path.name not in (SPEC_FILE, Path(RESULT_IN_WORK).name) for path in work_dir.rglob("*")
-    )
+def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str, object]:
+    """Return what a stage's fingerprint is the hash of, in plain JSON values; its inputs must be in the store.
+
+    Raises:
+        MissingInputError: naming the upstream asset to materialize.
+        ArtifactError: when an input's files are not those of its manifest.
+    """
+    return json.loads(canonical_json(_Resolver(workspace, target).identity(stage)))
+
+
+def has_saved_work(out_dir: Path) -> bool:
+    """Return whether an earlier run left more in an unfinished artifact than the files that start a stage."""
+    starting = (SPEC_FILE, Path(RESULT_IN_WORK).name)
+    return any(path.is_file() and path.name not in starting for path in (out_dir / WORK_DIR).rglob("*"))
+
+
+def failed_blocking_check(artifact: Artifact, recipe: Recipe) -> str | None:
+    """Return which blocking check of the recipe an artifact fails and by how much, or None when it passes all."""
+    for check in BY_NAME[artifact.manifest.asset].checks:
+        value = artifact.record.result.metrics.get(check.metric)
+        if check.blocking and (value is None or not check.passes(value, recipe=recipe)):
+            return f"{check.name}: {check.metric} is {value}, wanted {check.comparison} {check.bound_for(recipe)}"
+    return None
+
+
+def _write_identity(out_dir: Path, identity: dict[str, object], *, recipe: str, target: str) -> None:
+    """Leave word of what an artifact is made from, for whoever asks later why it differs from another."""
+    text = canonical_json({"recipe": recipe, "target": target, "identity": identity})
+    write_atomically(out_dir / IDENTITY, f"{text}\n".encode())
 
 
 def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
@@ -210,15 +238,12 @@ def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
         StageError: naming the check, its value and its bound.
         ArtifactError: naming the file.
     """
-    stage = BY_NAME[artifact.manifest.asset]
-    for check in stage.checks:
-        value = artifact.record.result.metrics.get(check.metric)
-        if check.blocking and (value is None or not check.passes(value, recipe=recipe)):
-            raise StageError(
-                f"{stage.name} failed its blocking check {check.name}: {check.metric} is {value}, wanted "
-                f"{check.comparison} {check.bound_for(recipe)}; change the recipe so that {stage.name} passes, or the "
-                "threshold if the value is acceptable"
-            )
+    name, failure = artifact.manifest.asset, failed_blocking_check(artifact, recipe)
+    if failure is not None:
+        raise StageError(
+            f"{name} failed its blocking check {failure}; change the recipe so that {name} passes, or the threshold if "
+            "the value is acceptable"
+        )
     _verify_once(artifact)
 
 

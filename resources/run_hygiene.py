@@ -40,21 +40,25 @@ def claim_run(instance: dg.DagsterInstance, *, run_id: str) -> None:
     end_dead_runs(instance)
 
 
+def find_dead_runs(instance: dg.DagsterInstance) -> dict[str, str]:
+    """Return every unfinished run of this host whose process is gone, and how that is known."""
+    records = instance.get_run_records(filters=dg.RunsFilter(statuses=_UNFINISHED))
+    reasons = {record.dagster_run.run_id: _why_dead(instance, record) for record in records}
+    return {run_id: reason for run_id, reason in reasons.items() if reason is not None}
+
+
 def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark every unfinished run of this host whose process is gone as ended, free its slots, and return their ids."""
-    ended = []
-    for record in instance.get_run_records(filters=dg.RunsFilter(statuses=_UNFINISHED)):
-        run = record.dagster_run
-        reason = _why_dead(instance, record)
-        if reason is None:
-            continue
+    dead = find_dead_runs(instance)
+    for run_id, reason in dead.items():
+        run = instance.get_run_by_id(run_id)
+        assert run is not None
         if run.status is dg.DagsterRunStatus.CANCELING:
             instance.report_run_canceled(run, message=reason)
         else:
             instance.report_run_failed(run, message=reason)
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        ended.append(run.run_id)
-    return ended
+        instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+    return list(dead)
 
 
 def process_identity(pid: int) -> str | None:

@@ -10,8 +10,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "assets", "resources", "tests", "bench", "docs")
 MAX_LINES = 600
-# These two are lists, one entry per idea: cut in half they would be harder to read.
-LONG_LISTS = {"pipeline/stages/registry.py": 700, "pipeline/recipe.py": 700}
+# A list, one entry per stage: cut in half it would be harder to read.
+LONG_LISTS = {"pipeline/stages/registry.py": 700}
+# Its models are one vocabulary, used together everywhere; the rooms say where each is filed.
+NAMES_ITS_CONTENT = "pipeline/recipe/__init__.py"
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
@@ -34,7 +36,13 @@ def test_file_is_of_readable_length_and_says_what_it_is(path: Path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=_name)
 def test_package_file_holds_its_docstring_alone(path: Path):
-    assert len(ast.parse(path.read_text(encoding="utf-8")).body) == 1
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    if _name(path) == NAMES_ITS_CONTENT:
+        *imports, exported = body[1:]
+        assert all(isinstance(statement, ast.ImportFrom) for statement in imports)
+        assert isinstance(exported, ast.Assign)
+    else:
+        assert len(body) == 1
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)

@@ -117,7 +117,7 @@ def test_manifest_with_an_unknown_key_is_refused(store: ArtifactStore):
     path = _publish(store).path / MANIFEST
     path.write_text(path.read_text().replace('"asset"', '"extra": 1,\n "asset"', 1))
 
-    with pytest.raises(ValueError, match="extra"):
+    with pytest.raises(ArtifactError, match=r"manifest.json cannot be read \(extra: "):
         store.find("corpora", KEY)
 
 

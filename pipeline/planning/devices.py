@@ -1,0 +1,107 @@
+"""How fast a rank's device computes and reads: named ones by their data sheets, this machine by measurement."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.errors import RecipeError
+from pipeline.planning.ranges import Range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One rank's device: dense bf16 peak, memory bandwidth, and memory where it is known."""
+
+    name: str
+    peak_flops_per_s: float
+    bandwidth_bytes_per_s: float
+    memory_bytes: float | None
+
+
+# Dense bf16 and HBM figures of the makers' data sheets.
+DEVICES = {
+    "a100-80gb": Device(
+        name="a100-80gb", peak_flops_per_s=312e12, bandwidth_bytes_per_s=2.04e12, memory_bytes=80 * 2**30
+    ),
+    "h100-80gb": Device(
+        name="h100-80gb", peak_flops_per_s=989e12, bandwidth_bytes_per_s=3.35e12, memory_bytes=80 * 2**30
+    ),
+    "h200-141gb": Device(name="h200-141gb", peak_flops_per_s=989e12, bandwidth_bytes_per_s=4.8e12, memory_bytes=141e9),
+    "b200-180gb": Device(name="b200-180gb", peak_flops_per_s=2250e12, bandwidth_bytes_per_s=7.7e12, memory_bytes=180e9),
+}
+
+# Shares of the peak that PyTorch in eager mode reaches. On two CPU cores the recipe `smol` trained at 0.56 of the
+# measured matmul peak; the low ends allow for short batches and for communication between ranks.
+TRAINING = Range(low=0.2, expected=0.4, high=0.65)
+FORWARD = Range(low=0.15, expected=0.4, high=0.7)
+# Many small optimisers share one forward pass.
+BLOCK_TRAINING = Range(low=0.1, expected=0.3, high=0.6)
+# Shares of the bandwidth at which weights are read while decoding.
+DECODING = Range(low=0.1, expected=0.35, high=0.8)
+# A peak without a bandwidth: what today's accelerators and CPUs have for each byte, to within a factor of two.
+FLOPS_PER_BYTE = 250.0
+
+_MATMUL_SIZE = 2048
+_COPY_BYTES = 2**28
+_NUM_TRIALS = 7
+
+
+def find_device(name: str) -> Device:
+    """Return a device by name.
+
+    Raises:
+        RecipeError: listing the names.
+    """
+    if name not in DEVICES:
+        raise RecipeError(f"no device {name!r}; the devices are {', '.join(DEVICES)}; or give --peak-tflops")
+    return DEVICES[name]
+
+
+def device_of_peak(peak_tflops: float) -> Device:
+    """Return a device of which only the peak is given.
+
+    Raises:
+        RecipeError: for a peak that is not above 0.
+    """
+    if not 0 < peak_tflops < 1e6:
+        raise RecipeError(f"--peak-tflops is {peak_tflops}; wanted a peak above 0 TFLOP/s")
+    peak = peak_tflops * 1e12
+    return Device(
+        name=f"{peak_tflops:g} TFLOP/s",
+        peak_flops_per_s=peak,
+        bandwidth_bytes_per_s=peak / FLOPS_PER_BYTE,
+        memory_bytes=None,
+    )
+
+
+def measure_this_machine() -> Device:
+    """Measure the bf16 matmul peak and the copy bandwidth of this machine; a few seconds.
+
+    The fastest of seven trials each, so that a moment's load does not count.
+    """
+    import torch  # a plan that measures nothing must not pay for it
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    left = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device).to(torch.bfloat16)
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+
+    def fastest_s(call: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_NUM_TRIALS):
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    matmul_s = fastest_s(lambda: left @ left)
+    copy_s = fastest_s(lambda: target.copy_(source))
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return Device(
+        name="this machine, measured",
+        peak_flops_per_s=2 * _MATMUL_SIZE**3 / matmul_s,
+        bandwidth_bytes_per_s=2 * _COPY_BYTES / copy_s,
+        memory_bytes=memory,
+    )

@@ -1,0 +1,135 @@
+"""A whole plan: every stage's estimate, its time on a device, what is there already, and what stands against it."""
+
+import shutil
+from dataclasses import dataclass
+
+from pipeline.execution import Workspace, find_artifact
+from pipeline.model.architecture_files import parent_architecture
+from pipeline.planning import devices
+from pipeline.planning.devices import Device
+from pipeline.planning.estimates import Case, Estimate, estimate
+from pipeline.planning.ranges import ZERO, Range
+from pipeline.planning.sizes import ModelSizes, model_sizes
+from pipeline.planning.warnings import (
+    data_warnings,
+    disk_warnings,
+    execution_warnings,
+    memory_warnings,
+    target_warnings,
+)
+from pipeline.stage import ExecutionSettings
+from pipeline.stages.registry import STAGES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actual:
+    """What a finished artifact took: seconds, as its last run counted them, and bytes on disk."""
+
+    wall_s: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage: its estimate, its time when the device is known, and what it took when it has been made."""
+
+    name: str
+    estimate: Estimate
+    time_s: Range | None
+    actual: Actual | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Every stage of a target in order, and what stands against running them."""
+
+    recipe_name: str
+    target_name: str
+    sizes: ModelSizes
+    execution: ExecutionSettings
+    device: Device | None
+    stages: tuple[StagePlan, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def total_time_s(self) -> Range | None:
+        """The time of all stages, one after the other."""
+        total = ZERO
+        for stage in self.stages:
+            if stage.time_s is None:
+                return None
+            total = total + stage.time_s
+        return total
+
+    @property
+    def total_disk(self) -> Range:
+        """What all artifacts of the target take up together."""
+        total = ZERO
+        for stage in self.stages:
+            total = total + stage.estimate.disk
+        return total
+
+
+def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) -> Plan:
+    """Return the plan of one target of the workspace's recipe. Reads configuration and manifests, never weights.
+
+    Raises:
+        RecipeError, CheckpointError: when the parent's architecture or the search space cannot be had.
+    """
+    recipe = workspace.recipe
+    target = recipe.targets[target_name]
+    case = Case(
+        recipe=recipe,
+        sizes=model_sizes(recipe, target, parent=parent_architecture(recipe.parent)),
+        execution=workspace.execution,
+    )
+    estimates = {stage.name: estimate(stage.name, case) for stage in STAGES}
+    stages = tuple(
+        StagePlan(
+            name=name,
+            estimate=one,
+            time_s=None if device is None else stage_time_s(one, device=device, execution=workspace.execution),
+            actual=_actual(workspace, name, target_name),
+        )
+        for name, one in estimates.items()
+    )
+    finished = {stage.name for stage in stages if stage.actual is not None}
+    root = workspace.store.root
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    warnings = [
+        *target_warnings(case, target),
+        *execution_warnings(case),
+        *(memory_warnings(estimates, device=device, case=case) if device is not None else []),
+        *disk_warnings(estimates, finished=finished, free_bytes=shutil.disk_usage(existing).free, root=str(existing)),
+        *data_warnings(case),
+    ]
+    return Plan(
+        recipe_name=recipe.name,
+        target_name=target_name,
+        sizes=case.sizes,
+        execution=workspace.execution,
+        device=device,
+        stages=stages,
+        warnings=tuple(warnings),
+    )
+
+
+def stage_time_s(one: Estimate, *, device: Device, execution: ExecutionSettings) -> Range:
+    """Return FLOPs over a share of the peak, plus bytes over a share of the bandwidth, plus what is neither.
+
+    A stage that trains divides its FLOPs by the ranks; every other stage runs on one.
+    """
+    num_ranks = execution.num_ranks if one.on_all_ranks else 1
+    total = one.extra_s
+    for flops, share in one.work:
+        total = total + flops.over(share.times(device.peak_flops_per_s * num_ranks))
+    return total + one.read_bytes.over(devices.DECODING.times(device.bandwidth_bytes_per_s * num_ranks))
+
+
+def _actual(workspace: Workspace, stage_name: str, target_name: str) -> Actual | None:
+    artifact = find_artifact(workspace, stage_name, target_name)
+    if artifact is None:
+        return None
+    return Actual(
+        wall_s=artifact.record.wall_s, disk_bytes=sum(entry.size_bytes for entry in artifact.manifest.files.values())
+    )

@@ -1,0 +1,177 @@
+"""What stands against a plan, each in one sentence: the figure, its bound, and what to do. Pure."""
+
+import math
+
+from pipeline.architecture import BlockSpec
+from pipeline.costs import (
+    BYTES_PER_PARAMETER,
+    MIB,
+    block_parameters,
+    embedding_parameters,
+    kv_values_per_token,
+)
+from pipeline.planning.devices import Device
+from pipeline.planning.estimates import Case, Estimate
+from pipeline.planning.sizes import admissible_blocks
+from pipeline.puzzle.predictions import SPEEDS, describe_limit
+from pipeline.recipe import Limit, Target
+
+GIB = 2**30
+
+
+def disk_warnings(estimates: dict[str, Estimate], *, finished: set[str], free_bytes: float, root: str) -> list[str]:
+    """Return whether the artifacts that are still to be made, and the largest working set, fit the disk."""
+    waiting = [one for name, one in estimates.items() if name not in finished]
+    kept = sum(one.disk.expected for one in waiting)
+    working = max((one.working_disk.expected for one in waiting), default=0.0)
+    if kept + working <= free_bytes:
+        return []
+    return [
+        f"disk: artifacts of {kept / GIB:,.1f} GiB and checkpoints to resume from of {working / GIB:,.1f} GiB are "
+        f"expected, {root} has {free_bytes / GIB:,.1f} GiB free: move the store with REFIT_HOME, or lower the budgets"
+    ]
+
+
+def memory_warnings(estimates: dict[str, Estimate], *, device: Device, case: Case) -> list[str]:
+    """Return the stages whose expected peak exceeds the device's memory, with the largest part."""
+    if device.memory_bytes is None:
+        return []
+    found = []
+    for name, one in estimates.items():
+        if one.memory.expected <= device.memory_bytes or not one.memory_parts:
+            continue
+        part = max(one.memory_parts, key=lambda key, of=one.memory_parts: of[key])
+        found.append(
+            f"memory: {name} is expected to need {one.memory.expected / GIB:,.0f} GiB on a rank, {device.name} has "
+            f"{device.memory_bytes / GIB:,.0f} GiB; the largest part is {part} with "
+            f"{one.memory_parts[part] / GIB:,.0f} GiB: {_remedy(part, on_all_ranks=one.on_all_ranks, case=case)}"
+        )
+    return found
+
+
+def execution_warnings(case: Case) -> list[str]:
+    """Return settings under which a training would refuse to start."""
+    recipe, execution = case.recipe, case.execution
+    found = []
+    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt), ("sft", recipe.sft)):
+        if config.global_batch_size % execution.num_ranks:
+            fitting = math.gcd(config.global_batch_size, execution.num_ranks)
+            found.append(
+                f"ranks: {stage}.global_batch_size is {config.global_batch_size}, which {execution.num_ranks} ranks do "
+                f"not divide: run with {fitting}, or change the batch"
+            )
+        if config.precision == "bf16" and execution.zero_stage == 0:
+            found.append(f"precision: {stage} trains in bf16, which ZeRO stage 0 does wrongly: set zero_stage to 1")
+    if recipe.rl.prompts_per_step % execution.num_ranks:
+        found.append(
+            f"ranks: rl.prompts_per_step is {recipe.rl.prompts_per_step}, which {execution.num_ranks} ranks do not "
+            "divide: change one of them"
+        )
+    return found
+
+
+def data_warnings(case: Case) -> list[str]:
+    """Return trainings whose tokens their data can hardly hold."""
+    recipe = case.recipe
+    found = []
+    num_items = len(recipe.reasoning_tasks) * recipe.reasoning_toggle_dataset.items_per_task
+    most_tokens = 2 * num_items * 1000 + recipe.reasoning_toggle_dataset.chat.num_samples * 1000
+    if recipe.sft.tokens > 5 * most_tokens:
+        found.append(
+            f"data: sft.tokens is {recipe.sft.tokens:,}, the toggle dataset of {num_items:,} pairs holds about "
+            f"{most_tokens:,} at most, which makes {recipe.sft.tokens / most_tokens:.0f} epochs: raise items_per_task "
+            "or lower the tokens"
+        )
+    for name in ("distillation_mix", "pretraining_mix"):
+        mixture = getattr(recipe, name)
+        num_documents = {source.name: source.max_documents for source in recipe.corpora.sources}
+        total = mixture.tokens + sum(more.tokens for more in mixture.long_context)
+        weights = sum(entry.weight for entry in mixture.entries)
+        for entry in mixture.entries:
+            wanted = total * entry.weight / weights
+            per_document = wanted / num_documents[entry.source]
+            if per_document > 4000:
+                found.append(
+                    f"data: {name} wants {wanted:,.0f} tokens of {entry.source}, whose max_documents of "
+                    f"{num_documents[entry.source]:,} would have to hold {per_document:,.0f} tokens each: raise "
+                    "max_documents, or lower the weight"
+                )
+    return found
+
+
+def target_warnings(case: Case, target: Target) -> list[str]:
+    """Return the limits that no choice of blocks can meet.
+
+    Counted quantities are exact: the sum of each layer's least. Speeds relative to the parent are judged by the bytes
+    that a decode step reads, which is an estimate and says so.
+    """
+    layers = admissible_blocks(case.sizes.space, target=target)
+    if any(not blocks for blocks in layers):
+        empty = next(index for index, blocks in enumerate(layers) if not blocks)
+        return [f"target: its pins leave layer {empty} without a block: add the option to search_space"]
+    found = []
+    for limit in target.limits:
+        least, bound, is_exact = _least(case, target, limit)
+        if least > bound * (1 + 1e-9):
+            kind = "" if is_exact else " by the bytes a decode step reads (an estimate)"
+            reach = f"{1 / least if limit.quantity in SPEEDS else least:,.6g}"
+            reach += " times the parent's" if limit.relative_to == "parent" else ""
+            found.append(
+                f"target: {describe_limit(limit)} cannot be met by any choice of blocks{kind}: the best is {reach}: "
+                "loosen it, or add smaller variants to search_space"
+            )
+    return found
+
+
+def _least(case: Case, target: Target, limit: Limit) -> tuple[float, float, bool]:
+    """Return the least that any choice needs and the bound, both in the limit's unit, and whether that is exact."""
+    parent = case.sizes.parent
+    layers = admissible_blocks(case.sizes.space, target=target)
+    size = BYTES_PER_PARAMETER[case.recipe.block_profile.served_precision]
+    scenario = next((one for one in case.recipe.block_profile.scenarios if one.name == limit.scenario), None)
+    per_parameter, per_kv_value, fixed = 0.0, 0.0, 0.0
+    if limit.quantity == "num_parameters":
+        per_parameter, fixed = 1.0, float(embedding_parameters(parent))
+    elif limit.quantity == "kv_bytes_per_token":
+        per_kv_value = size
+    else:
+        assert scenario is not None
+        tokens = scenario.prompt_tokens + scenario.generation_tokens
+        if limit.quantity != "memory_mib":
+            tokens = scenario.prompt_tokens + scenario.generation_tokens / 2
+        per_parameter, per_kv_value = size / MIB, size * scenario.batch_size * tokens / MIB
+        fixed = per_parameter * embedding_parameters(parent)
+        if limit.quantity != "memory_mib" and not parent.tie_word_embeddings:
+            fixed -= per_parameter * parent.vocab_size * parent.hidden_size  # of the input table one row is read
+
+    def cost(block: BlockSpec) -> float:
+        kv_values = kv_values_per_token(parent, block.attention)
+        return per_parameter * block_parameters(parent, block) + per_kv_value * kv_values
+
+    least = fixed + sum(min(map(cost, blocks)) for blocks in layers)
+    if limit.relative_to == "parent":
+        least /= fixed + sum(map(cost, parent.blocks))
+    if limit.quantity in ("num_parameters", "kv_bytes_per_token", "memory_mib"):
+        return least, limit.bound, True
+    if limit.relative_to == "absolute" or limit.quantity == "prefill_speed":
+        return 0.0, limit.bound, False  # only a clock can tell
+    return least, 1 / limit.bound if limit.quantity in SPEEDS else limit.bound, False
+
+
+def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:
+    ranks, stage = case.execution.num_ranks, case.execution.zero_stage
+    if part == "teacher":
+        return "a teacher is held whole on every rank; use devices with more memory"
+    if part in ("weights", "gradients", "optimizer"):
+        if stage < 3:
+            return f"raise zero_stage from {stage}, or num_ranks from {ranks}"
+        return f"raise num_ranks from {ranks}"
+    if part in ("activations", "logits", "hidden states"):
+        if case.execution.micro_batch_size == 1:
+            return "one window is too long for it: shorten sequence_length (windows are not split over ranks)"
+        return f"lower micro_batch_size from {case.execution.micro_batch_size}"
+    if part == "blocks and their AdamW":
+        return f"raise num_ranks from {ranks} (ranks split the layers), or search fewer variants"
+    if on_all_ranks:
+        return f"raise num_ranks from {ranks}"
+    return "no setting spreads this stage over ranks; use a device with more memory"

@@ -1,0 +1,215 @@
+"""The plan against hand-made arithmetic, published figures, and the stages' registry."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.errors import RecipeError
+from pipeline.execution import Workspace, materialize
+from pipeline.model.architecture_files import parent_architecture
+from pipeline.planning.command import plan_text
+from pipeline.planning.devices import DEVICES, find_device
+from pipeline.planning.estimates import Case, estimate
+from pipeline.planning.memory import activation_bytes, training_state_bytes
+from pipeline.planning.plan import make_plan
+from pipeline.planning.ranges import Range
+from pipeline.planning.render import binary, seconds, short
+from pipeline.planning.sizes import model_sizes
+from pipeline.recipe import Limit, Pin, Recipe, Target
+from pipeline.recipe_file import load_recipe
+from pipeline.stage import ExecutionSettings
+from pipeline.stages.registry import STAGES
+
+RECIPES = ("tiny", "smol", "smol-full", "llama-8b", "super-49b", "ultra-253b")
+
+
+def workspace(tmp_path: Path, recipe: Recipe, **execution: Any) -> Workspace:
+    return Workspace(
+        recipe=recipe,
+        store=ArtifactStore(tmp_path / "store"),
+        downloads=tmp_path / "downloads",
+        execution=ExecutionSettings(**execution),
+    )
+
+
+def case(recipe: Recipe, *, target: Target | None = None, **execution: Any) -> Case:
+    return Case(
+        recipe=recipe,
+        sizes=model_sizes(
+            recipe, target or recipe.targets[recipe.default_target], parent=parent_architecture(recipe.parent)
+        ),
+        execution=ExecutionSettings(**execution),
+    )
+
+
+@pytest.mark.parametrize("recipe_name", RECIPES)
+def test_every_stage_of_every_recipe_is_planned(recipe_name: str, tmp_path: Path):
+    recipe = load_recipe(recipe_name)
+    for target_name in recipe.targets:
+        plan = make_plan(workspace(tmp_path, recipe), target_name=target_name, device=find_device("h100-80gb"))
+        assert [stage.name for stage in plan.stages] == [stage.name for stage in STAGES]
+        assert plan.total_time_s is not None
+        assert not [warning for warning in plan.warnings if warning.startswith("target")]
+    assert not (tmp_path / "store").exists()  # a plan writes nothing
+
+
+def test_planning_loads_no_torch(tmp_path: Path):
+    code = "import sys; from pipeline.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    arguments = ["plan", "--recipe", "ultra-253b", "--device", "h100-80gb"]
+    printed = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "REFIT_HOME": str(tmp_path)},
+    ).stdout
+    assert printed.splitlines()[-1] == "False"
+    assert "kd_checkpoint" in printed
+
+
+def test_distillation_of_super_costs_what_six_and_two_flops_per_parameter_and_token_say():
+    estimated = estimate("kd_checkpoint", case(load_recipe("super-49b")))
+    # 6 N D for a child of half the parent's weights beyond 49 B, 2 N D for the parent; attention comes on top.
+    assert estimated.tokens == Range.of(40e9)
+    teacher = 2 * 70.55e9 * 40e9
+    assert estimated.flops.high == pytest.approx(4 * teacher, rel=0.15)
+    assert estimated.flops.high >= 4 * teacher * 0.97  # the embedding table is looked up, not multiplied
+
+
+def test_flops_of_a_training_by_hand():
+    recipe = load_recipe("tiny")
+    parent = parent_architecture(recipe.parent)
+    block = parent.homogeneous_block()
+    hidden, width, heads = parent.hidden_size, block.ffn.intermediate_size, block.attention.num_key_value_heads
+    assert width is not None
+    assert heads is not None
+    length = recipe.pretraining_mix.sequence_length
+    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * heads * parent.head_dim + 3 * hidden * width)
+    per_token = parent.num_hidden_layers * (per_layer + 4 * hidden * length) + 2 * parent.vocab_size * hidden
+    assert estimate("cpt_checkpoint", case(recipe)).flops.high == 3 * recipe.cpt.tokens * per_token
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "num_ranks", "bytes_per_parameter"),
+    [(0, 1, 20), (1, 1, 20), (1, 4, 2 + 6 + 3), (2, 4, 2 + 1 + 3), (3, 4, 0.5 + 1 + 3), (3, 64, 18 / 64)],
+)
+def test_training_state_per_parameter(zero_stage: int, num_ranks: int, bytes_per_parameter: float):
+    state = training_state_bytes(1000, precision="bf16", zero_stage=zero_stage, num_ranks=num_ranks)
+    assert sum(state.values()) == pytest.approx(1000 * bytes_per_parameter)
+
+
+def test_memory_falls_with_ranks_and_stages():
+    recipe = load_recipe("super-49b")
+
+    def peak(zero_stage: int, num_ranks: int) -> float:
+        settings = case(recipe, zero_stage=zero_stage, num_ranks=num_ranks, micro_batch_size=1)
+        return estimate("cpt_checkpoint", settings).memory.expected
+
+    assert peak(1, 1) > peak(1, 8) > peak(2, 8) > peak(3, 8) > peak(3, 64)
+
+
+def test_activations_of_one_layer_by_hand():
+    parent = parent_architecture(load_recipe("tiny").parent)
+    block = parent.homogeneous_block()
+    one_layer = parent.with_blocks([block])
+    heads, width = block.attention.num_key_value_heads, block.ffn.intermediate_size
+    assert heads is not None
+    assert width is not None
+    values = 4 * parent.hidden_size + 2 * parent.hidden_size + 2 * heads * parent.head_dim + 4 * width
+    assert activation_bytes(one_layer, num_tokens=10, precision="fp32") == 4 * 10 * values
+
+
+def with_target(recipe: Recipe, *limits: Limit, pins: tuple[Pin, ...] = ()) -> Recipe:
+    target = Target(limits=limits, pins=pins, description="made for a test")
+    return recipe.model_copy(update={"targets": {"made": target}, "default_target": "made"})
+
+
+@pytest.mark.parametrize(
+    ("quantity", "scenario", "bound", "relative_to", "is_hopeless"),
+    [
+        ("num_parameters", None, 0.30, "parent", True),
+        ("num_parameters", None, 0.32, "parent", False),
+        ("kv_bytes_per_token", None, 255, "absolute", True),
+        ("kv_bytes_per_token", None, 256, "absolute", False),
+        ("memory_mib", "chat-1k", 20, "absolute", True),
+        ("decode_speed", "chat-1k", 10.0, "parent", True),
+        ("decode_speed", "chat-1k", 1.5, "parent", False),
+        ("latency_ms", "chat-1k", 0.05, "parent", True),
+    ],
+)
+def test_targets_that_no_choice_of_blocks_meets(
+    quantity: Any, scenario: str | None, bound: float, relative_to: Any, is_hopeless: bool, tmp_path: Path
+):
+    # smol's smallest child: 30 x FFN 256 and one attention of one KV head in layer 0, 42,338,304 of 134,515,008
+    # parameters, 2 x 64 values of 2 bytes a token.
+    limit = Limit(quantity=quantity, scenario=scenario, bound=bound, relative_to=relative_to)
+    plan = make_plan(workspace(tmp_path, with_target(load_recipe("smol"), limit)), target_name="made", device=None)
+    found = [warning for warning in plan.warnings if warning.startswith("target")]
+    assert bool(found) == is_hopeless
+    if is_hopeless:
+        assert quantity in found[0]
+
+
+def test_pins_that_leave_a_layer_without_a_block_are_told(tmp_path: Path):
+    recipe = with_target(load_recipe("smol"), pins=(Pin(layers=(3,), ffn=768),))
+    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
+    assert any("leave layer 3 without a block" in warning for warning in plan.warnings)
+
+
+def test_what_the_execution_settings_make_impossible_is_told(tmp_path: Path):
+    recipe = load_recipe("super-49b")
+    plan = make_plan(
+        workspace(tmp_path, recipe, num_ranks=24, zero_stage=0),
+        target_name=recipe.default_target,
+        device=find_device("h100-80gb"),
+    )
+    text = "\n".join(plan.warnings)
+    assert "kd.global_batch_size is 512, which 24 ranks do not divide: run with 8" in text
+    assert "ZeRO stage 0 does wrongly" in text
+    assert "memory: kd_checkpoint" in text
+    assert "disk: artifacts of" in text
+
+
+def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):
+    recipe = load_recipe("tiny")
+    place = workspace(tmp_path, recipe)
+    for stage_name in ("parent_checkpoint", "corpora"):
+        materialize(place, stage_name, recipe.default_target)
+    plan = make_plan(place, target_name=recipe.default_target, device=find_device("a100-80gb"))
+    made = {stage.name: stage.actual for stage in plan.stages if stage.actual is not None}
+    assert set(made) == {"parent_checkpoint", "corpora"}
+    assert made["parent_checkpoint"].disk_bytes == pytest.approx(plan.stages[0].estimate.disk.expected, rel=0.1)
+    text = plan_text(place, target=recipe.default_target, device=None, peak_tflops=0.1, measure=False)
+    header = next(line for line in text.splitlines() if line.startswith("stage"))
+    assert header.endswith("disk taken")
+
+
+def test_unknown_device_lists_the_known_ones(tmp_path: Path):
+    place = workspace(tmp_path, load_recipe("tiny"))
+    with pytest.raises(RecipeError, match=f"no device 'tpu'.*{next(iter(DEVICES))}"):
+        plan_text(place, target="fused", device="tpu", peak_tflops=None, measure=False)
+    with pytest.raises(RecipeError, match="wanted a peak above 0"):
+        plan_text(place, target="fused", device=None, peak_tflops=-1.0, measure=False)
+
+
+def test_without_a_device_no_time_is_guessed(tmp_path: Path):
+    text = plan_text(
+        workspace(tmp_path, load_recipe("tiny")), target="fused", device=None, peak_tflops=None, measure=False
+    )
+    assert "no device given" in text
+    assert next(line for line in text.splitlines() if line.startswith("kd_checkpoint")).endswith("-")
+
+
+def test_quantities_are_spelled_in_units_that_suit_them():
+    assert [short(value) for value in (49.87e9, 1.5e3, 12)] == ["49.9 B", "1.5 K", "12"]
+    assert [binary(value) for value in (0, 999, 1024, 3 * 2**30)] == ["0 B", "999 B", "1 KiB", "3 GiB"]
+    assert [seconds(value) for value in (12, 7200, 30 * 86_400)] == ["12s", "2h00m", "30 days"]
+
+
+def test_a_range_that_falls_is_refused():
+    with pytest.raises(ValueError, match="must rise"):
+        Range(low=2, expected=1, high=3)
