@@ -9,10 +9,12 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -211,6 +213,28 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+def disk_error(err: BaseException, *, path: Path) -> ArtifactError | None:
+    """Return an error of ours for one that the disk made while `path` was written, or None for any other.
+
+    Libraries written in Rust put the system's number into the text of an error of their own.
+    """
+    number = err.errno if isinstance(err, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(err))):
+        number = int(found.group(1))
+    if number not in _DISK_ERRORS:
+        return None
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    named = getattr(err, "filename", None) or path
+    return ArtifactError(
+        f"{named} cannot be written: {os.strerror(number)}; {existing} has {free_mib:,.1f} MiB free: free some space, "
+        "mend the permissions, or move the store with REFIT_HOME, and run again: what was saved is continued from"
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -22,7 +22,16 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.architecture import Frozen
-from pipeline.artifacts import IDENTITY, PROGRESS, STAGE_LOG, Artifact, ArtifactStore, sha256_file, write_atomically
+from pipeline.artifacts import (
+    IDENTITY,
+    PROGRESS,
+    STAGE_LOG,
+    Artifact,
+    ArtifactStore,
+    disk_error,
+    sha256_file,
+    write_atomically,
+)
 from pipeline.errors import MissingInputError, RecipeError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
@@ -33,7 +42,7 @@ from pipeline.recipe_file import load_recipe
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
 from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
-from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name
+from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name, take_error
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ProgressListener = Callable[[dict[str, object]], None]
@@ -119,9 +128,17 @@ def materialize(
         ArtifactError: when the bytes of an upstream artifact are not those of its manifest.
         StageError: when an input failed a blocking check, or the stage ends without a result.
     """
-    stage = get_stage(stage_name)
+    try:
+        return _materialize(workspace, get_stage(stage_name), target, on_progress or (lambda _: None))
+    except OSError as err:
+        told = disk_error(err, path=workspace.store.root)
+        if told is None:
+            raise
+        raise told from err
+
+
+def _materialize(workspace: Workspace, stage: Stage, target: str, listener: ProgressListener) -> Outcome:
     store = workspace.store
-    listener = on_progress or (lambda _: None)
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
     if found := store.find(stage.name, key):
@@ -321,6 +338,7 @@ def _run(
     result_path = out_dir / RESULT_IN_WORK
     result_path.unlink(missing_ok=True)
     write_atomically(spec_path, spec.model_dump_json(indent=1).encode())
+    take_error(out_dir)
     exit_code = run_group(
         _command(workspace.execution, stage, spec_path),
         env=_child_environment(workspace.execution),
@@ -329,7 +347,8 @@ def _run(
         poll=tail.forward,
     )
     if exit_code or not result_path.is_file():
-        raise StageError(_failure(stage, exit_code, out_dir / STAGE_LOG))
+        told = take_error(out_dir)
+        raise StageError(told if told is not None else _failure(stage, exit_code, out_dir / STAGE_LOG))
     return StageResult.model_validate_json(result_path.read_bytes())
 
 

@@ -94,12 +94,12 @@ class DrawableSource:
                     unfinished.append((document, pieces))
             pieces_by_document = unfinished
 
-    def training_pieces(self, max_characters: int) -> Iterator[TextPiece]:
-        """Yield the pieces of every clean training document, in a seeded order."""
+    def training_pieces(self, max_characters: int, *, without: AbstractSet[str] = frozenset()) -> Iterator[TextPiece]:
+        """Yield the pieces of every clean training document but those of `without`, in a seeded order."""
         pieces = [
             (document, text)
             for document in self.documents
-            if not is_validation_document(document.document_id)
+            if not is_validation_document(document.document_id) and document.document_id not in without
             for text in split_text(document.text, max_characters=max_characters)
         ]
         random.Random(f"{self.seed} {self.name} pieces").shuffle(pieces)

@@ -50,8 +50,16 @@ class MixtureSource(Frozen):
     is_exhausted: bool
 
 
+class LongContextRecord(Frozen):
+    """One further training set, of longer windows; no document of it is in a set of shorter ones."""
+
+    sequence_length: int
+    num_tokens: int
+    num_documents: int
+
+
 class MixtureRecord(Frozen):
-    """What a packed set is made of; the content of MIXTURE_FILE."""
+    """What a packed set is made of; the content of MIXTURE_FILE. Sources are counted in the first training set."""
 
     sequence_length: int
     vocab_size: int
@@ -59,6 +67,7 @@ class MixtureRecord(Frozen):
     num_tokens: int
     num_validation_tokens: int
     num_contaminated_documents_left: int
+    long_context: tuple[LongContextRecord, ...]
     sources: tuple[MixtureSource, ...]
 
 
@@ -73,10 +82,11 @@ class SourceDocuments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """Training and validation windows, and what they are made of."""
+    """Training and validation windows, further training windows by their length, and what they are made of."""
 
     train: PackedTokens
     validation: PackedTokens
+    long_context: dict[int, PackedTokens]
     record: MixtureRecord
 
 
@@ -120,9 +130,14 @@ def build_mixture(
         )
         for name in weights
     }
-    max_characters = _PIECE_CHARACTERS_PER_WINDOW_TOKEN * config.sequence_length
-    num_tokens, num_validation = _whole_windows(config.tokens, config), _whole_windows(config.validation_tokens, config)
-    wanted = num_tokens + num_validation
+    length = config.sequence_length
+    max_characters = _PIECE_CHARACTERS_PER_WINDOW_TOKEN * length
+    num_tokens, num_validation = _whole_windows(config.tokens, length), _whole_windows(config.validation_tokens, length)
+    num_longer = {
+        more.sequence_length: _whole_windows(more.tokens, more.sequence_length) for more in config.long_context
+    }
+    wanted = num_tokens + num_validation + sum(num_longer.values())
+    separator = separator_id(tokenizer)
     validation = draw(
         {
             name: tokenize(source.validation_pieces(max_characters), tokenizer=tokenizer)
@@ -135,20 +150,40 @@ def build_mixture(
         "sources",
         report=lambda done: report(done, wanted),
     )
-    training = draw(
-        {name: tokenize(source.training_pieces(max_characters), tokenizer=tokenizer) for name, source in drawn.items()},
-        weights=weights,
-        num_tokens=num_tokens,
-        what="training",
-        remedy="lower the tokens, raise max_documents, or add sources",
-        report=lambda done: report(num_validation + done, wanted),
+    num_done = num_validation
+    longer: dict[int, _Packed] = {}
+    training: Drawn | None = None
+    # Longest windows first: they need the long documents, of which shorter windows would leave pieces.
+    for window, num_wanted in [*reversed(num_longer.items()), (length, num_tokens)]:
+        used = frozenset(piece.document_id for packed in longer.values() for piece in packed.pieces)
+        training = draw(
+            {
+                name: tokenize(
+                    source.training_pieces(_PIECE_CHARACTERS_PER_WINDOW_TOKEN * window, without=used),
+                    tokenizer=tokenizer,
+                )
+                for name, source in drawn.items()
+            },
+            weights=weights,
+            num_tokens=num_wanted,
+            what="training" if window == length else f"training part in windows of {window:,}",
+            remedy="lower the tokens, raise max_documents, or add sources",
+            report=lambda done, before=num_done: report(before + done, wanted),
+        )
+        num_done += num_wanted
+        if window != length:
+            longer[window] = _pack(
+                training, num_tokens=num_wanted, sequence_length=window, seed=config.seed, separator=separator
+            )
+    assert training is not None
+    train = _pack(training, num_tokens=num_tokens, sequence_length=length, seed=config.seed, separator=separator)
+    held_back = _pack(
+        validation, num_tokens=num_validation, sequence_length=length, seed=config.seed, separator=separator
     )
-    separator = separator_id(tokenizer)
-    train = _pack(training, num_tokens=num_tokens, config=config, separator=separator)
-    held_back = _pack(validation, num_tokens=num_validation, config=config, separator=separator)
     return Mixture(
         train=train.packed,
         validation=held_back.packed,
+        long_context={window: packed.packed for window, packed in longer.items()},
         record=MixtureRecord(
             sequence_length=config.sequence_length,
             vocab_size=len(tokenizer),
@@ -156,7 +191,17 @@ def build_mixture(
             num_tokens=num_tokens,
             num_validation_tokens=num_validation,
             num_contaminated_documents_left=_count_contaminated(
-                [*train.pieces, *held_back.pieces], tokenizer=tokenizer, ngrams=ngrams
+                [piece for packed in (train, held_back, *longer.values()) for piece in packed.pieces],
+                tokenizer=tokenizer,
+                ngrams=ngrams,
+            ),
+            long_context=tuple(
+                LongContextRecord(
+                    sequence_length=window,
+                    num_tokens=packed.num_tokens.total(),
+                    num_documents=len({piece.document_id for piece in packed.pieces}),
+                )
+                for window, packed in sorted(longer.items())
             ),
             sources=tuple(
                 _source_record(
@@ -180,10 +225,10 @@ class _Packed:
     num_tokens: Counter[str]
 
 
-def _pack(drawn: Drawn, *, num_tokens: int, config: MixtureConfig, separator: int) -> _Packed:
+def _pack(drawn: Drawn, *, num_tokens: int, sequence_length: int, seed: int, separator: int) -> _Packed:
     """Join the pieces in a seeded order, keep exactly `num_tokens`, and shuffle the windows."""
     pieces = list(drawn.pieces)
-    random.Random(f"{config.seed} order").shuffle(pieces)
+    random.Random(f"{seed} order").shuffle(pieces)
     kept: list[Piece] = []
     tokens_by_source: Counter[str] = Counter()
     for piece in pieces:
@@ -193,9 +238,9 @@ def _pack(drawn: Drawn, *, num_tokens: int, config: MixtureConfig, separator: in
         kept.append(Piece(source=piece.source, document_id=piece.document_id, ids=piece.ids[:room]))
         tokens_by_source[piece.source] += min(room, piece.num_tokens)
     packed = pack_documents(
-        (piece.ids for piece in kept), sequence_length=config.sequence_length, separator_id=separator
+        (piece.ids for piece in kept), sequence_length=sequence_length, separator_id=separator
     ).take(num_tokens)
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(config.seed))
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
     shuffled = PackedTokens(
         tokens_NT=packed.tokens_NT[order],
         labels_NT=packed.labels_NT[order],
@@ -204,8 +249,8 @@ def _pack(drawn: Drawn, *, num_tokens: int, config: MixtureConfig, separator: in
     return _Packed(packed=shuffled, pieces=kept, num_tokens=tokens_by_source)
 
 
-def _whole_windows(num_tokens: int, config: MixtureConfig) -> int:
-    return math.ceil(num_tokens / config.sequence_length) * config.sequence_length
+def _whole_windows(num_tokens: int, sequence_length: int) -> int:
+    return math.ceil(num_tokens / sequence_length) * sequence_length
 
 
 def _count_contaminated(pieces: Sequence[Piece], *, tokenizer: PreTrainedTokenizerBase, ngrams: NgramSet) -> int:

@@ -6,7 +6,6 @@ Letters: N windows, T tokens per window.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -17,7 +16,12 @@ from pipeline.errors import DataError
 
 IGNORED_LABEL = -100
 
-Split = Literal["train", "validation"]
+Split = str  # "train", "validation", or long_context_split(...)
+
+
+def long_context_split(sequence_length: int) -> str:
+    """Return the name of a mixture's training windows of that length, beside its `train`."""
+    return f"train-{sequence_length}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

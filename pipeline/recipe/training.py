@@ -21,11 +21,16 @@ class OptimizerConfig(Frozen):
 
 
 class LongContextPhase(Frozen):
-    """A later part of a training, on the mixture's windows of that length; the schedule runs on through it."""
+    """A later part of a training, on the mixture's windows of that length.
+
+    It starts from the weights of the part before with an optimizer of its own: the same settings and schedule, at this
+    learning rate.
+    """
 
     sequence_length: Positive
     tokens: Positive
     global_batch_size: Positive
+    learning_rate: PositiveFloat
 
 
 class DistillationConfig(Frozen):

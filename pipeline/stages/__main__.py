@@ -8,14 +8,17 @@ The spec names the stage's config, its input artifacts and its output directory.
 
 import argparse
 import os
+import sys
+import traceback
 from pathlib import Path
 
-from pipeline.artifacts import PROGRESS, write_atomically
+from pipeline.artifacts import PROGRESS, disk_error, write_atomically
+from pipeline.errors import RefitError
 from pipeline.processes import end_with_parent
 from pipeline.progress import JsonlReporter, SilentReporter
 from pipeline.stage import StageInputs
 from pipeline.stages.registry import get_stage
-from pipeline.stages.spec import RESULT_IN_WORK, StageSpec
+from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, leave_error
 
 
 def main() -> None:
@@ -31,17 +34,22 @@ def main() -> None:
     stage = get_stage(arguments.stage)
     out_dir = Path(spec.out_dir)
     reporter = JsonlReporter(out_dir / PROGRESS, label=stage.name, echo=True) if rank == 0 else SilentReporter()
-    result = stage.load()(
-        spec.parse_config(),
-        StageInputs(
-            artifacts={name: Path(path) for name, path in spec.artifacts.items()},
-            store_root=Path(spec.store_root),
-            downloads=Path(spec.downloads),
-            execution=spec.execution,
-            reporter=reporter,
-        ),
-        out_dir,
+    inputs = StageInputs(
+        artifacts={name: Path(path) for name, path in spec.artifacts.items()},
+        store_root=Path(spec.store_root),
+        downloads=Path(spec.downloads),
+        execution=spec.execution,
+        reporter=reporter,
     )
+    try:
+        result = stage.load()(spec.parse_config(), inputs, out_dir)
+    except Exception as err:
+        told = err if isinstance(err, RefitError) else disk_error(err, path=out_dir)
+        if told is None:
+            raise  # a bug, or a library's own error: its traceback is in the log
+        traceback.print_exc()
+        leave_error(out_dir, told)
+        sys.exit(1)
     if rank == 0:
         write_atomically(out_dir / RESULT_IN_WORK, result.model_dump_json(indent=1).encode())
 

@@ -12,8 +12,7 @@ from pipeline.data.packed import load_packed
 from pipeline.recipe import PretrainingConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
-from pipeline.training.batches import plan_batches
-from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
+from pipeline.training.fitting import fit_checkpoint, fitting_result, plan_phases, prepare_process
 from pipeline.training.objectives import NextTokenObjective
 from pipeline.training.validation import mean_cross_entropy, validation_rows
 
@@ -24,19 +23,20 @@ def run(config: PretrainingConfig, inputs: StageInputs, out_dir: Path) -> StageR
     """Train kd_checkpoint on pretraining_mix."""
     device = prepare_process(inputs.execution)
     mixture_dir = inputs["pretraining_mix"]
-    plan = plan_batches(
-        load_packed(mixture_dir, "train"),
+    phases = plan_phases(
+        mixture_dir,
         tokens=config.tokens,
         global_batch_size=config.global_batch_size,
-        shuffle_seed=None,
+        optimizer=config.optimizer,
+        long_context=config.long_context,
         what="cpt",
     )
     validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
     fitted = fit_checkpoint(
         start_dir=inputs["kd_checkpoint"],
         out_dir=out_dir,
-        config=config,
-        plan=plan,
+        phases=phases,
+        precision=config.precision,
         make_objective=lambda _: NextTokenObjective(),
         validate=lambda model: math.exp(
             mean_cross_entropy(model, validation, batch_size=inputs.execution.micro_batch_size, device=device)
@@ -44,5 +44,5 @@ def run(config: PretrainingConfig, inputs: StageInputs, out_dir: Path) -> StageR
         what="CPT steps",
         inputs=inputs,
     )
-    result = fitting_result(fitted, plan=plan, judged_by="validation_perplexity")
+    result = fitting_result(fitted, phases=phases, judged_by="validation_perplexity")
     return with_curve(result, asset="cpt_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

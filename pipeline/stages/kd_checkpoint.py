@@ -12,8 +12,7 @@ from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.recipe import DistillationConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
-from pipeline.training.batches import plan_batches
-from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
+from pipeline.training.fitting import fit_checkpoint, fitting_result, plan_phases, prepare_process
 from pipeline.training.objectives import DistillationObjective
 from pipeline.training.validation import mean_kl, validation_rows
 
@@ -25,11 +24,12 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
     """Distil fused_checkpoint from parent_checkpoint."""
     device = prepare_process(inputs.execution)
     mixture_dir = inputs["distillation_mix"]
-    plan = plan_batches(
-        load_packed(mixture_dir, "train"),
+    phases = plan_phases(
+        mixture_dir,
         tokens=config.tokens,
         global_batch_size=config.global_batch_size,
-        shuffle_seed=None,
+        optimizer=config.optimizer,
+        long_context=config.long_context,
         what="kd",
     )
     validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
@@ -38,8 +38,8 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
     fitted = fit_checkpoint(
         start_dir=inputs["fused_checkpoint"],
         out_dir=out_dir,
-        config=config,
-        plan=plan,
+        phases=phases,
+        precision=config.precision,
         make_objective=lambda student: DistillationObjective(
             student=student, teacher=teacher, cosine_weight=config.cosine_weight, kl_weight=config.kl_weight
         ),
@@ -49,5 +49,5 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
         what="KD steps",
         inputs=inputs,
     )
-    result = fitting_result(fitted, plan=plan, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)
+    result = fitting_result(fitted, phases=phases, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)
     return with_curve(result, asset="kd_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

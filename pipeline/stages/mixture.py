@@ -6,7 +6,7 @@ from pipeline.artifacts import write_atomically
 from pipeline.data.documents import load_documents, load_source_records
 from pipeline.data.evaluation_sets import load_evaluation_ngrams, load_held_out_ids
 from pipeline.data.mixtures import MIXTURE_FILE, MixtureRecord, SourceDocuments, build_mixture
-from pipeline.data.packed import save_packed
+from pipeline.data.packed import long_context_split, save_packed
 from pipeline.model.checkpoint import load_tokenizer
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import MixtureStage
@@ -32,6 +32,8 @@ def make_mixture(config: MixtureStage, inputs: StageInputs, out_dir: Path) -> St
     )
     save_packed(out_dir, "train", mixture.train)
     save_packed(out_dir, "validation", mixture.validation)
+    for sequence_length, packed in mixture.long_context.items():
+        save_packed(out_dir, long_context_split(sequence_length), packed)
     write_atomically(out_dir / MIXTURE_FILE, mixture.record.model_dump_json(indent=1).encode())
     for source in mixture.record.sources:
         if source.is_exhausted:
@@ -47,6 +49,7 @@ def _result(record: MixtureRecord) -> StageResult:
         metrics={
             "num_tokens": record.num_tokens,
             "num_validation_tokens": record.num_validation_tokens,
+            **{f"num_tokens_in_windows_of_{one.sequence_length}": one.num_tokens for one in record.long_context},
             "num_held_out_documents": sum(source.num_held_out for source in sources),
             "num_contaminated_documents": sum(source.num_contaminated for source in sources),
             "num_contaminated_documents_left": record.num_contaminated_documents_left,
@@ -54,6 +57,7 @@ def _result(record: MixtureRecord) -> StageResult:
         },
         facts={"document_separator": record.separator},
         tables={
+            "domains": _domain_table(record),
             "sources": Table.of(
                 (
                     "source",
@@ -84,6 +88,20 @@ def _result(record: MixtureRecord) -> StageResult:
                     )
                     for source in sources
                 ],
-            )
+            ),
         },
     )
+
+
+def _domain_table(record: MixtureRecord) -> Table:
+    """Return the training tokens of each domain, its sources together."""
+    tokens: dict[str, int] = {}
+    documents: dict[str, int] = {}
+    for source in record.sources:
+        tokens[source.domain] = tokens.get(source.domain, 0) + source.num_tokens
+        documents[source.domain] = documents.get(source.domain, 0) + source.num_documents
+    rows = [
+        (domain, count, round(count / record.num_tokens, 4), documents[domain])
+        for domain, count in sorted(tokens.items(), key=lambda item: -item[1])
+    ]
+    return Table.of(("domain", "num_tokens", "share", "num_documents"), rows)

@@ -13,7 +13,7 @@ from pipeline.recipe import SFTConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
 from pipeline.training.batches import plan_batches
-from pipeline.training.fitting import fit_checkpoint, fitting_result, prepare_process
+from pipeline.training.fitting import Phase, fit_checkpoint, fitting_result, prepare_process
 from pipeline.training.objectives import NextTokenObjective
 from pipeline.training.validation import mean_cross_entropy, require_masked, validation_rows
 
@@ -33,12 +33,13 @@ def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         shuffle_seed=config.seed,
         what="sft",
     )
+    phases = (Phase(plan=plan, global_batch_size=config.global_batch_size, optimizer=config.optimizer),)
     validation = validation_rows(load_packed(dataset_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
     fitted = fit_checkpoint(
         start_dir=inputs["cpt_checkpoint"],
         out_dir=out_dir,
-        config=config,
-        plan=plan,
+        phases=phases,
+        precision=config.precision,
         make_objective=lambda _: NextTokenObjective(),
         validate=lambda model: mean_cross_entropy(
             model, validation, batch_size=inputs.execution.micro_batch_size, device=device
@@ -46,6 +47,6 @@ def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         what="SFT steps",
         inputs=inputs,
     )
-    result = fitting_result(fitted, plan=plan, judged_by="validation_loss")
+    result = fitting_result(fitted, phases=phases, judged_by="validation_loss")
     result = result.model_copy(update={"metrics": {**result.metrics, "trained_token_share": trained_share}})
     return with_curve(result, asset="sft_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

@@ -1,6 +1,8 @@
 """The file that tells a stage process what to run: config, inputs, output, execution. No torch."""
 
+import contextlib
 import importlib
+from pathlib import Path
 from typing import Any
 
 from pipeline.architecture import Frozen
@@ -8,6 +10,7 @@ from pipeline.stage import WORK_DIR, ExecutionSettings
 
 SPEC_FILE = "spec.json"
 RESULT_IN_WORK = f"{WORK_DIR}/result.json"
+ERROR_IN_WORK = f"{WORK_DIR}/error.txt"
 
 
 class StageSpec(Frozen):
@@ -33,3 +36,19 @@ class StageSpec(Frozen):
 def config_type_name(config: Frozen) -> str:
     """Return how a spec names the type of a config."""
     return f"{type(config).__module__}:{type(config).__name__}"
+
+
+def leave_error(out_dir: Path, error: Exception) -> None:
+    """Tell the process that started the stage, in one message, why it ended; the log has the rest."""
+    with contextlib.suppress(OSError):  # on a full disk the exit code and the log must do
+        (out_dir / ERROR_IN_WORK).write_text(str(error), encoding="utf-8")
+
+
+def take_error(out_dir: Path) -> str | None:
+    """Return and remove what leave_error wrote, or None."""
+    path = out_dir / ERROR_IN_WORK
+    if not path.is_file():
+        return None
+    message = path.read_text(encoding="utf-8", errors="replace")
+    path.unlink()
+    return message or None

@@ -3,44 +3,29 @@
 The three supervised stages differ in their data, their objective and what they are judged by; the rest is here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from pipeline.architecture import Frozen
+from pipeline.artifacts import write_atomically
+from pipeline.data.packed import PackedTokens, load_packed, long_context_split
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.recipe import OptimizerConfig, Precision
+from pipeline.recipe import LongContextPhase, OptimizerConfig, Precision
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, Table
-from pipeline.training.batches import BatchPlan
+from pipeline.training.batches import BatchPlan, plan_batches
 from pipeline.training.distributed import barrier, init_distributed
 from pipeline.training.engine import TrainEngine
 from pipeline.training.loop import TrainingRun, train
-from pipeline.training.metrics import write_curve
+from pipeline.training.metrics import CurveRow, write_curve
 from pipeline.training.objectives import Objective, RunModel
 
 _NUM_TABLE_ROWS = 12
-
-
-class TrainingConfig(Protocol):
-    """What the supervised stages' configs have in common."""
-
-    @property
-    def global_batch_size(self) -> int:
-        """Windows per optimizer step, over all ranks."""
-        ...
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        """AdamW and its schedule."""
-        ...
-
-    @property
-    def precision(self) -> Precision:
-        """What the model computes in."""
-        ...
+_PHASE_FILE = "phase.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,65 +73,167 @@ def open_engine(
     return engine
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One part of a training, from the weights of the part before: its windows, its batch, its optimizer."""
+
+    plan: BatchPlan
+    global_batch_size: int
+    optimizer: OptimizerConfig
+
+
+def plan_phases(
+    mixture_dir: Path,
+    *,
+    tokens: int,
+    global_batch_size: int,
+    optimizer: OptimizerConfig,
+    long_context: tuple[LongContextPhase, ...],
+    what: str,
+) -> tuple[Phase, ...]:
+    """Return the parts of a training on a mixture, each window of which is read once: `train`, then longer windows.
+
+    Raises:
+        DataError: when a part's tokens do not fill one step, or exceed its windows.
+    """
+    base = plan_batches(
+        load_packed(mixture_dir, "train"),
+        tokens=tokens,
+        global_batch_size=global_batch_size,
+        shuffle_seed=None,
+        what=what,
+    )
+    phases = [Phase(plan=base, global_batch_size=global_batch_size, optimizer=optimizer)]
+    for more in long_context:
+        plan = plan_batches(
+            load_packed(mixture_dir, long_context_split(more.sequence_length)),
+            tokens=more.tokens,
+            global_batch_size=more.global_batch_size,
+            shuffle_seed=None,
+            what=f"{what}.long_context of {more.sequence_length:,}",
+        )
+        changed = optimizer.model_copy(update={"learning_rate": more.learning_rate})
+        phases.append(Phase(plan=plan, global_batch_size=more.global_batch_size, optimizer=changed))
+    return tuple(phases)
+
+
 def fit_checkpoint(
     *,
     start_dir: Path,
     out_dir: Path,
-    config: TrainingConfig,
-    plan: BatchPlan,
+    phases: Sequence[Phase],
+    precision: Precision,
     make_objective: Callable[[HeterogeneousLlamaForCausalLM], Objective],
     validate: Callable[[RunModel], float],
     what: str,
     inputs: StageInputs,
 ) -> FittedCheckpoint:
-    """Train the checkpoint in `start_dir` through the plan and write the result and its curve to `out_dir`.
+    """Train the checkpoint in `start_dir` through every phase and write the result and its curve to `out_dir`.
 
     Every rank calls this after `prepare_process`; rank 0 writes. Weights are stored in the dtype they had, rounded once
-    from the fp32 master weights.
+    from the fp32 master weights; between two phases they are kept in fp32. A finished phase is not trained again.
 
     Raises:
         DivergedError, DataError, CheckpointError: see pipeline.training.loop.train.
     """
-    engine = open_engine(
-        start_dir,
-        optimizer=config.optimizer,
-        total_steps=plan.num_steps,
-        precision=config.precision,
-        execution=inputs.execution,
-        global_batch_size=config.global_batch_size,
-    )
-    try:
-        before = validate(engine.model)
-        inputs.reporter.note(f"validation before training: {before:.4g}")
-        run = train(
-            engine,
-            plan=plan,
-            objective=make_objective(engine.model),
-            what=what,
-            reporter=inputs.reporter,
-            checkpoints_dir=out_dir / WORK_DIR / "checkpoints",
-            checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
+    rank = init_distributed().rank
+    done: list[_FinishedPhase] = []
+    facts: dict[str, str] = {}
+    run: TrainingRun | None = None
+    for index, phase in enumerate(phases):
+        is_last = index == len(phases) - 1
+        work_dir = out_dir / WORK_DIR / (f"phase-{index}" if index else "")
+        kept_dir = out_dir / WORK_DIR / f"weights-{index}"
+        record = kept_dir / _PHASE_FILE
+        if record.is_file():
+            done.append(_FinishedPhase.model_validate_json(record.read_bytes()))
+            continue
+        engine = open_engine(
+            start_dir if index == 0 else out_dir / WORK_DIR / f"weights-{index - 1}",
+            optimizer=phase.optimizer,
+            total_steps=phase.plan.num_steps,
+            precision=precision,
+            execution=_for_windows(inputs.execution, phase.plan.data, base=phases[0].plan.data),
+            global_batch_size=phase.global_batch_size,
         )
-        after = validate(engine.model)
-        inputs.reporter.note(f"validation after training: {after:.4g}")
-        export_checkpoint(engine, start_dir=start_dir, out_dir=out_dir)
-        if engine.rank == 0:
-            write_curve(out_dir, run.curve)
-        facts = training_facts(engine)
-    finally:
-        engine.close()
-    return FittedCheckpoint(run=run, before=before, after=after, facts=facts)
+        try:
+            before = validate(engine.model)
+            inputs.reporter.note(f"validation before training: {before:.4g}")
+            run = train(
+                engine,
+                plan=phase.plan,
+                objective=make_objective(engine.model),
+                what=what if len(phases) == 1 else f"{what}, {phase.plan.data.sequence_length:,} tokens a window",
+                reporter=inputs.reporter,
+                checkpoints_dir=work_dir / "checkpoints",
+                checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
+            )
+            after = validate(engine.model)
+            inputs.reporter.note(f"validation after training: {after:.4g}")
+            export_checkpoint(
+                engine,
+                start_dir=start_dir,
+                out_dir=out_dir if is_last else kept_dir,
+                dtype=None if is_last else torch.float32,
+            )
+            facts = training_facts(engine)
+        finally:
+            engine.close()
+        done.append(_FinishedPhase(curve=run.curve, before=before, after=after, num_resumes=run.num_resumes))
+        if not is_last:
+            if rank == 0:
+                write_atomically(record, done[-1].model_dump_json().encode())
+            barrier()
+            if rank == 0:
+                shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
+    assert run is not None
+    curve = _joined([phase.curve for phase in done])
+    if rank == 0:
+        write_curve(out_dir, curve)
+    return FittedCheckpoint(
+        run=replace(run, curve=curve, num_resumes=sum(phase.num_resumes for phase in done)),
+        before=done[0].before,
+        after=done[-1].after,
+        facts=facts,
+    )
 
 
-def export_checkpoint(engine: TrainEngine, *, start_dir: Path, out_dir: Path) -> None:
-    """Write the engine's weights as a checkpoint like the one training began from: architecture, dtypes, tokenizer."""
+class _FinishedPhase(Frozen):
+    """What is kept of a phase, beside its weights, until the training is over."""
+
+    curve: tuple[CurveRow, ...]
+    before: float
+    after: float
+    num_resumes: int
+
+
+def _for_windows(execution: ExecutionSettings, data: PackedTokens, *, base: PackedTokens) -> ExecutionSettings:
+    """Return settings under which a micro-batch of these windows holds no more tokens than one of the first phase's."""
+    rows = max(1, execution.micro_batch_size * base.sequence_length // data.sequence_length)
+    return execution.model_copy(update={"micro_batch_size": rows})
+
+
+def _joined(curves: Sequence[tuple[CurveRow, ...]]) -> tuple[CurveRow, ...]:
+    """Return the curves one after the other, steps and tokens counted on."""
+    joined: list[CurveRow] = []
+    for curve in curves:
+        steps, tokens = (joined[-1]["step"], joined[-1]["tokens"]) if joined else (0, 0)
+        joined += [{**row, "step": row["step"] + steps, "tokens": row["tokens"] + tokens} for row in curve]
+    return tuple(joined)
+
+
+def export_checkpoint(engine: TrainEngine, *, start_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the engine's weights as a checkpoint like the one training began from: architecture, tokenizer, dtypes.
+
+    `dtype` stores every tensor in that one instead.
+    """
     tensors = engine.state_dict_for_export()
     if engine.rank == 0:
         stored = TensorReader(start_dir)
         save_checkpoint(
             out_dir,
             architecture=read_architecture(start_dir),
-            tensors={name: tensor.to(stored.dtype(name)) for name, tensor in tensors.items()},
+            tensors={name: tensor.to(dtype or stored.dtype(name)) for name, tensor in tensors.items()},
             tokenizer_dir=start_dir,
         )
     barrier()
@@ -164,7 +251,7 @@ def training_facts(engine: TrainEngine) -> dict[str, str]:
 
 
 def fitting_result(
-    fitted: FittedCheckpoint, *, plan: BatchPlan, judged_by: str, ratio_floor: float = 0.0
+    fitted: FittedCheckpoint, *, phases: Sequence[Phase], judged_by: str, ratio_floor: float = 0.0
 ) -> StageResult:
     """Return the stage's result: speed and loss of the run, and `judged_by` before, after, and as a ratio.
 
@@ -174,9 +261,9 @@ def fitting_result(
     run = fitted.run
     return StageResult(
         metrics={
-            "num_steps": plan.num_steps,
-            "num_tokens": plan.num_steps * plan.tokens_per_step,
-            "num_epochs": plan.num_epochs,
+            "num_steps": sum(phase.plan.num_steps for phase in phases),
+            "num_tokens": sum(phase.plan.num_steps * phase.plan.tokens_per_step for phase in phases),
+            "num_epochs": phases[0].plan.num_epochs,
             "num_resumes": run.num_resumes,
             "tokens_per_second": run.tokens_per_second,
             "first_loss": run.curve[0]["loss"],

@@ -10,7 +10,7 @@ from pipeline.data.documents import Document, is_validation_document, select_doc
 from pipeline.data.drawing import DrawableSource, split_text
 from pipeline.data.mixtures import Mixture, SourceDocuments, build_mixture, separator_id
 from pipeline.errors import DataError
-from pipeline.recipe import MixtureConfig, MixtureEntry
+from pipeline.recipe import LongContextTokens, MixtureConfig, MixtureEntry
 from tests.pipeline.data.builders import chatml_tokenizer, llama3_tokenizer, make_documents, make_tokenizer
 
 TOKENIZER = chatml_tokenizer()
@@ -90,6 +90,23 @@ def test_mixture_splits_share_no_document():
     assert len(train) > 5
     assert len(validation) > 1
     assert not train & validation
+
+
+def test_longer_windows_are_packed_from_documents_of_their_own():
+    plain = mixture_config({"a": 1.0, "b": 1.0}, tokens=6000)
+    longer = (LongContextTokens(sequence_length=128, tokens=2000), LongContextTokens(sequence_length=512, tokens=3000))
+    mixture = build(SOURCES, plain.model_copy(update={"long_context": longer}))
+    assert {length: packed.tokens_NT.shape for length, packed in mixture.long_context.items()} == {
+        128: (16, 128),
+        512: (6, 512),
+    }
+    parts = [mixture.train, mixture.validation, *mixture.long_context.values()]
+    owners = [documents_of(part.tokens_NT) for part in parts]
+    assert all(owners)
+    assert len(set.union(*owners)) == sum(map(len, owners))
+    assert [(one.sequence_length, one.num_tokens) for one in mixture.record.long_context] == [(128, 2048), (512, 3072)]
+    again = build(SOURCES, plain.model_copy(update={"long_context": longer}))
+    assert torch.equal(again.long_context[512].tokens_NT, mixture.long_context[512].tokens_NT)
 
 
 def test_mixtures_of_different_seeds_and_weights_never_train_on_each_others_validation():

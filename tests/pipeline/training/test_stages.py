@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from pipeline.architecture import Frozen
-from pipeline.data.packed import save_packed
+from pipeline.data.packed import long_context_split, save_packed
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.processes import run_checked
-from pipeline.recipe import DistillationConfig, PretrainingConfig, SFTConfig
+from pipeline.progress import SilentReporter
+from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
 from pipeline.stages.spec import StageSpec, config_type_name
+from tests.pipeline.training import run_stages
 from tests.pipeline.training.builders import (
     OPTIMIZER,
     Interrupted,
@@ -124,23 +126,114 @@ def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_two_ranks_give_the_trajectory_of_one(inputs: StageInputs, tmp_path: Path, zero_stage: int):
-    execution = ExecutionSettings.model_validate(
-        {"micro_batch_size": 2, "checkpoint_interval_steps": 8, "zero_stage": zero_stage, "num_threads": 1}
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_and_zero_stages_give_one_trajectory_and_the_same_weights(
+    inputs: StageInputs, tmp_path: Path, num_ranks: int
+):
+    """KD and SFT, fp32, at ZeRO 1, 2 and 3, against ZeRO 1 on one rank."""
+    start = write_checkpoint(tmp_path / "start", child_architecture(), seed=1)  # fp32: nothing is rounded away
+    artifacts = {**inputs.artifacts, "fused_checkpoint": start, "cpt_checkpoint": start}
+    placed = dataclasses.replace(inputs, artifacts=artifacts)
+    configs: dict[str, Frozen] = {"kd_checkpoint": KD, "sft_checkpoint": SFT.model_copy(update={"precision": "fp32"})}
+
+    def settings(zero_stage: int) -> ExecutionSettings:
+        return ExecutionSettings.model_validate({"micro_batch_size": 2, "zero_stage": zero_stage, "num_threads": 1})
+
+    specs = []
+    for stage_name, config in configs.items():
+        for zero_stage in (1, 2, 3):
+            spec = tmp_path / f"{stage_name}-zero{zero_stage}.json"
+            out_dir = tmp_path / spec.stem
+            text = _spec(config, placed, execution=settings(zero_stage), out_dir=out_dir).model_dump_json()
+            spec.write_text(text, encoding="utf-8")
+            specs.append(str(spec))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    run_checked([*launcher, "-m", run_stages.__name__, *specs], what=f"{num_ranks} ranks", timeout_s=280)
+    kd_checkpoint.run(KD, dataclasses.replace(placed, execution=settings(1)), tmp_path / "kd_checkpoint-one")
+    sft_config = configs["sft_checkpoint"]
+    assert isinstance(sft_config, SFTConfig)
+    sft_checkpoint.run(sft_config, dataclasses.replace(placed, execution=settings(1)), tmp_path / "sft_checkpoint-one")
+
+    for stage_name in configs:
+        one = pl.read_parquet(tmp_path / f"{stage_name}-one" / "curve.parquet")
+        weights = TensorReader(tmp_path / f"{stage_name}-one")
+        for zero_stage in (1, 2, 3):
+            found_dir = tmp_path / f"{stage_name}-zero{zero_stage}"
+            found = pl.read_parquet(found_dir / "curve.parquet")
+            assert found.columns == one.columns
+            for column in one.columns:
+                assert found[column].to_list() == pytest.approx(one[column].to_list(), abs=1e-5), (found_dir, column)
+            reader = TensorReader(found_dir)
+            assert reader.names == weights.names
+            for name in weights.names:
+                torch.testing.assert_close(reader.read(name), weights.read(name), rtol=0, atol=2e-5)
+
+
+LONG = LongContextPhase(sequence_length=32, tokens=6 * 2 * 32, global_batch_size=2, learning_rate=5e-4)
+
+
+def _with_long_windows(inputs: StageInputs, root: Path) -> StageInputs:
+    mixture = root / "long-mixture"
+    save_packed(mixture, "train", text_windows(80))
+    save_packed(mixture, "validation", text_windows(6, seed=9))
+    save_packed(mixture, long_context_split(32), text_windows(12, num_tokens=32, seed=3))
+    start = write_checkpoint(root / "start", child_architecture(), seed=1)  # fp32, as between two phases
+    return dataclasses.replace(
+        inputs, artifacts={**inputs.artifacts, "pretraining_mix": mixture, "kd_checkpoint": start}
     )
-    kd_checkpoint.run(KD, dataclasses.replace(inputs, execution=execution), tmp_path / "one")
-    spec = tmp_path / "spec.json"
-    spec.write_text(_spec(KD, inputs, execution=execution, out_dir=tmp_path / "two").model_dump_json())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run_checked(
-        [*launcher, "-m", "pipeline.stages", "kd_checkpoint", "--spec", str(spec)], what="two ranks", timeout_s=240
+
+
+def test_long_windows_are_a_training_of_their_own_behind_the_first(inputs: StageInputs, tmp_path: Path):
+    placed = _with_long_windows(inputs, tmp_path)
+    both = CPT.model_copy(update={"long_context": (LONG,)})
+    result = cpt_checkpoint.run(both, placed, tmp_path / "both")
+
+    cpt_checkpoint.run(CPT, placed, tmp_path / "first")
+    only_long = tmp_path / "only-long"
+    save_packed(only_long, "train", text_windows(12, num_tokens=32, seed=3))
+    save_packed(only_long, "validation", text_windows(6, seed=9))
+    second = CPT.model_copy(
+        update={
+            "tokens": LONG.tokens,
+            "global_batch_size": LONG.global_batch_size,
+            "optimizer": OPTIMIZER.model_copy(update={"learning_rate": LONG.learning_rate}),
+        }
     )
-    one, two = (pl.read_parquet(tmp_path / name / "curve.parquet") for name in ("one", "two"))
-    for column in ("loss", "kl", "cosine", "grad_norm"):
-        assert two[column].to_list() == pytest.approx(one[column].to_list(), abs=1e-5), column
-    result = StageResult.model_validate_json((tmp_path / "two" / "_work" / "result.json").read_bytes())
-    assert result.facts["world_size"] == "2"
+    # A micro-batch of the long windows holds as many tokens as one of the short ones.
+    alone = dataclasses.replace(
+        placed,
+        artifacts={**placed.artifacts, "pretraining_mix": only_long, "kd_checkpoint": tmp_path / "first"},
+        execution=placed.execution.model_copy(update={"micro_batch_size": 1}),
+    )
+    cpt_checkpoint.run(second, alone, tmp_path / "second")
+
+    weights, expected = TensorReader(tmp_path / "both"), TensorReader(tmp_path / "second")
+    assert all(torch.equal(weights.read(name), expected.read(name)) for name in expected.names)
+    curve = pl.read_parquet(tmp_path / "both" / "curve.parquet")
+    assert curve["step"].to_list() == list(range(1, 27))
+    assert curve["tokens"][-1] == CPT.tokens + LONG.tokens == result.metrics["num_tokens"]
+    assert curve["loss"][20:].to_list() == pl.read_parquet(tmp_path / "second" / "curve.parquet")["loss"].to_list()
+
+
+@pytest.mark.parametrize("phase", [16, 32])
+def test_a_training_interrupted_in_either_phase_publishes_the_same_bytes(
+    inputs: StageInputs, tmp_path: Path, phase: int
+):
+    class InterruptingPhase(SilentReporter):
+        def step(self, step: int, total: int, /, *, what: str, **metrics: float) -> None:
+            if step == 5 and f"{phase} tokens a window" in what:
+                raise Interrupted
+
+    placed = _with_long_windows(inputs, tmp_path)
+    placed = dataclasses.replace(placed, execution=placed.execution.model_copy(update={"checkpoint_interval_steps": 2}))
+    config = CPT.model_copy(update={"long_context": (LONG,)})
+    cpt_checkpoint.run(config, placed, tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        cpt_checkpoint.run(config, dataclasses.replace(placed, reporter=InterruptingPhase()), tmp_path / "resumed")
+    result = cpt_checkpoint.run(config, placed, tmp_path / "resumed")
+    assert result.metrics["num_resumes"] == 1
+    for name in ("model.safetensors", "curve.parquet"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
 
 
 def _spec(config: Frozen, inputs: StageInputs, *, execution: ExecutionSettings, out_dir: Path) -> StageSpec:
