@@ -2,6 +2,7 @@
 #
 #   make demo                         the whole recipe on a real model, ending in a table and two answers
 #   make demo RECIPE=tiny             the same graph on a toy model, in minutes
+#   make plan | explain | doctor      before a run, between runs, and when something is odd
 #   make materialize SELECT=corpora   one asset, or any Dagster selection; TARGET=name where it has targets
 #   make ui | test | check | bench
 
@@ -38,10 +39,10 @@ FIND_TARGET = target="$(TARGET)"; \
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo materialize ui test lint check bench graph clean
+.PHONY: help install demo plan explain doctor materialize ui test test-ui lint check bench graph screenshots clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 install: $(INSTALLED) ## Create .venv and install; every other target does this first
 
@@ -83,6 +84,15 @@ demo: $(INSTALLED) ## Run every stage of RECIPE, print the results, ask the chil
 	echo "==> Results"; \
 	$(PYTHON) -m pipeline summary --target "$$target" --started-at $(STARTED_AT)
 
+plan: $(INSTALLED) ## Say what every stage of RECIPE will cost; DEVICE=h100-80gb, or this machine, measured
+	@$(PYTHON) -m pipeline plan $(if $(TARGET),--target $(TARGET)) $(if $(DEVICE),--device $(DEVICE),--measure)
+
+explain: $(INSTALLED) ## Say which stages would be reused, resumed or run, and the first thing that differs
+	@$(PYTHON) -m pipeline explain $(if $(TARGET),--target $(TARGET))
+
+doctor: $(INSTALLED) ## Look for dead runs, stuck locks, broken artifacts and garbage
+	@$(PYTHON) -m pipeline doctor
+
 materialize: $(INSTALLED) ## Materialize SELECT (default: all) of RECIPE; name the TARGET where SELECT has one
 	@$(PYTHON) -m resources.home
 	@set -e; if [ '$(SELECT)' = '*' ]; then $(FIND_TARGET); else target="$(TARGET)"; fi; \
@@ -98,6 +108,10 @@ test: $(INSTALLED) ## Run the tests (under ten minutes on two cores)
 	@echo "==> Tests"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
 
+test-ui: $(INSTALLED) ## Click through the UI in a real Chromium (five minutes); fails where there is none
+	@echo "==> Browser tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 REFIT_REQUIRE_BROWSER=1 $(PYTHON) -m pytest tests/browser -m browser -x
+
 lint: $(INSTALLED) ## Formatting, lint, types and import contracts
 	@echo "==> ruff format, ruff check, pyright, import contracts"
 	@$(BIN)/ruff format --check .
@@ -109,6 +123,9 @@ check: lint test ## Everything that CI checks
 
 bench: $(INSTALLED) ## Run every benchmark of bench/; each prints a ratio
 	@set -e; for file in bench/bench_*.py; do echo "==> $$file"; $(PYTHON) $$file; done
+
+screenshots: $(INSTALLED) ## Write docs/images/ui-*.png from a real Chromium (five minutes)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m docs.make_screenshots
 
 graph: $(INSTALLED) ## Draw docs/images/graph.svg from the registry
 	@$(PYTHON) docs/make_graph.py

@@ -8,7 +8,8 @@ from typing import Any
 
 import dagster as dg
 
-from assets.metadata import outcome_metadata
+from assets.highlights import HIGHLIGHTS
+from assets.metadata import metric_metadata, outcome_metadata
 from pipeline.execution import Outcome
 from pipeline.fingerprint import fingerprint
 from pipeline.recipe import Recipe
@@ -24,7 +25,7 @@ def stage_asset(name: str, *, recipe: Recipe, kinds: Set[str]) -> Callable[[Call
     return dg.asset(
         name=stage.name,
         deps=list(stage.inputs),
-        description=stage.description,
+        description=describe(stage),
         group_name=stage.group,
         kinds=set(kinds),
         code_version=code_version(stage, recipe=recipe),
@@ -36,6 +37,20 @@ def stage_asset(name: str, *, recipe: Recipe, kinds: Set[str]) -> Callable[[Call
         # A stage with a process of its own computes on the accelerator; a server limits this pool, a laptop does not.
         pool=GPU_POOL if stage.in_child else None,
     )
+
+
+def describe(stage: Stage) -> str:
+    """Return what the UI says of a stage, as Markdown: what it is, what it reads, what to look at."""
+    paragraphs = [
+        stage.description,
+        f"**Reads** {', '.join(f'`{name}`' for name in stage.inputs)}."
+        if stage.inputs
+        else "**Reads** the recipe alone.",
+        f"**Look at** {HIGHLIGHTS[stage.name].look_at}",
+    ]
+    if stage.per_target:
+        paragraphs.append("One partition per target of the recipe.")
+    return "\n\n".join(paragraphs)
 
 
 def target_partitions(recipe: Recipe) -> dg.StaticPartitionsDefinition:
@@ -74,5 +89,10 @@ def _evaluate(check: Check, outcome: Outcome, *, recipe: Recipe) -> dg.AssetChec
         passed=value is not None and check.passes(value, recipe=recipe),
         severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
         description=f"{check.metric} is {measured}; wanted {check.comparison} {bound:.6g}",
-        metadata={"metric": check.metric, "value": measured, "comparison": check.comparison, "bound": bound},
+        metadata={
+            "metric": check.metric,
+            "value": measured if value is None else metric_metadata(value),
+            "comparison": check.comparison,
+            "bound": bound,
+        },
     )

@@ -92,5 +92,6 @@ def observation_metadata(line: Mapping[str, object]) -> dict[str, str | int | fl
         if isinstance(value, int):
             found[name] = value
         elif isinstance(value, float):
-            found[name] = value if abs(value) < float("inf") else str(value)
+            # Six digits: an observation is read, and plotted, by people.
+            found[name] = float(f"{value:.6g}") if abs(value) < float("inf") else str(value)
     return found

@@ -73,7 +73,8 @@ def test_graph_checks_are_those_of_the_registry(graph: BaseAssetGraph):
 def test_graph_every_stage_has_one_asset_module_and_none_is_left_over():
     modules = {path.stem for path in Path(str(assets.__file__)).parent.glob("*.py")}
 
-    assert modules == {stage.name for stage in STAGES} | {"__init__", "stage_asset", "metadata", "jobs", "bld_block"}
+    shared = {"__init__", "stage_asset", "metadata", "highlights", "jobs", "bld_block"}
+    assert modules == {stage.name for stage in STAGES} | shared
 
 
 def test_asset_modules_are_short_and_do_not_postpone_annotations():
@@ -82,6 +83,14 @@ def test_asset_modules_are_short_and_do_not_postpone_annotations():
         assert "from __future__ import annotations" not in text, path.name
         if path.stem in {stage.name for stage in STAGES}:
             assert len(text.splitlines()) <= 25, path.name
+
+
+def test_description_says_what_a_stage_is_what_it_reads_and_what_to_look_at(graph: BaseAssetGraph):
+    for stage in STAGES:
+        description = graph.get(dg.AssetKey(stage.name)).description or ""
+        assert description.startswith(stage.description), stage.name
+        assert all(f"`{name}`" in description for name in stage.inputs), stage.name
+        assert "**Look at** " in description, stage.name
 
 
 def test_gpu_pool_holds_every_training_stage():

@@ -1,5 +1,6 @@
 """What counts as stale, and what the nightly schedule asks for."""
 
+import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from assets.jobs import RERUN_TAG, build_schedule
 from assets.stage_asset import code_version
-from pipeline.execution import Workspace
+from pipeline.definitions import build_defs
+from pipeline.execution import Workspace, find_artifact
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES, get_stage
@@ -117,6 +119,39 @@ def test_schedule_after_an_edit_requests_stale_and_downstream_of_one_target(
 
     assert isinstance(request, dg.RunRequest)
     assert request.partition_key == "fused"
+    assert [key.to_user_string() for key in request.asset_selection or []] == AFTER_KD
+
+
+def test_schedule_after_a_lost_artifact_requests_it_and_what_follows(
+    workspace: Workspace, instance: dg.DagsterInstance, tmp_path: Path
+):
+    lost = find_artifact(workspace, "evaluation", "light")
+    assert lost is not None
+    shutil.rmtree(lost.path)
+
+    request = _tick(open_tiny(tmp_path), instance)
+
+    assert isinstance(request, dg.RunRequest)
+    assert request.partition_key == "light"  # the other target's is still there
+    assert [key.to_user_string() for key in request.asset_selection or []] == ["evaluation", "model_card", "report"]
+
+
+def test_schedule_as_dagster_evaluates_it_requests_a_run_of_the_job(
+    workspace: Workspace, instance: dg.DagsterInstance, tmp_path: Path
+):
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, kd={"tokens": 4096}))
+    repository = build_defs(workspace=edited).get_repository_def()
+    when = datetime(2026, 3, 1, 2, 0)
+
+    with dg.build_schedule_context(
+        instance=instance, scheduled_execution_time=when, repository_def=repository
+    ) as context:
+        tick = repository.get_schedule_def("rerun_stale").evaluate_tick(context)
+
+    (request,) = tick.run_requests or []
+    assert request.partition_key == "fused"
+    job = repository.get_job("all_stages")
+    assert set(request.asset_selection or []) <= job.asset_layer.executable_asset_keys
     assert [key.to_user_string() for key in request.asset_selection or []] == AFTER_KD
 
 
