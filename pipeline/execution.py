@@ -32,7 +32,7 @@ from pipeline.artifacts import (
     sha256_file,
     write_atomically,
 )
-from pipeline.errors import MissingInputError, RecipeError, StageError
+from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.processes import run_group
@@ -130,7 +130,9 @@ def materialize(
     """
     try:
         return _materialize(workspace, get_stage(stage_name), target, on_progress or (lambda _: None))
-    except OSError as err:
+    except RefitError:
+        raise
+    except Exception as err:
         told = disk_error(err, path=workspace.store.root)
         if told is None:
             raise
@@ -230,7 +232,8 @@ def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str,
 def has_saved_work(out_dir: Path) -> bool:
     """Return whether an earlier run left more in an unfinished artifact than the files that start a stage."""
     starting = (SPEC_FILE, Path(RESULT_IN_WORK).name)
-    return any(path.is_file() and path.name not in starting for path in (out_dir / WORK_DIR).rglob("*"))
+    files = (path for path in (out_dir / WORK_DIR).rglob("*") if path.is_file())
+    return any(path.name not in starting and not path.name.startswith(".") for path in files)
 
 
 def failed_blocking_check(artifact: Artifact, recipe: Recipe) -> str | None:

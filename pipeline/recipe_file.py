@@ -22,7 +22,11 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = find_recipe(name_or_path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as err:
+    except UnicodeDecodeError as err:
+        raise RecipeError(f"{path} is not UTF-8 text: {err}") from err
+    except OSError as err:
+        raise RecipeError(f"{path} cannot be read: {err}") from err
+    except (yaml.YAMLError, RecursionError) as err:
         raise RecipeError(f"{path} is not valid YAML: {err}") from err
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds a {type(data).__name__}; a recipe is a mapping of sections")
@@ -63,9 +67,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, which YAML would otherwise settle silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)

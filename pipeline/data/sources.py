@@ -63,13 +63,15 @@ def _file_texts(config: FileSource) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path, config: FileSource) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as err:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as err:
+                raise DataError(f"source {config.name}: {path} line {number} is not UTF-8: {err}") from err
+            except (ValueError, RecursionError) as err:
                 raise DataError(f"source {config.name}: {path} line {number} is not JSON: {err}") from err
             yield _text_of(row, config, where=f"{path} line {number}")
 

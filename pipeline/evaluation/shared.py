@@ -9,8 +9,6 @@ import functools
 import time
 from pathlib import Path
 
-import torch
-
 from pipeline.artifacts import MANIFEST, ArtifactStore, Manifest
 from pipeline.errors import ArtifactError, CheckpointError
 from pipeline.evaluation.perplexity import ParentText
@@ -29,6 +27,7 @@ from pipeline.model.checkpoint import ARCHITECTURE_FILE, TOKENIZER_FILES
 from pipeline.progress import Reporter
 from pipeline.recipe import EvaluationConfig
 from pipeline.stage import StageInputs, StageResult
+from pipeline.training.distributed import use_threads
 
 ASSET = "checkpoint_evaluation"
 
@@ -48,8 +47,7 @@ class Evaluator:
     @classmethod
     def of(cls, inputs: StageInputs, *, config: EvaluationConfig) -> "Evaluator":
         """Return the evaluator of a stage whose inputs are the parent and the evaluation sets; sets torch's threads."""
-        if inputs.execution.num_threads is not None:
-            torch.set_num_threads(inputs.execution.num_threads)
+        use_threads(inputs.execution.num_threads)
         return cls(
             parent_dir=inputs["parent_checkpoint"],
             sets_dir=inputs["evaluation_sets"],

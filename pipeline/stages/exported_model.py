@@ -22,6 +22,7 @@ from pipeline.model.export_decilm import export_decilm
 from pipeline.model.portability import runtime_support
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import ExportStage
+from pipeline.training.distributed import use_threads
 
 _COMPARED_BATCH, _COMPARED_TOKENS = 2, 64
 _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
@@ -29,8 +30,7 @@ _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
 
 def run(config: ExportStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Export rl_checkpoint and prove that transformers loads the same model and tokenizer from it."""
-    if inputs.execution.num_threads is not None:
-        torch.set_num_threads(inputs.execution.num_threads)
+    use_threads(inputs.execution.num_threads)
     checkpoint_dir = inputs["rl_checkpoint"]
     architecture = read_architecture(checkpoint_dir)
     exported = export_decilm(checkpoint_dir, out_dir=out_dir)

@@ -31,6 +31,7 @@ from pipeline.model.fusion import FusionRun, find_runs, fuse
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.recipe import FusionConfig
 from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.training.distributed import use_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +44,7 @@ class FusionError:
 
 def run(config: FusionConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Measure every candidate run alone, fuse those that cost little, and measure what all of them change together."""
-    if inputs.execution.num_threads is not None:
-        torch.set_num_threads(inputs.execution.num_threads)
+    use_threads(inputs.execution.num_threads)
     child_dir = inputs["child_checkpoint"]
     architecture = read_architecture(child_dir)
     candidates = find_runs(

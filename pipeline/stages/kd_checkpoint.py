@@ -13,6 +13,7 @@ from pipeline.recipe import DistillationConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
 from pipeline.training.fitting import fit_checkpoint, fitting_result, plan_phases, prepare_process
+from pipeline.training.frozen import placed_frozen
 from pipeline.training.objectives import DistillationObjective
 from pipeline.training.validation import mean_kl, validation_rows
 
@@ -34,20 +35,20 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
     )
     validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
     teacher = load_model(inputs["parent_checkpoint"], dtype=TORCH_DTYPES[config.precision])
-    teacher.to(device)  # pyright: ignore[reportArgumentType] (transformers wraps `to`)
-    fitted = fit_checkpoint(
-        start_dir=inputs["fused_checkpoint"],
-        out_dir=out_dir,
-        phases=phases,
-        precision=config.precision,
-        make_objective=lambda student: DistillationObjective(
-            student=student, teacher=teacher, cosine_weight=config.cosine_weight, kl_weight=config.kl_weight
-        ),
-        validate=lambda student: mean_kl(
-            student, validation, teacher=teacher, batch_size=inputs.execution.micro_batch_size, device=device
-        ),
-        what="KD steps",
-        inputs=inputs,
-    )
+    with placed_frozen(teacher, precision=config.precision, execution=inputs.execution):
+        fitted = fit_checkpoint(
+            start_dir=inputs["fused_checkpoint"],
+            out_dir=out_dir,
+            phases=phases,
+            precision=config.precision,
+            make_objective=lambda student: DistillationObjective(
+                student=student, teacher=teacher, cosine_weight=config.cosine_weight, kl_weight=config.kl_weight
+            ),
+            validate=lambda student: mean_kl(
+                student, validation, teacher=teacher, batch_size=inputs.execution.micro_batch_size, device=device
+            ),
+            what="KD steps",
+            inputs=inputs,
+        )
     result = fitting_result(fitted, phases=phases, judged_by="validation_kl", ratio_floor=_NEGLIGIBLE_KL)
     return with_curve(result, asset="kd_checkpoint", curve=fitted.run.curve, out_dir=out_dir)

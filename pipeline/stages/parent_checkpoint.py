@@ -22,12 +22,12 @@ from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import ParentStage
+from pipeline.training.distributed import use_threads
 
 
 def run(config: ParentStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Import or make the parent, then read back what was written."""
-    if inputs.execution.num_threads is not None:
-        torch.set_num_threads(inputs.execution.num_threads)
+    use_threads(inputs.execution.num_threads)
     parent = config.parent
     out_dir.mkdir(parents=True, exist_ok=True)
     inputs.reporter.note(f"importing the parent from {_source(parent)}")

@@ -33,6 +33,7 @@ from pipeline.reasoning.toggle_dataset import (
 )
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import ToggleDatasetStage
+from pipeline.training.distributed import use_threads
 
 SAMPLES_FILE = "samples.parquet"
 _NUM_SHOWN = 12
@@ -40,8 +41,7 @@ _NUM_SHOWN = 12
 
 def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Solve the tasks, sample the chat, split, pack and write."""
-    if inputs.execution.num_threads is not None:
-        torch.set_num_threads(inputs.execution.num_threads)
+    use_threads(inputs.execution.num_threads)
     dataset = config.dataset
     evaluation_dir = inputs["evaluation_sets"]
     tokenizer = load_tokenizer(inputs["parent_checkpoint"])

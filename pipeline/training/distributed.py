@@ -1,7 +1,7 @@
 """The process group: a world of one without a launcher, gloo ranks under torchrun, GPUs with nccl. One code path.
 
-Belongs here: starting the group once per process and the few collectives the trainings use. DeepSpeed is imported
-inside functions because its accelerator is chosen by the environment at import, and because it costs seconds.
+Belongs here: starting the group once per process, its threads, and the few collectives the trainings use. DeepSpeed is
+imported inside functions because its accelerator is chosen by the environment at import, and because it costs seconds.
 """
 
 import logging
@@ -40,6 +40,12 @@ def init_distributed() -> World:
         world_size=dist.get_world_size(),
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
     )
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch use that many threads in this process from here on; None leaves it as it is."""
+    if count is not None:
+        torch.set_num_threads(count)
 
 
 def sum_across_ranks(values: list[float], *, device: torch.device) -> list[float]:

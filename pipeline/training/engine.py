@@ -274,6 +274,22 @@ def choose_micro_batch_size(wanted: int, *, global_batch_size: int, world_size: 
     return max(size for size in range(1, min(wanted, rows_per_rank) + 1) if rows_per_rank % size == 0)
 
 
+def zero_config(model: nn.Module, *, zero_stage: int) -> dict[str, Any]:
+    """Return DeepSpeed's `zero_optimization` for a model that is not split yet."""
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage > 0:
+        zero |= {"reduce_bucket_size": _BUCKET_NUM_ELEMENTS, "allgather_bucket_size": _BUCKET_NUM_ELEMENTS}
+    if zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": _BUCKET_NUM_ELEMENTS,
+            # Norms stay whole on every rank, matrices are split: gathering a vector costs more than keeping it.
+            "stage3_param_persistence_threshold": max(
+                (parameter.numel() for parameter in model.parameters() if parameter.ndim < 2), default=0
+            ),
+        }
+    return zero
+
+
 def _parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -294,24 +310,13 @@ def _deepspeed_config(
     world_size: int,
     max_grad_norm: float,
 ) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": zero_stage}
-    if zero_stage > 0:
-        zero |= {"reduce_bucket_size": _BUCKET_NUM_ELEMENTS, "allgather_bucket_size": _BUCKET_NUM_ELEMENTS}
-    if zero_stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": _BUCKET_NUM_ELEMENTS,
-            # Norms stay whole on every rank, matrices are split: gathering a vector costs more than keeping it.
-            "stage3_param_persistence_threshold": max(
-                (parameter.numel() for parameter in model.parameters() if parameter.ndim < 2), default=0
-            ),
-        }
     config: dict[str, Any] = {
         "train_batch_size": global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world_size),
         "gradient_clipping": max_grad_norm,
         "steps_per_print": _NEVER,
-        "zero_optimization": zero,
+        "zero_optimization": zero_config(model, zero_stage=zero_stage),
         "zero_allow_untested_optimizer": True,
     }
     if precision == "bf16":

@@ -18,7 +18,7 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.recipe import LongContextPhase, OptimizerConfig, Precision
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, Table
 from pipeline.training.batches import BatchPlan, plan_batches
-from pipeline.training.distributed import barrier, init_distributed
+from pipeline.training.distributed import barrier, init_distributed, use_threads
 from pipeline.training.engine import TrainEngine
 from pipeline.training.loop import TrainingRun, train
 from pipeline.training.metrics import CurveRow, write_curve
@@ -40,8 +40,7 @@ class FittedCheckpoint:
 
 def prepare_process(execution: ExecutionSettings) -> torch.device:
     """Join the process group, set threads, and return the device to compute on."""
-    if execution.num_threads is not None:
-        torch.set_num_threads(execution.num_threads)
+    use_threads(execution.num_threads)
     return init_distributed().device
 
 

@@ -86,7 +86,7 @@ class NextTokenObjective:
 
 
 class DistillationObjective:
-    """Knowledge distillation from a teacher held whole on every rank.
+    """Knowledge distillation from a teacher that `pipeline.training.frozen` has placed.
 
     L = cosine_weight * sum_l (1 - cos(h_student^l, h_teacher^l)) + kl_weight * KL(p_teacher || q_student)
 
@@ -107,7 +107,7 @@ class DistillationObjective:
         matched = matched_teacher_layers(student.architecture, teacher.architecture)
         self._student_layers = list(student.model.layers)
         self._teacher_layers = [teacher.model.layers[layer] for layer in matched]
-        self._teacher = teacher.eval().requires_grad_(False)
+        self._teacher = teacher
         self._cosine_weight = cosine_weight
         self._kl_weight = kl_weight
 

@@ -1,0 +1,1 @@
+"""Hostile and broken input, through the command that a user runs: one clear error each, and nothing half-written."""

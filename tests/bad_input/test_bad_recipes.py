@@ -1,0 +1,131 @@
+"""Recipes that say what cannot be, or try to do what a recipe must not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bad_input.command import CANARY, refused, write_recipe
+
+EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown key": ({"kd.learning_rates": 1}, ["kd.learning_rates", "Extra inputs"]),
+    "missing key": ({"kd.tokens": ...}, ["kd.tokens", "Field required"]),
+    "wrong type": ({"kd.tokens": "many"}, ["kd.tokens", "valid integer"]),
+    "negative budget": ({"kd.tokens": -5}, ["kd.tokens", "greater than or equal to 1"]),
+    "zero budget": ({"cpt.tokens": 0}, ["cpt.tokens", "greater than or equal to 1"]),
+    "NaN learning rate": ({"sft.optimizer.learning_rate": float("nan")}, ["sft.optimizer.learning_rate", "finite"]),
+    "infinite bound": ({"thresholds.max_rl_kl": float("inf")}, ["thresholds.max_rl_kl", "finite"]),
+    "ratio above one": ({"kd.optimizer.warmup_ratio": 1.5}, ["kd.optimizer.warmup_ratio", "less than or equal to 1"]),
+    "unknown kind of parent": ({"parent.kind": "pickle"}, ["parent", "'random', 'wheel', 'local', 'hub'"]),
+    "path for a name": ({"name": "../../elsewhere"}, ["name", "pattern"]),
+    "path for a source": ({"corpora.sources.0.name": "../../etc"}, ["name", "pattern"]),
+    "default target that is none": ({"default_target": "fast"}, ["default_target is 'fast'", "fused"]),
+    "no targets": ({"targets": {}}, ["targets", "at least 1"]),
+    "mixture of an unknown source": ({"distillation_mix.entries.0.source": "web"}, ["'web'", "corpora.sources"]),
+    "more tokens than its mixture": ({"kd.tokens": 10**9}, ["kd.tokens is 1,000,000,000 tokens", "holds 16,384"]),
+    "windows that its mixture lacks": (
+        {"kd.long_context": [{"sequence_length": 256, "tokens": 4096, "global_batch_size": 1, "learning_rate": 1e-4}]},
+        ["kd.long_context asks for 4,096 tokens in windows of 256", "distillation_mix.long_context holds 0"],
+    ),
+    "windows that shrink": (
+        {"pretraining_mix.long_context": [{"sequence_length": 64, "tokens": 128}]},
+        ["long_context windows must grow", "[128, 64]"],
+    ),
+    "space without the parent": ({"search_space.ffn": [96]}, ["search_space.ffn must list 'parent'"]),
+    "limit without its scenario": (
+        {"targets.light.limits": [{"quantity": "decode_speed", "scenario": None, "bound": 2, "relative_to": "parent"}]},
+        ["limit decode_speed", "needs one"],
+    ),
+    "limit in an unknown scenario": (
+        {"targets.light.limits": [{"quantity": "memory_mib", "scenario": "x", "bound": 2, "relative_to": "parent"}]},
+        ["scenario 'x'"],
+    ),
+    "two sources of one name": (
+        {"corpora.sources": [{"kind": "embedded", "name": "chitchat", "domain": "a", "max_documents": 1}] * 2},
+        ["two sources share a name"],
+    ),
+}
+
+TEXTS: dict[str, tuple[bytes, list[str]]] = {
+    "empty file": (b"", ["holds a NoneType", "mapping of sections"]),
+    "list": (b"- a\n- b\n", ["holds a list", "mapping of sections"]),
+    "not YAML": (b"name: [unclosed\n", ["not valid YAML"]),
+    "key given twice": (b"name: a\nname: b\n", ["key 'name' is given twice"]),
+    "tag that runs code": (
+        f"name: !!python/object/apply:os.system ['touch {CANARY}']\n".encode(),
+        ["not valid YAML", "python/object/apply"],
+    ),
+    "tag that imports": (b"name: !!python/name:os.system\n", ["not valid YAML"]),
+    "not UTF-8": (b"name: caf\xe9\n", ["not UTF-8"]),
+    "binary": (bytes(range(256)) * 8, ["recipe.yaml"]),
+    "key that is no word": (b"? [a, b]\n: 1\n", ["not valid YAML"]),
+}
+
+FIT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "heads that do not divide": ("plan", {"search_space.attention": ["parent", 3]}, ["does not divide the parent's 2"]),
+    "FFN wider than the parent's": ("plan", {"search_space.ffn": ["parent", 999]}, ["wider than", "192"]),
+    "override of a layer there is not": (
+        "plan",
+        {"search_space.overrides": [{"layers": [17], "ffn": ["parent"]}]},
+        ["names layer 17", "layers 0 to 5"],
+    ),
+    "space that is not portable": ("plan", {"search_space.portable": True}, ["layer 0", "portable: false"]),
+    "parent whose heads do not fit": (
+        "plan",
+        {"parent.num_attention_heads": 5},
+        ["hidden_size 64", "num_attention_heads 5"],
+    ),
+    "architecture that is not shipped": (
+        "plan",
+        {
+            "parent": {
+                "kind": "hub",
+                "architecture": "llama-9",
+                "repo_id": "a/b",
+                "revision": "0" * 40,
+                "licence": "none",
+            }
+        },
+        ["no architecture 'llama-9'", "llama-3.1-8b-instruct"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_recipe_is_refused_with_the_key_at_fault(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    changes, wanted = EDITS[name]
+    path = write_recipe(tmp_path, changes)
+    message = refused(["plan", "--recipe", str(path)], tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert all(text in message for text in wanted), message
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_file_that_is_no_recipe_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    data, wanted = TEXTS[name]
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(data)
+    message = refused(["plan", "--recipe", str(path)], tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert all(text in message for text in wanted), message
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_recipe_that_does_not_fit_its_parent_is_refused_before_anything_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command, changes, wanted = FIT[name]
+    path = write_recipe(tmp_path, changes)
+    message = refused([command, "--recipe", str(path)], tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert all(text in message for text in wanted), message
+
+
+def test_unknown_target_lists_the_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["explain", "--recipe", "tiny", "--target", "fast"]
+    message = refused(arguments, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert "no target 'fast'; it has fused, light" in message
