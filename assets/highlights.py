@@ -216,3 +216,6 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
         page="report.html",
     ),
 }
+
+# Of a stage without an entry everything is shown, nothing first.
+NOTHING_FIRST = Highlight(look_at="its numbers and tables.")

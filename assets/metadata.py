@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.highlights import HIGHLIGHTS, Highlight, Unit
+from assets.highlights import HIGHLIGHTS, NOTHING_FIRST, Highlight, Unit
 from pipeline.artifacts import Artifact
 from pipeline.execution import Outcome
 from pipeline.progress import format_duration
@@ -45,7 +45,7 @@ def outcome_metadata(outcome: Outcome) -> dict[str, dg.MetadataValue]:
     """Return the metadata of one materialization, in the order people read it, identity last."""
     artifact = outcome.artifact
     result = artifact.record.result
-    highlight = HIGHLIGHTS[artifact.manifest.asset]
+    highlight = HIGHLIGHTS.get(artifact.manifest.asset, NOTHING_FIRST)
     return {
         SUMMARY: dg.MetadataValue.md(_summary(outcome, highlight)),
         **({"open": dg.MetadataValue.path(str(artifact.path / highlight.page))} if highlight.page else {}),

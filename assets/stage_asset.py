@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.highlights import HIGHLIGHTS
+from assets.highlights import HIGHLIGHTS, NOTHING_FIRST
 from assets.metadata import metric_metadata, outcome_metadata
 from pipeline.execution import Outcome
 from pipeline.fingerprint import fingerprint
@@ -46,7 +46,7 @@ def describe(stage: Stage) -> str:
         f"**Reads** {', '.join(f'`{name}`' for name in stage.inputs)}."
         if stage.inputs
         else "**Reads** the recipe alone.",
-        f"**Look at** {HIGHLIGHTS[stage.name].look_at}",
+        f"**Look at** {HIGHLIGHTS.get(stage.name, NOTHING_FIRST).look_at}",
     ]
     if stage.per_target:
         paragraphs.append("One partition per target of the recipe.")

@@ -75,11 +75,10 @@ def explain_target(workspace: Workspace, *, target: str) -> str:
 
 def examine(workspace: Workspace, *, given: argparse.Namespace) -> tuple[str, int]:
     """Return what is wrong with the store and Dagster's home, and the exit code: 1 when something is."""
-    from resources.dagster_health import examine_dagster  # dagster takes seconds to import
-
     from pipeline.inspection.findings import render_findings
     from pipeline.inspection.garbage import remove_garbage
     from pipeline.inspection.store_health import examine_store
+    from resources.dagster_health import examine_dagster  # dagster takes seconds to import
 
     recipes = known_recipes(workspace.recipe)
     if given.remove_garbage:

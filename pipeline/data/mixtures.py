@@ -59,7 +59,10 @@ class LongContextRecord(Frozen):
 
 
 class MixtureRecord(Frozen):
-    """What a packed set is made of; the content of MIXTURE_FILE. Sources are counted in the first training set."""
+    """What a packed set is made of; the content of MIXTURE_FILE. Sources are counted in the first training set.
+
+    The file leaves out an empty `long_context`: a mixture without one keeps the bytes it had before there were any.
+    """
 
     sequence_length: int
     vocab_size: int
@@ -67,7 +70,7 @@ class MixtureRecord(Frozen):
     num_tokens: int
     num_validation_tokens: int
     num_contaminated_documents_left: int
-    long_context: tuple[LongContextRecord, ...]
+    long_context: tuple[LongContextRecord, ...] = ()
     sources: tuple[MixtureSource, ...]
 
 

@@ -22,7 +22,8 @@ LIBRARY = "block_library"
 def find_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> tuple[Path, ...]:
     """Return the artifact directories, finished or not, that none of the recipes' targets asks for.
 
-    Where an input is missing, a stage's fingerprint cannot be told: whatever the recipe made of that asset is kept.
+    What was made for a recipe of a name that is not among them is kept: its file lies somewhere else. Where an input is
+    missing, a stage's fingerprint cannot be told: whatever the recipe made of that asset is kept.
     Blocks of the library are kept while any kept library names them, and all of them while a library is unfinished.
     What is shared below other names (evaluations, a few KiB each) is never garbage.
 
@@ -32,6 +33,7 @@ def find_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> tuple[Pa
     root = workspace.store.root
     kept: dict[str, set[str]] = {stage.name: set() for stage in STAGES}
     unknown: set[tuple[str, str]] = set()
+    known = {"", *(recipe.name for recipe in recipes)}
     for recipe in recipes:
         at = replace(workspace, recipe=recipe)
         for target in recipe.targets:
@@ -47,7 +49,10 @@ def find_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> tuple[Pa
         for asset in sorted(root.iterdir() if root.is_dir() else [])
         if asset.name in BY_NAME
         for path in sorted(asset.iterdir())
-        if _is_directory(path) and path.name not in kept[asset.name] and (asset.name, _maker(path)) not in unknown
+        if _is_directory(path)
+        and path.name not in kept[asset.name]
+        and _maker(path) in known
+        and (asset.name, _maker(path)) not in unknown
     ]
     libraries = [path for path in (root / LIBRARY).glob("*") if _is_directory(path) and path not in found]
     if all((path / MANIFEST).is_file() for path in libraries):

@@ -96,6 +96,7 @@ def require_same_shape(imported: Architecture, *, named: str) -> None:
         "head_dim",
         "vocab_size",
         "tie_word_embeddings",
+        "rms_norm_eps",
         "rope_theta",
         "rope_scaling",
         "attention_bias",

@@ -21,7 +21,7 @@ from pipeline.architecture import (
     swiglu,
 )
 from pipeline.errors import CheckpointError
-from pipeline.model.hf_config import read_rope, read_token_ids
+from pipeline.model.hf_config import HARMLESS_KEYS, read_rope, read_token_ids
 
 MODEL_TYPE = "nemotron-nas"
 CLASS_NAME = "DeciLMForCausalLM"
@@ -38,20 +38,8 @@ _PLAIN_ATTENTION = {
 _PLAIN_FFN = {"sparsify": None}
 _ATTENTION_KEYS = {"n_heads_in_group", "no_op", "replace_with_linear", *_PLAIN_ATTENTION}
 _FFN_KEYS = {"ffn_mult", "no_op", "replace_with_linear", *_PLAIN_FFN}
-# Known not to change what the model computes; the code that auto_map names is never run.
-_IGNORED = {
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "dtype",
-    "initializer_range",
-    "intermediate_size",
-    "num_key_value_heads",
-    "pretraining_tp",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+# The sizes stand in block_configs; the code that auto_map names is never run.
+_IGNORED = HARMLESS_KEYS | {"architectures", "auto_map", "intermediate_size", "num_key_value_heads"}
 _READ = {
     "attention_bias",
     "block_configs",
@@ -219,34 +207,39 @@ def _read_block(block: Any, *, layer: int, num_heads: int, hidden_size: int, pat
 def _read_part(part: Any, *, keys: set[str], plain: dict[str, Any], at: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise CheckpointError(f"{at} is a {type(part).__name__}, not an object")
-    unknown = sorted(set(part) - keys)
+    unknown, missing = sorted(set(part) - keys), sorted(keys - set(part))
     if unknown:
         raise CheckpointError(f"{at} has keys that are not known: {', '.join(unknown)}")
-    changed = [key for key, value in plain.items() if part.get(key, value) != value]
+    if missing:
+        raise CheckpointError(f"{at} lacks {', '.join(missing)}; wanted all {len(keys)} keys of the v1 schema")
+    for key in ("no_op", "replace_with_linear"):
+        if not isinstance(part[key], bool):
+            raise CheckpointError(f"{at}.{key} is {part[key]!r}; wanted true or false")
+    changed = [key for key, value in plain.items() if part[key] != value]
     if changed:
         raise CheckpointError(f"{at} has {changed[0]} = {part[changed[0]]!r}, which is not supported")
-    if part.get("no_op") and part.get("replace_with_linear"):
+    if part["no_op"] and part["replace_with_linear"]:
         raise CheckpointError(f"{at} is both no_op and replace_with_linear")
     return part
 
 
 def _read_attention(part: dict[str, Any], *, num_heads: int, at: str) -> AttentionSpec:
-    if part.get("no_op"):
+    if part["no_op"]:
         return NO_ATTENTION
-    if part.get("replace_with_linear"):
+    if part["replace_with_linear"]:
         return LINEAR_ATTENTION
-    group = part.get("n_heads_in_group")
-    if not isinstance(group, int) or group < 1 or num_heads % group:
+    group = part["n_heads_in_group"]
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1 or num_heads % group:
         raise CheckpointError(f"{at}.n_heads_in_group is {group!r}; wanted a divisor of {num_heads} attention heads")
     return gqa(num_heads // group)
 
 
 def _read_ffn(part: dict[str, Any], *, hidden_size: int, at: str) -> FFNSpec:
-    if part.get("no_op"):
+    if part["no_op"]:
         return NO_FFN
-    if part.get("replace_with_linear"):
+    if part["replace_with_linear"]:
         return LINEAR_FFN
-    multiplier = part.get("ffn_mult")
+    multiplier = part["ffn_mult"]
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not 0 < multiplier < 10**6:
         raise CheckpointError(f"{at}.ffn_mult is {multiplier!r}; wanted a number above 0")
     return swiglu(width_from_multiplier(multiplier, hidden_size=hidden_size))

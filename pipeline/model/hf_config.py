@@ -37,8 +37,8 @@ _READ = {
     "architectures",
     "rope_interleaved",
 }
-# Known not to change the logits of LlamaForCausalLM at inference.
-_IGNORED = {
+# Known not to change a model's logits at inference.
+HARMLESS_KEYS = {
     "_name_or_path",
     "attention_dropout",
     "attn_implementation",
@@ -159,7 +159,7 @@ def _require_plain_llama(config: dict[str, Any], *, path: Path) -> None:
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{path} has quantization_config; give the unquantised fp32, bf16 or fp16 checkpoint")
-    unknown = sorted(key for key, value in config.items() if key not in _READ | _IGNORED and value is not None)
+    unknown = sorted(key for key, value in config.items() if key not in _READ | HARMLESS_KEYS and value is not None)
     if unknown:
         raise CheckpointError(
             f"{path} has keys that are not known to leave a Llama's output alone: {', '.join(unknown)}; remove those "

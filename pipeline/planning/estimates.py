@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from pipeline.architecture import AttentionSpec, BlockSpec, FFNSpec
 from pipeline.costs import BYTES_PER_PARAMETER, attention_parameters, ffn_parameters, kv_bytes_per_token
-from pipeline.errors import StageError
 from pipeline.planning import devices
 from pipeline.planning.memory import training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
@@ -77,15 +76,14 @@ class Case:
         return BYTES_PER_PARAMETER[precision] * self.sizes.parent_parameters
 
 
-def estimate(stage_name: str, case: Case) -> Estimate:
-    """Return the estimate of one stage.
+def has_estimate(stage_name: str) -> bool:
+    """Return whether anything is known of what a stage costs."""
+    return stage_name in _ESTIMATES
 
-    Raises:
-        StageError: for a stage that has none yet.
-    """
-    if stage_name not in _ESTIMATES:
-        raise StageError(f"stage {stage_name} has no estimate: add one to pipeline/planning/estimates.py")
-    return _ESTIMATES[stage_name](case)
+
+def estimate(stage_name: str, case: Case) -> Estimate:
+    """Return the estimate of one stage: nothing at all for one that has none yet."""
+    return _ESTIMATES[stage_name](case) if has_estimate(stage_name) else Estimate()
 
 
 def _parent(case: Case) -> Estimate:

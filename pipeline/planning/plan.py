@@ -7,7 +7,7 @@ from pipeline.execution import Workspace, find_artifact
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning import devices
 from pipeline.planning.devices import Device
-from pipeline.planning.estimates import Case, Estimate, estimate
+from pipeline.planning.estimates import Case, Estimate, estimate, has_estimate
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.planning.sizes import ModelSizes, model_sizes
 from pipeline.planning.warnings import (
@@ -102,6 +102,11 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         *(memory_warnings(estimates, device=device, case=case) if device is not None else []),
         *disk_warnings(estimates, finished=finished, free_bytes=shutil.disk_usage(existing).free, root=str(existing)),
         *data_warnings(case),
+        *(
+            f"stage: {name} has no estimate and counts as nothing: add one to pipeline/planning/estimates.py"
+            for name in estimates
+            if not has_estimate(name)
+        ),
     ]
     return Plan(
         recipe_name=recipe.name,

@@ -127,8 +127,8 @@ class SpeedStage(Frozen):
     speed_tolerance: float
 
 
-class ExportStage(Frozen):
-    """exported_model: the format has no options."""
+class NoOptions(Frozen):
+    """A stage that reads nothing of the recipe but its inputs: exported_model."""
 
 
 class ReportStage(Frozen):

@@ -21,14 +21,14 @@ from pipeline.model.decilm import register
 from pipeline.model.export_decilm import export_decilm
 from pipeline.model.portability import runtime_support
 from pipeline.stage import StageInputs, StageResult, Table
-from pipeline.stages.configs import ExportStage
+from pipeline.stages.configs import NoOptions
 from pipeline.training.distributed import use_threads
 
 _COMPARED_BATCH, _COMPARED_TOKENS = 2, 64
 _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
 
 
-def run(config: ExportStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+def run(config: NoOptions, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Export rl_checkpoint and prove that transformers loads the same model and tokenizer from it."""
     use_threads(inputs.execution.num_threads)
     checkpoint_dir = inputs["rl_checkpoint"]

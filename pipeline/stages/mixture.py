@@ -34,7 +34,8 @@ def make_mixture(config: MixtureStage, inputs: StageInputs, out_dir: Path) -> St
     save_packed(out_dir, "validation", mixture.validation)
     for sequence_length, packed in mixture.long_context.items():
         save_packed(out_dir, long_context_split(sequence_length), packed)
-    write_atomically(out_dir / MIXTURE_FILE, mixture.record.model_dump_json(indent=1).encode())
+    record = mixture.record.model_dump_json(indent=1, exclude_defaults=True)
+    write_atomically(out_dir / MIXTURE_FILE, record.encode())
     for source in mixture.record.sources:
         if source.is_exhausted:
             inputs.reporter.note(

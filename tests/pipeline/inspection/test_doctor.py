@@ -111,6 +111,18 @@ def test_garbage_is_what_no_recipe_refers_to_and_nothing_else_goes(workspace: Wo
     assert all(find_artifact(workspace, name, TARGET) for name in MADE)
 
 
+def test_what_a_recipe_of_another_name_made_is_kept(workspace: Workspace):
+    plain = workspace.recipe.model_dump(mode="json")
+    plain["name"] = "my-own"
+    plain["pretraining_mix"] |= {"seed": 1234}
+    mine = replace(workspace, recipe=parse_recipe(plain, origin="test"))
+    materialize(mine, "pretraining_mix", TARGET)
+    assert find_garbage(workspace, recipes=[workspace.recipe]) == ()
+    plain["pretraining_mix"] |= {"seed": 5678}
+    edited = parse_recipe(plain, origin="test")
+    assert find_garbage(workspace, recipes=[workspace.recipe, edited]) == (path_of(mine, "pretraining_mix"),)
+
+
 def test_what_follows_a_removed_artifact_is_kept(workspace: Workspace):
     mixture = path_of(workspace, "distillation_mix")
     corpora = path_of(workspace, "corpora")

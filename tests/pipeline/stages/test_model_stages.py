@@ -15,7 +15,7 @@ from pipeline.model.checkpoint import load_model, read_architecture, save_checkp
 from pipeline.recipe import FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import exported_model, fused_checkpoint, parent_checkpoint
-from pipeline.stages.configs import ExportStage, ParentStage
+from pipeline.stages.configs import NoOptions, ParentStage
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_llama, make_model, make_tokenizer_dir
 from tests.pipeline.model.test_gguf_import import ARCHITECTURE, write_gguf
 from tests.pipeline.model.test_hf_import import saved_llama
@@ -181,7 +181,7 @@ def test_run_that_costs_more_than_allowed_stays_unfused(tmp_path: Path):
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
     blocks = make_blocks(PARENT_LAYER, (NO_ATTENTION, swiglu(512)), (gqa(1), swiglu(48)))
     inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
-    result = exported_model.run(ExportStage(), inputs, tmp_path / "export")
+    result = exported_model.run(NoOptions(), inputs, tmp_path / "export")
     assert result.metrics["max_abs_logit_difference"] <= 1e-5
     assert result.metrics["num_token_id_differences"] == 0
     assert result.metrics["num_padding_parameters"] == 2 * 3 * 32 * (256 - 48)
