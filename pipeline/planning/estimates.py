@@ -502,7 +502,7 @@ def _export(case: Case) -> Estimate:
 
 
 def _page(case: Case) -> Estimate:
-    return Estimate(disk=Range(low=1e4, expected=1e6, high=2e7), extra_s=Range(low=0.5, expected=4, high=30))
+    return Estimate(disk=Range(low=1e4, expected=1e6, high=2e7), extra_s=Range(low=0, expected=2, high=30))
 
 
 def _is_trained_ffn(spec: FFNSpec, parent: BlockSpec) -> bool:

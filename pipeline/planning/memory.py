@@ -69,7 +69,7 @@ def training_peak_bytes(
     teacher: Architecture | None = None,
     teacher_parameters: float = 0.0,
 ) -> dict[str, float]:
-    """Return the peak of one training rank by part; a teacher is held whole, and hidden states to compare."""
+    """Return the peak of one training rank by part; at ZeRO 3 a teacher is split, below it is whole."""
     num_tokens = execution.micro_batch_size * sequence_length
     parts = training_state_bytes(
         num_parameters, precision=precision, zero_stage=execution.zero_stage, num_ranks=execution.num_ranks
@@ -78,6 +78,6 @@ def training_peak_bytes(
     parts["logits"] = logit_bytes(model, num_tokens=num_tokens, num_models=1 if teacher is None else 2)
     if teacher is not None:
         size = 2.0 if precision == "bf16" else 4.0
-        parts["teacher"] = size * teacher_parameters
+        parts["teacher"] = size * teacher_parameters / (execution.num_ranks if execution.zero_stage == 3 else 1)
         parts["hidden states"] = 2 * size * num_tokens * teacher.hidden_size * teacher.num_hidden_layers
     return parts

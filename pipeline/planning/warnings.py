@@ -161,7 +161,9 @@ def _least(case: Case, target: Target, limit: Limit) -> tuple[float, float, bool
 def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:
     ranks, stage = case.execution.num_ranks, case.execution.zero_stage
     if part == "teacher":
-        return "a teacher is held whole on every rank; use devices with more memory"
+        return (
+            "a teacher is split over the ranks at zero_stage 3 alone" if stage < 3 else f"raise num_ranks from {ranks}"
+        )
     if part in ("weights", "gradients", "optimizer"):
         if stage < 3:
             return f"raise zero_stage from {stage}, or num_ranks from {ranks}"

@@ -1,7 +1,9 @@
 """Models that run beside a training and are not trained: whole on every rank, or split over the ranks at ZeRO 3.
 
-with placed_frozen(teacher, precision="bf16", execution=inputs.execution):
-...  # teacher(**inputs), by every rank at the same time where it is split
+    with placed_frozen(teacher, precision="bf16", execution=inputs.execution):
+        logits_BTV = teacher(**batch.model_inputs()).logits
+
+Where it is split, every rank must run it at the same time.
 """
 
 import contextlib

@@ -52,6 +52,21 @@ def test_parameters_of_the_published_smollm2_shape_are_its_published_count():
     assert costs.num_parameters(architecture) == 134_515_008
 
 
+def test_memory_of_a_llama_70b_block_is_the_one_published_with_its_block_library():
+    # NVlabs/puzzle, parent_block_stats.json: FP8, batch 256, 1,200 tokens each.
+    architecture = make_architecture(
+        hidden_size=8192, num_attention_heads=64, head_dim=128, blocks=make_blocks((gqa(8), swiglu(28672)))
+    )
+    block = architecture.blocks[0]
+    attention = costs.attention_parameters(architecture, block.attention)
+    ffn = costs.ffn_parameters(architecture, block.ffn)
+    assert (attention, ffn) == (151_003_136, 704_651_264)
+    assert costs.weight_mib(ffn, bytes_per_parameter=1.0) == 672.0078125
+    # 765.1015625 MiB is the weights and 318,000 tokens: the 307,200 of the batch and 10,800 more.
+    kv_mib = 318_000 * costs.kv_bytes_per_token(architecture, bytes_per_value=1.0) / costs.MIB
+    assert costs.weight_mib(attention, bytes_per_parameter=1.0) + kv_mib == 765.1015625
+
+
 def test_kv_bytes_equal_the_cache_of_a_built_model():
     architecture = make_architecture(head_dim=12, blocks=MIXED)
     model = make_model(architecture)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import costs
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe
+from pipeline.model.architecture_files import load_architecture
+from pipeline.recipe import Limit, Recipe
 from pipeline.recipe_file import RECIPES_DIR, find_recipe, load_recipe, parse_recipe
 
 SHIPPED = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -21,6 +23,71 @@ def _tiny() -> dict[str, Any]:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipe_shipped_is_valid_and_named_as_its_file(name: str):
     assert load_recipe(name).name == name
+
+
+def _limit(recipe: Recipe, quantity: str) -> Limit:
+    found = [limit for limit in recipe.targets[recipe.default_target].limits if limit.quantity == quantity]
+    assert len(found) == 1
+    return found[0]
+
+
+def _held_mib(recipe: Recipe, architecture: str) -> float:
+    """Weights and cached tokens of the scenario that the recipe's memory limit names, a byte each."""
+    name = _limit(recipe, "memory_mib").scenario
+    scenario = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == name)
+    tokens = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
+    model = load_architecture(architecture)
+    return (costs.num_parameters(model) + tokens * costs.kv_bytes_per_token(model, bytes_per_value=1.0)) / costs.MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "parent", "child", "limit_bytes"),
+    [
+        ("super-49b", 300_000, "llama-3.3-70b-instruct", "llama-3.3-nemotron-super-49b", 80 * 10**9),
+        ("ultra-253b", 3_000_000, "llama-3.1-405b-instruct", "llama-3.1-nemotron-ultra-253b", 8 * 80 * 2**30),
+    ],
+)
+def test_memory_limit_holds_the_published_child_and_its_cache_but_not_the_parent(
+    name: str, tokens: int, parent: str, child: str, limit_bytes: int
+):
+    recipe = load_recipe(name)
+    limit = _limit(recipe, "memory_mib")
+    scenario = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == limit.scenario)
+    assert scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens) == tokens
+    assert recipe.block_profile.served_precision == "fp8"
+    assert (limit.bound, limit.relative_to) == (limit_bytes // 2**20, "absolute")
+    assert _held_mib(recipe, child) < limit.bound < _held_mib(recipe, parent)
+
+
+def test_super_answers_6000_tokens_a_second_at_batch_256_and_ultra_is_1_5_times_as_quick():
+    recipe = load_recipe("super-49b")
+    limit = _limit(recipe, "latency_ms")
+    scenario = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == limit.scenario)
+    assert (scenario.batch_size, scenario.prompt_tokens + scenario.generation_tokens) == (256, 1200)
+    assert 256 * 1200 / (limit.bound / 1000) == 6000
+    limit = _limit(load_recipe("ultra-253b"), "latency_ms")
+    assert limit.relative_to == "parent"
+    assert round(1 / limit.bound, 5) == 1.5
+
+
+def test_training_of_the_large_recipes_is_the_published_one():
+    large, ultra = load_recipe("super-49b"), load_recipe("ultra-253b")
+    assert [(phase.sequence_length, phase.tokens) for phase in ultra.distillation_mix.long_context] == [
+        (16_384, 5_000_000_000),
+        (32_768, 5_000_000_000),
+        (131_072, 800_000_000),
+    ]
+    assert (ultra.distillation_mix.sequence_length, ultra.kd.tokens) == (8192, 54_000_000_000)
+    assert (ultra.pretraining_mix.sequence_length, ultra.cpt.tokens) == (8192, 73_000_000_000)
+    assert [phase.tokens for phase in ultra.cpt.long_context] == [15_000_000_000]
+    assert (ultra.fusion.max_run_layers, ultra.fusion.keep_last_ffn) == (15, True)
+    assert (ultra.rl.prompts_per_step, ultra.rl.samples_per_prompt, ultra.rl.temperature) == (72, 16, 1.0)
+    for recipe, window in ((large, 16_384), (ultra, 24_576)):
+        assert (recipe.sft.global_batch_size, recipe.reasoning_toggle_dataset.sequence_length) == (256, window)
+        assert (recipe.kd.cosine_weight, recipe.kd.kl_weight) == (1.0, 1.0)
+    cosine = ultra.sft.optimizer
+    assert (cosine.schedule, cosine.learning_rate, cosine.warmup_ratio) == ("cosine", 1e-5, 0.1)
+    assert cosine.learning_rate * cosine.min_learning_rate_ratio == pytest.approx(1e-6)
 
 
 def test_recipe_by_path_equals_recipe_by_name():

@@ -1,6 +1,7 @@
 """Small tokenizers and documents for the tests of pipeline.data."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
@@ -72,15 +73,17 @@ def make_documents(num_documents: int, *, num_words: int, seed: int) -> list[Doc
     return select_documents(texts, max_documents=num_documents)
 
 
-def write_corpora(directory: Path, sources: dict[str, list[Document]]) -> Path:
-    """Write a `corpora` artifact of these documents."""
+def write_corpora(
+    directory: Path, sources: dict[str, list[Document]], *, domains: Mapping[str, str] | None = None
+) -> Path:
+    """Write a `corpora` artifact of these documents; the domain is `words` where `domains` names no other."""
     records = []
     for name, documents in sources.items():
         write_documents(directory / f"{name}.parquet", documents)
         records.append(
             SourceRecord(
                 name=name,
-                domain="words",
+                domain=(domains or {}).get(name, "words"),
                 licence="none",
                 origin="test",
                 num_documents=len(documents),

@@ -14,7 +14,7 @@ from pipeline.data.evaluation_sets import (
     load_multiple_choice,
     load_reasoning_items,
 )
-from pipeline.data.packed import load_packed
+from pipeline.data.packed import load_packed, long_context_split
 from pipeline.errors import DataError
 from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import (
@@ -22,6 +22,7 @@ from pipeline.recipe import (
     EvaluationSetsConfig,
     FileSource,
     HeldOutText,
+    LongContextTokens,
     MixtureConfig,
     MixtureEntry,
     RandomParent,
@@ -122,7 +123,52 @@ def test_evaluation_sets_feed_mixtures_that_never_see_them(tmp_path: Path):
         assert metrics["num_held_out_documents"] == len(load_held_out_ids(sets)) == 4
         assert metrics["num_contaminated_documents_left"] == 0
         assert metrics["vocab_size"] >= 256
-        assert json.loads((out / "mixture.json").read_text())["sources"][0]["num_tokens"] == 6400
+        record = json.loads((out / "mixture.json").read_text())
+        assert record["sources"][0]["num_tokens"] == 6400
+        # What it held before there were longer windows: nothing downstream of an older store is made again.
+        assert list(record) == [
+            "sequence_length",
+            "vocab_size",
+            "separator",
+            "num_tokens",
+            "num_validation_tokens",
+            "num_contaminated_documents_left",
+            "sources",
+        ]
+
+
+def test_mixture_stage_writes_longer_windows_and_sums_domains(tmp_path: Path):
+    words = {name: make_documents(60, num_words=100, seed=seed) for seed, name in enumerate(("a", "b", "c"), start=1)}
+    made = write_corpora(tmp_path / "corpora", words, domains={"a": "prose", "b": "code", "c": "prose"})
+    sets = tmp_path / "sets"
+    measured = SETS.model_copy(update={"held_out": (SETS.held_out[0].model_copy(update={"source": "a"}),)})
+    evaluation_sets.run(
+        EvaluationSetsStage(evaluation_sets=measured, reasoning_tasks=TASKS), stage_inputs(tmp_path, corpora=made), sets
+    )
+    make_random_parent(PARENT, out_dir=tmp_path / "parent")
+    mixture = MIXTURE.model_copy(
+        update={
+            "entries": tuple(
+                MixtureEntry(source=name, weight=weight) for name, weight in (("a", 1), ("b", 1), ("c", 2))
+            ),
+            "long_context": (LongContextTokens(sequence_length=256, tokens=1000),),
+        }
+    )
+    inputs = stage_inputs(tmp_path, corpora=made, evaluation_sets=sets, parent_checkpoint=tmp_path / "parent")
+    out = tmp_path / "out"
+    result = distillation_mix.run(MixtureStage(mixture=mixture, ngram_tokens=13), inputs, out)
+    assert load_packed(out, long_context_split(256)).tokens_NT.shape == (4, 256)
+    assert result.metrics["num_tokens_in_windows_of_256"] == 1024
+    (longer,) = json.loads((out / "mixture.json").read_text())["long_context"]
+    assert (longer["sequence_length"], longer["num_tokens"]) == (256, 1024)
+    by_source = {row[0]: row for row in result.tables["sources"].rows}
+    columns = result.tables["sources"].columns
+    tokens = {name: row[columns.index("num_tokens")] for name, row in by_source.items()}
+    domains = {row[0]: row[1:3] for row in result.tables["domains"].rows}
+    assert domains.keys() == {"prose", "code"}
+    assert domains["code"][0] == tokens["b"]
+    assert domains["prose"][0] == tokens["a"] + tokens["c"]
+    assert domains["prose"][1] == pytest.approx(0.75, abs=1e-3)
 
 
 def test_evaluation_sets_wanting_more_documents_than_there_are_is_an_error(tmp_path: Path):

@@ -112,6 +112,17 @@ def test_memory_falls_with_ranks_and_stages():
     assert peak(1, 1) > peak(1, 8) > peak(2, 8) > peak(3, 8) > peak(3, 64)
 
 
+def test_a_teacher_is_split_at_zero_3_alone():
+    recipe = load_recipe("super-49b")
+
+    def teacher(zero_stage: int) -> float:
+        settings = case(recipe, zero_stage=zero_stage, num_ranks=8)
+        return estimate("kd_checkpoint", settings).memory_parts["teacher"]
+
+    assert teacher(2) == 2 * 70_553_706_496
+    assert teacher(3) == teacher(2) / 8
+
+
 def test_activations_of_one_layer_by_hand():
     parent = parent_architecture(load_recipe("tiny").parent)
     block = parent.homogeneous_block()

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, gqa, swiglu
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, Frozen, gqa, swiglu
 from pipeline.data.packed import IGNORED_LABEL, PackedTokens
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.recipe import OptimizerConfig
+from pipeline.stage import StageInputs
+from pipeline.stages.spec import StageSpec, config_type_name
 
 VOCAB_SIZE = 96
 OPTIMIZER = OptimizerConfig(
@@ -118,3 +120,19 @@ def sample_windows(num_windows: int, *, num_tokens: int = 16, seed: int = 2) -> 
             position_ids_NT[window, first:last] = torch.arange(last - first)
             labels_NT[window, first : first + 1 + (window * 3) % (last - first - 1)] = IGNORED_LABEL
     return PackedTokens(tokens_NT=tokens_NT, labels_NT=labels_NT, position_ids_NT=position_ids_NT)
+
+
+def write_spec(path: Path, config: Frozen, inputs: StageInputs, *, out_dir: Path) -> Path:
+    """Write what a stage is given to a file, for a process of its own."""
+    spec = StageSpec(
+        config_type=config_type_name(config),
+        config=config.model_dump(mode="json"),
+        artifacts={name: str(artifact) for name, artifact in inputs.artifacts.items()},
+        store_root=str(inputs.store_root),
+        downloads=str(inputs.downloads),
+        out_dir=str(out_dir),
+        execution=inputs.execution,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(spec.model_dump_json(), encoding="utf-8")
+    return path

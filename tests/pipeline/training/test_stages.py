@@ -1,23 +1,20 @@
 """The three stages end to end on tiny checkpoints: outputs, metrics, resume, ranks."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from torch.nn import functional as F
 
-from pipeline.architecture import Frozen
 from pipeline.data.packed import long_context_split, save_packed
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
-from pipeline.processes import run_checked
 from pipeline.progress import SilentReporter
 from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
-from pipeline.stages.spec import StageSpec, config_type_name
-from tests.pipeline.training import run_stages
+from pipeline.training.schedules import learning_rate_factor
 from tests.pipeline.training.builders import (
     OPTIMIZER,
     Interrupted,
@@ -125,51 +122,8 @@ def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: 
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ranks_and_zero_stages_give_one_trajectory_and_the_same_weights(
-    inputs: StageInputs, tmp_path: Path, num_ranks: int
-):
-    """KD and SFT, fp32, at ZeRO 1, 2 and 3, against ZeRO 1 on one rank."""
-    start = write_checkpoint(tmp_path / "start", child_architecture(), seed=1)  # fp32: nothing is rounded away
-    artifacts = {**inputs.artifacts, "fused_checkpoint": start, "cpt_checkpoint": start}
-    placed = dataclasses.replace(inputs, artifacts=artifacts)
-    configs: dict[str, Frozen] = {"kd_checkpoint": KD, "sft_checkpoint": SFT.model_copy(update={"precision": "fp32"})}
-
-    def settings(zero_stage: int) -> ExecutionSettings:
-        return ExecutionSettings.model_validate({"micro_batch_size": 2, "zero_stage": zero_stage, "num_threads": 1})
-
-    specs = []
-    for stage_name, config in configs.items():
-        for zero_stage in (1, 2, 3):
-            spec = tmp_path / f"{stage_name}-zero{zero_stage}.json"
-            out_dir = tmp_path / spec.stem
-            text = _spec(config, placed, execution=settings(zero_stage), out_dir=out_dir).model_dump_json()
-            spec.write_text(text, encoding="utf-8")
-            specs.append(str(spec))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-    run_checked([*launcher, "-m", run_stages.__name__, *specs], what=f"{num_ranks} ranks", timeout_s=280)
-    kd_checkpoint.run(KD, dataclasses.replace(placed, execution=settings(1)), tmp_path / "kd_checkpoint-one")
-    sft_config = configs["sft_checkpoint"]
-    assert isinstance(sft_config, SFTConfig)
-    sft_checkpoint.run(sft_config, dataclasses.replace(placed, execution=settings(1)), tmp_path / "sft_checkpoint-one")
-
-    for stage_name in configs:
-        one = pl.read_parquet(tmp_path / f"{stage_name}-one" / "curve.parquet")
-        weights = TensorReader(tmp_path / f"{stage_name}-one")
-        for zero_stage in (1, 2, 3):
-            found_dir = tmp_path / f"{stage_name}-zero{zero_stage}"
-            found = pl.read_parquet(found_dir / "curve.parquet")
-            assert found.columns == one.columns
-            for column in one.columns:
-                assert found[column].to_list() == pytest.approx(one[column].to_list(), abs=1e-5), (found_dir, column)
-            reader = TensorReader(found_dir)
-            assert reader.names == weights.names
-            for name in weights.names:
-                torch.testing.assert_close(reader.read(name), weights.read(name), rtol=0, atol=2e-5)
-
-
 LONG = LongContextPhase(sequence_length=32, tokens=6 * 2 * 32, global_batch_size=2, learning_rate=5e-4)
+LONG_CPT = CPT.model_copy(update={"long_context": (LONG,)})
 
 
 def _with_long_windows(inputs: StageInputs, root: Path) -> StageInputs:
@@ -179,14 +133,23 @@ def _with_long_windows(inputs: StageInputs, root: Path) -> StageInputs:
     save_packed(mixture, long_context_split(32), text_windows(12, num_tokens=32, seed=3))
     start = write_checkpoint(root / "start", child_architecture(), seed=1)  # fp32, as between two phases
     return dataclasses.replace(
-        inputs, artifacts={**inputs.artifacts, "pretraining_mix": mixture, "kd_checkpoint": start}
+        inputs,
+        artifacts={**inputs.artifacts, "pretraining_mix": mixture, "kd_checkpoint": start},
+        execution=inputs.execution.model_copy(update={"checkpoint_interval_steps": 2}),
     )
+
+
+@pytest.fixture(scope="module")
+def straight(inputs: StageInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training on both lengths that nothing interrupted."""
+    root = tmp_path_factory.mktemp("straight")
+    cpt_checkpoint.run(LONG_CPT, _with_long_windows(inputs, root), root / "out")
+    return root / "out"
 
 
 def test_long_windows_are_a_training_of_their_own_behind_the_first(inputs: StageInputs, tmp_path: Path):
     placed = _with_long_windows(inputs, tmp_path)
-    both = CPT.model_copy(update={"long_context": (LONG,)})
-    result = cpt_checkpoint.run(both, placed, tmp_path / "both")
+    result = cpt_checkpoint.run(LONG_CPT, placed, tmp_path / "both")
 
     cpt_checkpoint.run(CPT, placed, tmp_path / "first")
     only_long = tmp_path / "only-long"
@@ -215,34 +178,72 @@ def test_long_windows_are_a_training_of_their_own_behind_the_first(inputs: Stage
     assert curve["loss"][20:].to_list() == pl.read_parquet(tmp_path / "second" / "curve.parquet")["loss"].to_list()
 
 
-@pytest.mark.parametrize("phase", [16, 32])
-def test_a_training_interrupted_in_either_phase_publishes_the_same_bytes(
-    inputs: StageInputs, tmp_path: Path, phase: int
-):
-    class InterruptingPhase(SilentReporter):
-        def step(self, step: int, total: int, /, *, what: str, **metrics: float) -> None:
-            if step == 5 and f"{phase} tokens a window" in what:
-                raise Interrupted
-
+def test_two_phases_equal_a_plain_loop_over_the_same_windows(inputs: StageInputs, tmp_path: Path):
+    """Plain torch in fp32: one AdamW for the short windows, another for the long ones behind them."""
     placed = _with_long_windows(inputs, tmp_path)
-    placed = dataclasses.replace(placed, execution=placed.execution.model_copy(update={"checkpoint_interval_steps": 2}))
-    config = CPT.model_copy(update={"long_context": (LONG,)})
-    cpt_checkpoint.run(config, placed, tmp_path / "straight")
+    config = CPT.model_copy(update={"long_context": (LONG,), "precision": "fp32"})
+    cpt_checkpoint.run(config, placed, tmp_path / "out")
+
+    model = load_model(placed["kd_checkpoint"], dtype=torch.float32).train()
+    long_tokens_NT = text_windows(12, num_tokens=32, seed=3).tokens_NT
+    losses, norms, rates = [], [], []
+    for tokens_NT, batch_size, peak in (
+        (text_windows(80).tokens_NT, 4, OPTIMIZER.learning_rate),
+        (long_tokens_NT, LONG.global_batch_size, LONG.learning_rate),
+    ):
+        batches = tokens_NT.split(batch_size)
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+        vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            betas=OPTIMIZER.betas,
+        )
+        for step, tokens_BT in enumerate(batches):
+            rate = peak * learning_rate_factor(step, total_steps=len(batches), optimizer=OPTIMIZER)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm)))
+            optimizer.step()
+            losses.append(loss.item())
+            rates.append(rate)
+
+    curve = pl.read_parquet(tmp_path / "out" / "curve.parquet")
+    assert curve["loss"].to_list() == pytest.approx(losses, abs=1e-6)
+    assert curve["grad_norm"].to_list() == pytest.approx(norms, abs=1e-5)
+    assert curve["learning_rate"].to_list() == pytest.approx(rates, rel=1e-12)
+    trained = TensorReader(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained.read(name), parameter.detach(), atol=5e-6, rtol=0)
+
+
+class _InterruptingPhase(SilentReporter):
+    """Ends the stage right after it reported a step of one phase."""
+
+    def __init__(self, *, window: int, at_step: int) -> None:
+        self._window, self._at_step = window, at_step
+
+    def step(self, step: int, total: int, /, *, what: str, **metrics: float) -> None:
+        if step == self._at_step and f"{self._window} tokens a window" in what:
+            raise Interrupted
+
+
+# The base has 20 steps, the long windows 6, a checkpoint lies behind every second but the last: the second and third
+# cases end it at the border, with nothing of the new phase saved.
+@pytest.mark.parametrize(
+    ("window", "at_step", "num_resumes"), [(16, 5, 1), (16, 20, 1), (32, 1, 0), (32, 5, 1)], ids=str
+)
+def test_a_training_interrupted_in_either_phase_publishes_the_same_bytes(
+    inputs: StageInputs, tmp_path: Path, straight: Path, window: int, at_step: int, num_resumes: int
+):
+    placed = _with_long_windows(inputs, tmp_path)
+    reporter = _InterruptingPhase(window=window, at_step=at_step)
     with pytest.raises(Interrupted):
-        cpt_checkpoint.run(config, dataclasses.replace(placed, reporter=InterruptingPhase()), tmp_path / "resumed")
-    result = cpt_checkpoint.run(config, placed, tmp_path / "resumed")
-    assert result.metrics["num_resumes"] == 1
+        cpt_checkpoint.run(LONG_CPT, dataclasses.replace(placed, reporter=reporter), tmp_path / "resumed")
+    result = cpt_checkpoint.run(LONG_CPT, placed, tmp_path / "resumed")
+    assert result.metrics["num_resumes"] == num_resumes
     for name in ("model.safetensors", "curve.parquet"):
-        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-
-
-def _spec(config: Frozen, inputs: StageInputs, *, execution: ExecutionSettings, out_dir: Path) -> StageSpec:
-    return StageSpec(
-        config_type=config_type_name(config),
-        config=config.model_dump(mode="json"),
-        artifacts={name: str(path) for name, path in inputs.artifacts.items()},
-        store_root=str(inputs.store_root),
-        downloads=str(inputs.downloads),
-        out_dir=str(out_dir),
-        execution=execution,
-    )
+        assert (tmp_path / "resumed" / name).read_bytes() == (straight / name).read_bytes(), name
