@@ -163,7 +163,7 @@ def test_mixture_stage_writes_longer_windows_and_sums_domains(tmp_path: Path):
     assert (longer["sequence_length"], longer["num_tokens"]) == (256, 1024)
     by_source = {row[0]: row for row in result.tables["sources"].rows}
     columns = result.tables["sources"].columns
-    tokens = {name: row[columns.index("num_tokens")] for name, row in by_source.items()}
+    tokens = {name: int(row[columns.index("num_tokens")] or 0) for name, row in by_source.items()}
     domains = {row[0]: row[1:3] for row in result.tables["domains"].rows}
     assert domains.keys() == {"prose", "code"}
     assert domains["code"][0] == tokens["b"]
