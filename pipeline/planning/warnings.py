@@ -62,6 +62,10 @@ def execution_warnings(case: Case) -> list[str]:
             )
         if config.precision == "bf16" and execution.zero_stage == 0:
             found.append(f"precision: {stage} trains in bf16, which ZeRO stage 0 does wrongly: set zero_stage to 1")
+    if execution.zero_stage == 3:
+        found.append(
+            "ZeRO: rl_checkpoint samples from the whole model on every rank and refuses zero_stage 3: run it with 2"
+        )
     if recipe.rl.prompts_per_step % execution.num_ranks:
         found.append(
             f"ranks: rl.prompts_per_step is {recipe.rl.prompts_per_step}, which {execution.num_ranks} ranks do not "

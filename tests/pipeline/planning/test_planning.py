@@ -185,6 +185,14 @@ def test_what_the_execution_settings_make_impossible_is_told(tmp_path: Path):
     assert "disk: artifacts of" in text
 
 
+def test_a_zero_stage_that_sampling_refuses_is_told(tmp_path: Path):
+    recipe = load_recipe("llama-8b")
+    plan = make_plan(
+        workspace(tmp_path, recipe, num_ranks=8, zero_stage=3), target_name=recipe.default_target, device=None
+    )
+    assert any("rl_checkpoint" in warning and "refuses zero_stage 3" in warning for warning in plan.warnings)
+
+
 def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):
     recipe = load_recipe("tiny")
     place = workspace(tmp_path, recipe)

@@ -212,7 +212,7 @@ def test_two_phases_equal_a_plain_loop_over_the_same_windows(inputs: StageInputs
             rates.append(rate)
 
     curve = pl.read_parquet(tmp_path / "out" / "curve.parquet")
-    assert curve["loss"].to_list() == pytest.approx(losses, abs=1e-6)
+    assert curve["loss"].to_list() == pytest.approx(losses, rel=1e-6)
     assert curve["grad_norm"].to_list() == pytest.approx(norms, abs=1e-5)
     assert curve["learning_rate"].to_list() == pytest.approx(rates, rel=1e-12)
     trained = TensorReader(tmp_path / "out")
