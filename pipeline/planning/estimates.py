@@ -12,10 +12,18 @@ from dataclasses import dataclass, field
 from pipeline.architecture import AttentionSpec, BlockSpec, FFNSpec
 from pipeline.costs import BYTES_PER_PARAMETER, attention_parameters, ffn_parameters, kv_bytes_per_token
 from pipeline.planning import devices
-from pipeline.planning.memory import training_peak_bytes
+from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.planning.sizes import ModelSizes
-from pipeline.recipe import LongContextPhase, Precision, RandomParent, Recipe, WheelParent
+from pipeline.recipe import (
+    DistillationConfig,
+    MixtureConfig,
+    Precision,
+    PretrainingConfig,
+    RandomParent,
+    Recipe,
+    WheelParent,
+)
 from pipeline.stage import ExecutionSettings
 
 PACKED_BYTES_PER_TOKEN = 12.0  # token, label and position as int32
@@ -28,6 +36,8 @@ START_S = Range(low=1, expected=4, high=15)  # a process that imports torch
 IN_PROCESS_S = Range(low=0, expected=0.5, high=5)
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
 NUM_RESUME_CHECKPOINTS = 2
+SCORED_ROWS = 16  # of one pass over sampled replies; pipeline.reasoning.experience
+CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.scoring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,11 +138,16 @@ def _importance(case: Case) -> Estimate:
     length = case.recipe.distillation_mix.sequence_length
     weights = case.model_bytes(config.precision)
     batch_bytes = 4.0 * config.batch_size * length * (case.sizes.parent.blocks[0].ffn.intermediate_size or 0)
+    parent = case.sizes.parent
+    per_token = case.sizes.parent_flops(context_tokens=length, with_head=False)
+    heads = case.sizes.space.parent.attention.num_key_value_heads or 0
+    num_statistics = parent.num_hidden_layers * ((case.sizes.space.parent.ffn.intermediate_size or 0) + heads)
     return Estimate(
         tokens=Range.of(config.tokens),
-        work=((Range.of(config.tokens * case.sizes.parent_flops(context_tokens=length)), devices.FORWARD),),
+        work=((Range.of(config.tokens * per_token), devices.FORWARD),),
         memory=Range(low=weights, expected=weights + 2 * batch_bytes, high=1.2 * weights + 6 * batch_bytes),
         memory_parts={"parent": weights, "activations": 2 * batch_bytes},
+        disk=Range.of(4.0 * num_statistics),
         extra_s=START_S,
     )
 
@@ -141,7 +156,7 @@ def _block_library(case: Case) -> Estimate:
     recipe, parent, space = case.recipe, case.sizes.parent, case.sizes.space
     config = recipe.block_library
     length = recipe.distillation_mix.sequence_length
-    trained, flops_per_token = 0.0, case.sizes.parent_flops(context_tokens=length)
+    trained, flops_per_token = 0.0, case.sizes.parent_flops(context_tokens=length, with_head=False)
     largest_layer = 0.0
     for options in space.layers:
         in_layer = 0.0
@@ -180,14 +195,15 @@ def _block_library(case: Case) -> Estimate:
 def _block_scores(case: Case) -> Estimate:
     config, space = case.recipe.block_scores, case.sizes.space
     length = case.recipe.distillation_mix.sequence_length
-    whole = case.sizes.parent_flops(context_tokens=length)
-    head = 2.0 * case.sizes.parent.vocab_size * case.sizes.parent.hidden_size
-    num_layers = len(space.layers)
-    layer = (whole - head) / num_layers
-    flops = 0.0
+    head, num_layers = case.sizes.head_flops, len(space.layers)
+    layer = case.sizes.parent_flops(context_tokens=length, with_head=False) / num_layers
+    windows = max(1, CANDIDATE_TOKENS // length)  # of one pass
+    at_once = max(1, CANDIDATE_TOKENS // (min(windows, max(1, config.tokens // length)) * length))
+    flops = 2 * num_layers * layer + head
     for index, options in enumerate(space.layers):
         num_candidates = len(options.blocks) - 1
-        flops += num_candidates * ((num_layers - index) * layer + 2 * head)
+        # A candidate is no larger than the layer it stands for; the parent's logits serve all of a pass.
+        flops += num_candidates * ((num_layers - index) * layer + head) + math.ceil(num_candidates / at_once) * head
     weights = case.model_bytes(config.precision)
     hidden = 2 * BYTES_PER_PARAMETER[config.precision] * config.tokens * case.sizes.parent.hidden_size
     logits = 8.0 * min(config.tokens, 8192) * case.sizes.parent.vocab_size
@@ -211,8 +227,9 @@ def _timings(case: Case, *, num_parent: float, num_children: float) -> tuple[Ran
         passed = scenario.batch_size * (scenario.prompt_tokens + (scenario.generation_tokens - steps) / 2)
         context = scenario.prompt_tokens
         cached = scenario.batch_size * context * kv_bytes_per_token(case.sizes.parent, bytes_per_value=size)
-        per_pass = case.sizes.child_flops(context_tokens=context).times(num_children)
-        per_pass = per_pass + num_parent * case.sizes.parent_flops(context_tokens=context)
+        # Logits of a prompt's last token alone.
+        per_pass = case.sizes.child_flops(context_tokens=context, with_head=False).times(num_children)
+        per_pass = per_pass + num_parent * case.sizes.parent_flops(context_tokens=context, with_head=False)
         tokens = tokens + (num_parent + num_children) * (passed + scenario.batch_size * steps)
         flops = flops + per_pass.times(passed)
         weights = case.sizes.child_parameters.times(size * num_children) + num_parent * case.model_bytes(
@@ -295,26 +312,33 @@ def _fused(case: Case) -> Estimate:
 def _training(
     case: Case,
     *,
-    phases: list[tuple[int, int]],
+    phases: list[tuple[int, int, int]],
     precision: Precision,
     with_teacher: bool,
 ) -> Estimate:
-    """Return a training over (tokens, sequence_length) phases."""
+    """Return a training over (tokens, sequence_length, global_batch_size) phases."""
     sizes, execution = case.sizes, case.execution
     flops = ZERO
-    for tokens, length in phases:
+    for tokens, length, _ in phases:
         flops = flops + sizes.child_flops(context_tokens=length).times(3.0 * tokens)
         if with_teacher:
             flops = flops + tokens * sizes.parent_flops(context_tokens=length)
-    longest = max(length for _, length in phases)
     first = phases[0][1]
     # Longer windows come in smaller micro-batches of no more tokens, one window at least.
-    window = max(longest, execution.micro_batch_size * first) / execution.micro_batch_size
+    num_tokens = max(
+        length
+        * micro_batch_rows(
+            max(1, execution.micro_batch_size * first // length),
+            global_batch_size=batch,
+            num_ranks=execution.num_ranks,
+        )
+        for _, length, batch in phases
+    )
     by_size = [
         training_peak_bytes(
             architecture,
             num_parameters=parameters,
-            sequence_length=math.ceil(window),
+            num_tokens=num_tokens,
             precision=precision,
             execution=execution,
             teacher=sizes.parent if with_teacher else None,
@@ -330,7 +354,7 @@ def _training(
     state = (2.0 if precision == "bf16" else 4.0) + 12.0
     disk = sizes.child_parameters.times(case.stored_bytes)
     return Estimate(
-        tokens=Range.of(sum(tokens for tokens, _ in phases)),
+        tokens=Range.of(sum(tokens for tokens, _, _ in phases)),
         work=((flops, devices.TRAINING),),
         memory=Range(low=0.9 * sum(small.values()), expected=sum(parts.values()), high=1.3 * sum(large.values())),
         memory_parts=parts,
@@ -341,25 +365,32 @@ def _training(
     )
 
 
-def _phases(tokens: int, length: int, long_context: tuple[LongContextPhase, ...]) -> list[tuple[int, int]]:
-    return [(tokens, length), *((phase.tokens, phase.sequence_length) for phase in long_context)]
+def micro_batch_rows(wanted: int, *, global_batch_size: int, num_ranks: int) -> int:
+    """Return the rows that a rank passes through at once: pipeline.training.engine's rule, without its torch."""
+    rows_per_rank = max(1, global_batch_size // num_ranks)
+    return max(rows for rows in range(1, min(wanted, rows_per_rank) + 1) if rows_per_rank % rows == 0)
+
+
+def _phases(config: DistillationConfig | PretrainingConfig, mixture: MixtureConfig) -> list[tuple[int, int, int]]:
+    later = [(phase.tokens, phase.sequence_length, phase.global_batch_size) for phase in config.long_context]
+    return [(config.tokens, mixture.sequence_length, config.global_batch_size), *later]
 
 
 def _kd(case: Case) -> Estimate:
     config = case.recipe.kd
-    phases = _phases(config.tokens, case.recipe.distillation_mix.sequence_length, config.long_context)
+    phases = _phases(config, case.recipe.distillation_mix)
     return _training(case, phases=phases, precision=config.precision, with_teacher=True)
 
 
 def _cpt(case: Case) -> Estimate:
     config = case.recipe.cpt
-    phases = _phases(config.tokens, case.recipe.pretraining_mix.sequence_length, config.long_context)
+    phases = _phases(config, case.recipe.pretraining_mix)
     return _training(case, phases=phases, precision=config.precision, with_teacher=False)
 
 
 def _sft(case: Case) -> Estimate:
     config = case.recipe.sft
-    phases = [(config.tokens, case.recipe.reasoning_toggle_dataset.sequence_length)]
+    phases = [(config.tokens, case.recipe.reasoning_toggle_dataset.sequence_length, config.global_batch_size)]
     return _training(case, phases=phases, precision=config.precision, with_teacher=False)
 
 
@@ -384,24 +415,42 @@ def _rl(case: Case) -> Estimate:
         expected=steps.expected * weights.expected * size,
         high=steps.high * weights.high * size,
     ).times(ranks)  # every rank reads its own copy
-    trained = _training(case, phases=[(1, length)], precision=config.precision, with_teacher=False)
+    batch = max(1, config.prompts_per_step * config.samples_per_prompt // config.updates_per_rollout)
+    micro_rows = micro_batch_rows(case.execution.micro_batch_size, global_batch_size=batch, num_ranks=ranks)
+    trained = _training(case, phases=[(1, length, batch)], precision=config.precision, with_teacher=False)
     samples_at_once = config.prompts_per_step * config.samples_per_prompt / ranks
     cache = samples_at_once * length * kv_bytes_per_token(sizes.parent, bytes_per_value=size)
     reference = weights.times(size)
+    parts = {
+        **trained.memory_parts,
+        "logits": sampled_logit_bytes(
+            sizes.parent,
+            num_tokens=micro_rows * longest,
+            precision=config.precision,
+            with_gradient=True,
+        ),
+        "reference": reference.expected,
+        "sampling cache": cache * sizes.expected_share,
+    }
+    scored_rows = min(SCORED_ROWS, math.ceil(samples_at_once))
+    # Between two updates the replies are scored without gradients, and nothing but the models and this is held.
+    scoring = sampled_logit_bytes(
+        sizes.parent, num_tokens=scored_rows * longest, precision=config.precision, with_gradient=False
+    )
+    updating = parts["logits"] + parts["activations"]
+    if scoring > updating:
+        parts = {**parts, "activations": 0.0, "logits": 0.0, "logits of sampled replies": scoring}
+    peak = sum(parts.values())
     return Estimate(
         tokens=rows,
         work=((forward, devices.FORWARD), (forward, devices.TRAINING)),
         read_bytes=read,
         memory=Range(
-            low=trained.memory.low + reference.low,
-            expected=trained.memory.expected + reference.expected + cache * sizes.expected_share,
-            high=trained.memory.high + reference.high + 2 * cache,
+            low=min(peak, trained.memory.low + reference.low),
+            expected=peak,
+            high=max(peak, trained.memory.high + reference.high + max(scoring, updating)) + cache,
         ),
-        memory_parts={
-            **trained.memory_parts,
-            "reference": reference.expected,
-            "sampling cache": cache * sizes.expected_share,
-        },
+        memory_parts=parts,
         disk=trained.disk,
         working_disk=trained.working_disk,
         extra_s=trained.extra_s,
@@ -461,11 +510,10 @@ def _evaluations(num_parents: int, num_children: int) -> Callable[[Case], Estima
         weights = case.sizes.child_parameters.times(size * num_children) + num_parents * case.model_bytes(
             config.precision
         )
-        memory = Range(
-            low=case.model_bytes(config.precision),
-            expected=2 * case.model_bytes(config.precision),
-            high=2.5 * case.model_bytes(config.precision),
-        )
+        # The parent alone; or a child, while the parent reads the text that the two are compared on.
+        held = Range.of(case.model_bytes(config.precision))
+        held = held + (case.sizes.child_parameters.times(size) if num_children else 0.0)
+        memory = Range(low=held.low, expected=held.expected, high=1.25 * held.high)
         logits = 8.0 * config.batch_size * length * case.sizes.parent.vocab_size
         return Estimate(
             tokens=per_checkpoint.times(num_parents + num_children),

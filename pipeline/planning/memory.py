@@ -7,8 +7,9 @@ With P parameters, N ranks, bf16 compute, fp32 master weights and AdamW, in byte
     2        2 P         4 P / N       12 P / N
     3        2 P / N     4 P / N       12 P / N
 
-(ZeRO, section 3; gradients are accumulated in fp32 here, beside the bf16 ones that are being made.) In fp32 the weights
-are their own masters: 4 P, 4 P, 8 P. Activations are kept for every layer, since nothing is recomputed.
+(ZeRO, section 3; gradients are accumulated in fp32 here, beside the bf16 ones that are being made.) In fp32 weights and
+gradients take 4 P each, moments 8 P, and from stage 1 DeepSpeed keeps masters all the same: 12 P / N. Activations are
+kept for every layer, since nothing is recomputed.
 """
 
 from pipeline.architecture import Architecture
@@ -21,7 +22,8 @@ def training_state_bytes(
     num_parameters: float, *, precision: Precision, zero_stage: int, num_ranks: int
 ) -> dict[str, float]:
     """Return weights, gradients and optimizer bytes of one rank."""
-    compute, gradient, optimizer = (2.0, 6.0, 12.0) if precision == "bf16" else (4.0, 4.0, 8.0)
+    compute, gradient = (2.0, 6.0) if precision == "bf16" else (4.0, 4.0)
+    optimizer = 8.0 if precision == "fp32" and zero_stage == 0 else 12.0
     if zero_stage >= 2:
         gradient = 4.0 / num_ranks
     if zero_stage >= 1:
@@ -38,46 +40,58 @@ def training_state_bytes(
 def activation_bytes(model: Architecture, *, num_tokens: int, precision: Precision) -> float:
     """Return what a forward pass of that many tokens keeps for its backward pass.
 
-    Per token and layer: the two normed inputs and the two residual sums (4 D), queries and the attention's output
-    (2 heads x head_dim), keys and values, and four FFN-wide vectors (gate, its silu, up, their product). Attention
-    scores are not kept: scaled_dot_product_attention makes them again.
+    Per token and layer: of each norm its input in fp32, the normed values and their product with the scale (D each),
+    queries and the attention's output (2 heads x head_dim), keys and values, and four FFN-wide vectors (gate, its silu,
+    up, their product). Attention scores are not kept: scaled_dot_product_attention makes them again. What autograd
+    really keeps lies within 2 % of this (tests/pipeline/planning/test_memory.py).
     """
     size = 2.0 if precision == "bf16" else 4.0
     total = 0.0
     for block in model.blocks:
-        values = 4.0 * model.hidden_size
+        num_norms = (block.attention.kind != "no_op") + (block.ffn.kind != "no_op")
+        values = 4.0 * (block.ffn.intermediate_size or 0)
         if block.attention.kind == "gqa":
             values += 2.0 * model.num_attention_heads * model.head_dim
             values += kv_values_per_token(model, block.attention)
-        values += 4.0 * (block.ffn.intermediate_size or 0)
-        total += values
-    return size * num_tokens * total
+        total += num_norms * (4.0 + 2.0 * size) * model.hidden_size + size * values
+    return num_tokens * total
 
 
-def logit_bytes(model: Architecture, *, num_tokens: int, num_models: int) -> float:
-    """Return logits in fp32 with their gradient, and one more fp32 copy for each further model compared with."""
-    return 4.0 * num_tokens * model.vocab_size * (1 + num_models)
+def logit_bytes(model: Architecture, *, num_tokens: int, precision: Precision, with_teacher: bool) -> float:
+    """Return logits with their gradient, and the teacher's: fp32 copies exist for a chunk of rows alone."""
+    size = 2.0 if precision == "bf16" else 4.0
+    return size * num_tokens * model.vocab_size * (3 if with_teacher else 2)
+
+
+def sampled_logit_bytes(model: Architecture, *, num_tokens: int, precision: Precision, with_gradient: bool) -> float:
+    """Return what policy log-probabilities of that many tokens need: whole fp32 copies of the logits, three or four."""
+    size = 2.0 if precision == "bf16" else 4.0
+    return num_tokens * model.vocab_size * (size + (16.0 if with_gradient else 12.0))
+
+
+def hidden_state_bytes(model: Architecture, *, num_tokens: int, precision: Precision) -> float:
+    """Return the hidden states that distillation compares: in bf16 both models' own, and both in fp32 besides."""
+    return (12.0 if precision == "bf16" else 4.0) * num_tokens * model.hidden_size * model.num_hidden_layers
 
 
 def training_peak_bytes(
     model: Architecture,
     *,
     num_parameters: float,
-    sequence_length: int,
+    num_tokens: int,
     precision: Precision,
     execution: ExecutionSettings,
     teacher: Architecture | None = None,
     teacher_parameters: float = 0.0,
 ) -> dict[str, float]:
     """Return the peak of one training rank by part; at ZeRO 3 a teacher is split, below it is whole."""
-    num_tokens = execution.micro_batch_size * sequence_length
     parts = training_state_bytes(
         num_parameters, precision=precision, zero_stage=execution.zero_stage, num_ranks=execution.num_ranks
     )
     parts["activations"] = activation_bytes(model, num_tokens=num_tokens, precision=precision)
-    parts["logits"] = logit_bytes(model, num_tokens=num_tokens, num_models=1 if teacher is None else 2)
+    parts["logits"] = logit_bytes(model, num_tokens=num_tokens, precision=precision, with_teacher=teacher is not None)
     if teacher is not None:
         size = 2.0 if precision == "bf16" else 4.0
         parts["teacher"] = size * teacher_parameters / (execution.num_ranks if execution.zero_stage == 3 else 1)
-        parts["hidden states"] = 2 * size * num_tokens * teacher.hidden_size * teacher.num_hidden_layers
+        parts["hidden states"] = hidden_state_bytes(teacher, num_tokens=num_tokens, precision=precision)
     return parts

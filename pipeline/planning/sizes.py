@@ -36,15 +36,22 @@ class ModelSizes:
         """Parameters of the child: the smallest of the space, as the target suggests, the parent itself."""
         return self._between(num_parameters(self.smallest), self.parent_parameters)
 
-    def parent_flops(self, *, context_tokens: int) -> float:
-        """Forward FLOPs of the parent for each token that attends to that many."""
-        return forward_flops_per_token(self.parent, context_tokens=context_tokens)
+    @property
+    def head_flops(self) -> float:
+        """Forward FLOPs of one token's logits."""
+        return 2.0 * self.parent.vocab_size * self.parent.hidden_size
 
-    def child_flops(self, *, context_tokens: int) -> Range:
-        """Forward FLOPs of the child for each token that attends to that many."""
+    def parent_flops(self, *, context_tokens: int, with_head: bool = True) -> float:
+        """Forward FLOPs of the parent for each token that attends to that many; without head, up to its logits."""
+        flops = forward_flops_per_token(self.parent, context_tokens=context_tokens)
+        return flops if with_head else flops - self.head_flops
+
+    def child_flops(self, *, context_tokens: int, with_head: bool = True) -> Range:
+        """Forward FLOPs of the child for each token that attends to that many; without head, up to its logits."""
+        least = forward_flops_per_token(self.smallest, context_tokens=context_tokens)
         return self._between(
-            forward_flops_per_token(self.smallest, context_tokens=context_tokens),
-            self.parent_flops(context_tokens=context_tokens),
+            least if with_head else least - self.head_flops,
+            self.parent_flops(context_tokens=context_tokens, with_head=with_head),
         )
 
     def _between(self, low: float, high: float) -> Range:

@@ -1,5 +1,6 @@
 """What stands against a plan, each in one sentence: the figure, its bound, and what to do. Pure."""
 
+import dataclasses
 import math
 
 from pipeline.architecture import BlockSpec
@@ -11,12 +12,13 @@ from pipeline.costs import (
     kv_values_per_token,
 )
 from pipeline.planning.devices import Device
-from pipeline.planning.estimates import Case, Estimate
+from pipeline.planning.estimates import Case, Estimate, estimate
 from pipeline.planning.sizes import admissible_blocks
 from pipeline.puzzle.predictions import SPEEDS, describe_limit
-from pipeline.recipe import Limit, Target
+from pipeline.recipe import Limit, Recipe, Target
 
 GIB = 2**30
+MAX_RANKS = 1024
 
 
 def disk_warnings(estimates: dict[str, Estimate], *, finished: set[str], free_bytes: float, root: str) -> list[str]:
@@ -33,7 +35,7 @@ def disk_warnings(estimates: dict[str, Estimate], *, finished: set[str], free_by
 
 
 def memory_warnings(estimates: dict[str, Estimate], *, device: Device, case: Case) -> list[str]:
-    """Return the stages whose expected peak exceeds the device's memory, with the largest part."""
+    """Return the stages whose expected peak exceeds the device's memory, with the largest part and what would fit."""
     if device.memory_bytes is None:
         return []
     found = []
@@ -44,8 +46,70 @@ def memory_warnings(estimates: dict[str, Estimate], *, device: Device, case: Cas
         found.append(
             f"memory: {name} is expected to need {one.memory.expected / GIB:,.0f} GiB on a rank, {device.name} has "
             f"{device.memory_bytes / GIB:,.0f} GiB; the largest part is {part} with "
-            f"{one.memory_parts[part] / GIB:,.0f} GiB: {_remedy(part, on_all_ranks=one.on_all_ranks, case=case)}"
+            f"{one.memory_parts[part] / GIB:,.0f} GiB: "
+            + (
+                fitting_settings(name, memory_bytes=device.memory_bytes, case=case)
+                or _remedy(part, on_all_ranks=one.on_all_ranks, case=case)
+            )
         )
+    return found
+
+
+def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str:
+    """Return the fewest ranks, by powers of two, on which a training is expected to fit, as a sentence's end.
+
+    Among those the largest micro-batch and the lowest ZeRO stage. Where nothing fits, what stands in the way; an empty
+    string for a stage that runs on one rank.
+    """
+    if not estimate(stage_name, case).on_all_ranks:
+        return ""
+    batches = [rows for stage, _, rows, _, _ in training_batches(case.recipe) if f"{stage}_checkpoint" == stage_name]
+    most = min(MAX_RANKS, math.gcd(*batches)) if batches else MAX_RANKS
+    powers = [2**power for power in range(most.bit_length())]
+    settings = [
+        {"num_ranks": num_ranks, "zero_stage": zero_stage, "micro_batch_size": micro_batch_size}
+        for num_ranks in powers
+        for micro_batch_size in sorted({case.execution.micro_batch_size, 1}, reverse=True)
+        for zero_stage in ((1, 2) if stage_name == "rl_checkpoint" else (1, 2, 3))
+    ]
+    if stage_name == "block_library":  # its ranks split the layers; it knows neither ZeRO nor micro-batches
+        settings = [{"num_ranks": num_ranks} for num_ranks in powers]
+    one = estimate(stage_name, case)
+    for chosen in settings:
+        tried = dataclasses.replace(case, execution=case.execution.model_copy(update=chosen))
+        one = estimate(stage_name, tried)
+        if one.memory.expected <= memory_bytes:
+            return f"it fits with {_spelled(chosen)}"
+    part = max(one.memory_parts, key=lambda key: one.memory_parts[key])
+    share = f"{part} with {one.memory_parts[part] / GIB:,.0f} of {one.memory.expected / GIB:,.0f} GiB"
+    shorter = "shorten the windows (they are not split over ranks), or " if part in ("activations", "logits") else ""
+    return (
+        f"it does not even fit with {_spelled(settings[-1])}, where the largest part is {share}: {shorter}use devices "
+        "with more memory"
+    )
+
+
+def _spelled(settings: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def training_batches(recipe: Recipe) -> list[tuple[str, str, int, int, int]]:
+    """Return every part of a training: stage, key of its batch, rows of a batch, tokens of a window, all tokens."""
+    found = [
+        ("kd", "kd", recipe.kd.global_batch_size, recipe.distillation_mix.sequence_length, recipe.kd.tokens),
+        ("cpt", "cpt", recipe.cpt.global_batch_size, recipe.pretraining_mix.sequence_length, recipe.cpt.tokens),
+        (
+            "sft",
+            "sft",
+            recipe.sft.global_batch_size,
+            recipe.reasoning_toggle_dataset.sequence_length,
+            recipe.sft.tokens,
+        ),
+    ]
+    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt)):
+        for index, phase in enumerate(config.long_context):
+            key = f"{stage}.long_context[{index}]"
+            found.append((stage, key, phase.global_batch_size, phase.sequence_length, phase.tokens))
     return found
 
 
@@ -53,18 +117,30 @@ def execution_warnings(case: Case) -> list[str]:
     """Return settings under which a training would refuse to start."""
     recipe, execution = case.recipe, case.execution
     found = []
-    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt), ("sft", recipe.sft)):
-        if config.global_batch_size % execution.num_ranks:
-            fitting = math.gcd(config.global_batch_size, execution.num_ranks)
+    for _, key, batch, length, tokens in training_batches(recipe):
+        if batch % execution.num_ranks:
+            fitting = math.gcd(batch, execution.num_ranks)
             found.append(
-                f"ranks: {stage}.global_batch_size is {config.global_batch_size}, which {execution.num_ranks} ranks do "
+                f"ranks: {key}.global_batch_size is {batch}, which {execution.num_ranks} ranks do "
                 f"not divide: run with {fitting}, or change the batch"
             )
+        if tokens < batch * length:
+            found.append(
+                f"data: {key}.tokens is {tokens:,}, less than one step of {batch * length:,} tokens ({batch} windows "
+                f"of {length:,}): raise the tokens or lower global_batch_size"
+            )
+    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt), ("sft", recipe.sft), ("rl", recipe.rl)):
         if config.precision == "bf16" and execution.zero_stage == 0:
             found.append(f"precision: {stage} trains in bf16, which ZeRO stage 0 does wrongly: set zero_stage to 1")
     if execution.zero_stage == 3:
         found.append(
             "ZeRO: rl_checkpoint samples from the whole model on every rank and refuses zero_stage 3: run it with 2"
+        )
+    rows_per_rank = recipe.rl.prompts_per_step // execution.num_ranks * recipe.rl.samples_per_prompt
+    if rows_per_rank % recipe.rl.updates_per_rollout:
+        found.append(
+            f"ranks: a rollout has {rows_per_rank} samples per rank, which rl.updates_per_rollout = "
+            f"{recipe.rl.updates_per_rollout} does not divide: change one of them"
         )
     if recipe.rl.prompts_per_step % execution.num_ranks:
         found.append(

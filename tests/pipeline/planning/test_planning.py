@@ -1,5 +1,6 @@
 """The plan against hand-made arithmetic, published figures, and the stages' registry."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,18 @@ from pipeline.execution import Workspace, materialize
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning.command import plan_text
 from pipeline.planning.devices import DEVICES, find_device
-from pipeline.planning.estimates import Case, estimate
+from pipeline.planning.estimates import Case, estimate, micro_batch_rows
 from pipeline.planning.memory import activation_bytes, training_state_bytes
 from pipeline.planning.plan import make_plan
 from pipeline.planning.ranges import Range
 from pipeline.planning.render import binary, seconds, short
 from pipeline.planning.sizes import model_sizes
+from pipeline.planning.warnings import fitting_settings
 from pipeline.recipe import Limit, Pin, Recipe, Target
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
+from pipeline.training.engine import choose_micro_batch_size
 
 RECIPES = ("tiny", "smol", "smol-full", "llama-8b", "super-49b", "ultra-253b")
 
@@ -112,6 +115,19 @@ def test_memory_falls_with_ranks_and_stages():
     assert peak(1, 1) > peak(1, 8) > peak(2, 8) > peak(3, 8) > peak(3, 64)
 
 
+@pytest.mark.parametrize(("zero_stage", "bytes_per_parameter"), [(0, 16), (1, 20), (2, 20), (3, 20)])
+def test_fp32_keeps_masters_of_its_own_from_stage_1(zero_stage: int, bytes_per_parameter: int):
+    state = training_state_bytes(1000, precision="fp32", zero_stage=zero_stage, num_ranks=1)
+    assert sum(state.values()) == 1000 * bytes_per_parameter
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 4, 100])
+@pytest.mark.parametrize(("global_batch_size", "num_ranks"), [(4, 1), (12, 2), (512, 8), (512, 512), (30, 5)])
+def test_rows_of_a_micro_batch_are_the_engines(wanted: int, global_batch_size: int, num_ranks: int):
+    rows = micro_batch_rows(wanted, global_batch_size=global_batch_size, num_ranks=num_ranks)
+    assert rows == choose_micro_batch_size(wanted, global_batch_size=global_batch_size, world_size=num_ranks)
+
+
 def test_a_teacher_is_split_at_zero_3_alone():
     recipe = load_recipe("super-49b")
 
@@ -130,7 +146,8 @@ def test_activations_of_one_layer_by_hand():
     heads, width = block.attention.num_key_value_heads, block.ffn.intermediate_size
     assert heads is not None
     assert width is not None
-    values = 4 * parent.hidden_size + 2 * parent.hidden_size + 2 * heads * parent.head_dim + 4 * width
+    # Two norms of three vectors each, queries and attention output, keys and values, four FFN-wide vectors.
+    values = 6 * parent.hidden_size + 2 * parent.hidden_size + 2 * heads * parent.head_dim + 4 * width
     assert activation_bytes(one_layer, num_tokens=10, precision="fp32") == 4 * 10 * values
 
 
@@ -191,6 +208,90 @@ def test_a_zero_stage_that_sampling_refuses_is_told(tmp_path: Path):
         workspace(tmp_path, recipe, num_ranks=8, zero_stage=3), target_name=recipe.default_target, device=None
     )
     assert any("rl_checkpoint" in warning and "refuses zero_stage 3" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize("stage_name", ["kd_checkpoint", "cpt_checkpoint", "rl_checkpoint"])
+def test_settings_that_are_said_to_fit_do(stage_name: str):
+    recipe, memory_bytes = load_recipe("llama-8b"), find_device("a100-80gb").memory_bytes
+    assert memory_bytes is not None
+    said = fitting_settings(stage_name, memory_bytes=memory_bytes, case=case(recipe))
+    found = re.fullmatch(r"it fits with num_ranks (\d+), zero_stage (\d), micro_batch_size (\d+)", said)
+    assert found is not None, said
+    ranks, zero, rows = map(int, found.groups())
+    fits = estimate(stage_name, case(recipe, num_ranks=ranks, zero_stage=zero, micro_batch_size=rows))
+    assert fits.memory.expected <= memory_bytes
+    assert ranks > 1
+    for any_stage in (1, 2, 3):
+        fewer = case(recipe, num_ranks=ranks // 2, zero_stage=any_stage, micro_batch_size=1)
+        if stage_name != "rl_checkpoint" or any_stage < 3:
+            assert estimate(stage_name, fewer).memory.expected > memory_bytes
+
+
+def test_a_window_that_fits_nowhere_is_said_to(tmp_path: Path):
+    recipe = load_recipe("super-49b")
+    plan = make_plan(workspace(tmp_path, recipe), target_name=recipe.default_target, device=find_device("h100-80gb"))
+    (warning,) = [text for text in plan.warnings if text.startswith("memory: cpt_checkpoint")]
+    assert "does not even fit with num_ranks 32, zero_stage 3, micro_batch_size 1" in warning
+    assert "shorten the windows" in warning
+
+
+def test_a_parent_that_fits_nowhere_is_not_blamed_on_the_windows():
+    memory_bytes = find_device("h100-80gb").memory_bytes
+    assert memory_bytes is not None
+    said = fitting_settings("block_library", memory_bytes=memory_bytes, case=case(load_recipe("super-49b")))
+    assert "does not even fit with num_ranks 1024, where the largest part is parent" in said
+    assert "windows" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "execution", "said"),
+    [
+        ({}, {"num_ranks": 64}, "cpt.long_context[1].global_batch_size is 32, which 64 ranks do not divide"),
+        ({}, {"zero_stage": 0}, "rl trains in bf16, which ZeRO stage 0 does wrongly"),
+        ({"kd": {"tokens": 4_194_303}}, {}, "kd.tokens is 4,194,303, less than one step of 4,194,304 tokens"),
+        ({"rl": {"updates_per_rollout": 3}}, {}, "a rollout has 1024 samples per rank"),
+    ],
+)
+def test_what_a_training_would_refuse_is_told(changes: Any, execution: Any, said: str, tmp_path: Path):
+    shipped = load_recipe("super-49b")
+    recipe = shipped.model_copy(
+        update={key: getattr(shipped, key).model_copy(update=inner) for key, inner in changes.items()}
+    )
+    place = workspace(tmp_path, recipe, **execution)
+    warnings = make_plan(place, target_name=recipe.default_target, device=None).warnings
+    assert any(said in warning for warning in warnings)
+    fine = make_plan(workspace(tmp_path, shipped), target_name=recipe.default_target, device=None).warnings
+    assert not any(said in warning for warning in fine)
+
+
+def test_the_parent_is_evaluated_alone_and_a_child_beside_it():
+    settings = case(load_recipe("super-49b"))
+    parent = 2 * 70_553_706_496
+    assert estimate("parent_evaluation", settings).memory_parts["models"] == parent
+    child = settings.sizes.child_parameters.expected
+    assert estimate("evaluation", settings).memory_parts["models"] == pytest.approx(parent + 2 * child)
+
+
+def test_logits_of_sampled_replies_count():
+    # llama-8b scores 16 replies of up to 1,024 tokens at once: 12 bytes besides the bf16 logits, for 128,256 words.
+    parts = estimate("rl_checkpoint", case(load_recipe("llama-8b"), micro_batch_size=1)).memory_parts
+    assert parts["logits of sampled replies"] == 14 * 16 * 1024 * 128_256
+
+
+def test_flops_that_need_no_head_leave_it_out():
+    recipe = load_recipe("tiny")
+    tiny = case(recipe)
+    parent, length = tiny.sizes.parent, recipe.distillation_mix.sequence_length
+    block = parent.homogeneous_block()
+    heads, width = block.attention.num_key_value_heads, block.ffn.intermediate_size
+    assert heads is not None
+    assert width is not None
+    hidden = parent.hidden_size
+    matrices = 2 * (2 * hidden * hidden + 2 * hidden * heads * parent.head_dim + 3 * hidden * width)
+    per_token = parent.num_hidden_layers * (matrices + 4 * hidden * length)
+    estimated = estimate("channel_importance", tiny)
+    assert estimated.flops == Range.of(recipe.channel_importance.tokens * per_token)
+    assert estimated.disk == Range.of(4 * parent.num_hidden_layers * (width + heads))
 
 
 def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):
