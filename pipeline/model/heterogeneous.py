@@ -288,11 +288,11 @@ def attention_inputs(
             config=model.config,
             inputs_embeds=hidden_BTD,
             attention_mask=None,
-            past_key_values=None,
+            cache=None,
             position_ids=position_ids_BT,
         ),
         "position_ids": position_ids_BT,
-        "past_key_values": None,
+        "cache": None,
         "use_cache": False,
     }
 

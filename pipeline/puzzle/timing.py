@@ -55,21 +55,21 @@ def time_generation(
     cache = DynamicCache()
 
     began = _now(device)
-    logits_BTV = model(input_ids=prompt_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits_BTV = model(input_ids=prompt_BT, cache=cache, use_cache=True, logits_to_keep=1).logits
     prefill_s = _now(device) - began
     after("prefill")
 
     num_before = (scenario.generation_tokens - num_steps) // 2
     if num_before:
         filler_BT = prompt_BT[:, :1].expand(-1, num_before)
-        model(input_ids=filler_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=filler_BT, cache=cache, use_cache=True, logits_to_keep=1)
     after("filling")
 
     token_BT = logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
     steps_s = []
     for _ in range(num_steps):
         began = _now(device)
-        model(input_ids=token_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=token_BT, cache=cache, use_cache=True, logits_to_keep=1)
         steps_s.append(_now(device) - began)
     return GenerationTiming(
         prefill_ms=1000 * prefill_s, decode_ms=1000 * statistics.fmean(steps_s), num_decode_steps=num_steps

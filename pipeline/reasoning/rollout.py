@@ -143,7 +143,7 @@ def _next_logits(
         input_ids=ids_BT,
         attention_mask=attended_BT,
         position_ids=position_ids_BT,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )

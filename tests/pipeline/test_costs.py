@@ -71,7 +71,7 @@ def test_kv_bytes_equal_the_cache_of_a_built_model():
     architecture = make_architecture(head_dim=12, blocks=MIXED)
     model = make_model(architecture)
     num_tokens = 5
-    cache = model(input_ids=model.dummy_inputs["input_ids"][:1, :num_tokens], use_cache=True).past_key_values
+    cache = model(input_ids=model.dummy_inputs["input_ids"][:1, :num_tokens], use_cache=True).cache
     values = sum(
         layer.keys.numel() + layer.values.numel() for layer in cache.layers if getattr(layer, "is_initialized", False)
     )

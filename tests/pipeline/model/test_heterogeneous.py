@@ -55,7 +55,7 @@ def test_all_parent_architecture_equals_llama_bit_for_bit(changes: dict[str, Any
     outputs = [model(ids_BT[:, :30], use_cache=True) for model in (ours, llama)]
     for token in range(30, 40):
         outputs = [
-            model(ids_BT[:, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
+            model(ids_BT[:, token : token + 1], cache=output.cache, use_cache=True)
             for model, output in zip((ours, llama), outputs, strict=True)
         ]
         assert torch.equal(outputs[0].logits, outputs[1].logits)
@@ -118,7 +118,7 @@ def test_cached_logits_equal_uncached(name: str):
     output = model(ids_BT[:, :9], use_cache=True)
     steps = [output.logits]
     for token in range(9, 16):
-        output = model(ids_BT[:, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids_BT[:, token : token + 1], cache=output.cache, use_cache=True)
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), model(ids_BT, use_cache=False).logits, rtol=1e-5, atol=1e-5)
 
@@ -156,7 +156,7 @@ def greedy(model: HeterogeneousLlamaForCausalLM, ids_BT: Tensor, *, num_tokens: 
 
 @torch.no_grad()
 def test_cache_holds_one_slot_per_attention_layer():
-    cache = make_model(CHILDREN["every_kind"])(random_ids(5), use_cache=True).past_key_values
+    cache = make_model(CHILDREN["every_kind"])(random_ids(5), use_cache=True).cache
     filled = [layer.keys.shape[1] for layer in cache.layers if layer.is_initialized]
     assert filled == [4, 1]
     assert cache.get_seq_length() == 5

@@ -18,7 +18,7 @@ def test_decode_steps_stand_in_the_middle_of_the_generation(generation_tokens: i
     calls: list[tuple[int, int]] = []
 
     def note(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1]))
+        calls.append((kwargs["cache"].get_seq_length(), kwargs["input_ids"].shape[1]))
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     scenario = Scenario(name="chat", batch_size=2, prompt_tokens=12, generation_tokens=generation_tokens)
