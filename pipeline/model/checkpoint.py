@@ -21,19 +21,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.architecture import Architecture
+from pipeline.artifacts import write_atomically
 from pipeline.errors import CheckpointError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, empty_model
+from pipeline.model.shards import INDEX_FILE, MAX_SHARD_BYTES, WEIGHTS_FILE, index_json, shard_name
 
 ARCHITECTURE_FILE = "architecture.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-MAX_SHARD_BYTES = 5 * 10**9
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class TensorReader:
@@ -60,6 +59,12 @@ class TensorReader:
         """Every tensor's name, sorted."""
         return tuple(sorted(self._shard_of))
 
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.directory} holds no tensor {name}")
+        return self.directory / self._shard_of[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         return tuple(self._slice(name).get_shape())
@@ -71,12 +76,12 @@ class TensorReader:
             CheckpointError: for anything but fp32, bf16 and fp16, as quantised checkpoints hold.
         """
         stored = self._slice(name).get_dtype()
-        if stored not in _SAFETENSORS_DTYPES:
+        if stored not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{name} in {self.directory} is stored as {stored}; weights must be F32, BF16 or F16: convert the "
                 "checkpoint first"
             )
-        return _SAFETENSORS_DTYPES[stored]
+        return SAFETENSORS_DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, as it is stored, in memory of its own."""
@@ -94,9 +99,7 @@ class TensorReader:
             yield name, self.read(name)
 
     def _file(self, name: str) -> Any:
-        if name not in self._shard_of:
-            raise CheckpointError(f"{self.directory} holds no tensor {name}")
-        return self._files[self._shard_of[name]]
+        return self._files[self.path(name).name]
 
     def _slice(self, name: str) -> Any:
         return self._file(name).get_slice(name)
@@ -132,7 +135,7 @@ def save_checkpoint(
     if isinstance(tensors, Mapping):
         tensors = _without_tied_head(cast("Mapping[str, Tensor]", tensors), architecture).items()
     write_tensors(directory, _checked(tensors, tensor_shapes(architecture), where=str(directory)))
-    (directory / ARCHITECTURE_FILE).write_text(json.dumps(architecture.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_architecture(directory, architecture)
     if tokenizer_dir is not None:
         copy_tokenizer(tokenizer_dir, directory)
 
@@ -167,11 +170,15 @@ def write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
         return
     weight_map = {}
     for number, (part, names) in enumerate(zip(parts, names_of_part, strict=True), start=1):
-        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        shard = shard_name(number, num_shards=len(parts))
         part.replace(directory / shard)
         weight_map |= dict.fromkeys(names, shard)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_atomically(directory / INDEX_FILE, index_json(weight_map, tensor_bytes=total_bytes))
+
+
+def write_architecture(directory: Path, architecture: Architecture) -> None:
+    """Write architecture.json, which makes the directory a checkpoint: a reader sees it whole or not at all."""
+    write_atomically(directory / ARCHITECTURE_FILE, (json.dumps(architecture.to_json(), indent=1) + "\n").encode())
 
 
 def read_architecture(directory: Path) -> Architecture:

@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from pipeline.architecture import Architecture, BlockSpec
+from pipeline.architecture import Architecture, AttentionSpec, BlockSpec, FFNSpec
 from pipeline.artifacts import ArtifactStore
-from pipeline.model.checkpoint import TensorReader, read_architecture, save_checkpoint
-from pipeline.puzzle.library import BlockKey, LibraryIndex, Subblock, load_block
+from pipeline.errors import CheckpointError
+from pipeline.model.checkpoint import TensorReader, read_architecture
+from pipeline.model.shards import DTYPE_BYTES, checkpoint_shapes, plan_shards
+from pipeline.model.streaming import StoredTensor, read_chunks, stored_tensors, stream_checkpoint
+from pipeline.puzzle.library import BlockKey, LibraryIndex, Subblock, block_weights
+
+Source = tuple[StoredTensor, str]
+"""Where a tensor of the child lies, and the dtype that the child holds it in."""
 
 PREFIXES: Mapping[Subblock, tuple[str, ...]] = {
     "attention": ("self_attn.", "input_layernorm."),
@@ -25,55 +28,84 @@ def assemble_child(
     index: LibraryIndex,
     store: ArtifactStore,
 ) -> Architecture:
-    """Write the checkpoint in which layer i is `blocks[i]`, in the parent's own dtype, and return what it is."""
+    """Write the checkpoint in which layer i is `blocks[i]`, in the parent's own dtype, and return what it is.
+
+    Every source is found and checked before the first byte is written; memory does not grow with the model.
+
+    Raises:
+        CheckpointError: when a tensor is missing, unexpected, cut off, or not of the child's shape.
+        ArtifactError: when the library has no weights for a block.
+    """
     parent = read_architecture(parent_dir)
     child = parent.with_blocks(blocks)
-    directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("model*.safetensors*"):
-        old.unlink()  # an earlier child may have had more shards
-    save_checkpoint(
+    sources = dict(_child_sources(parent, blocks, reader=TensorReader(parent_dir), index=index, store=store))
+    _require_fit(sources, child)
+    layout = plan_shards(child, dtype_of=lambda name: sources[name][1])
+    stream_checkpoint(
         directory,
         architecture=child,
-        tensors=_child_tensors(parent, blocks, reader=TensorReader(parent_dir), index=index, store=store),
+        layout=layout,
+        read=lambda tensor: read_chunks(sources[tensor.name][0], dtype=tensor.dtype),
         tokenizer_dir=parent_dir,
     )
     return child
 
 
-def _child_tensors(
+def _child_sources(
     parent: Architecture,
     blocks: Sequence[BlockSpec],
     *,
     reader: TensorReader,
     index: LibraryIndex,
     store: ArtifactStore,
-) -> Iterator[tuple[str, Tensor]]:
-    for name in reader.names:
+) -> Iterator[tuple[str, Source]]:
+    shards = {path: stored_tensors(path) for path in {reader.path(name) for name in reader.names}}
+    held = {name: shards[reader.path(name)][name] for name in reader.names}
+    for name, tensor in held.items():
         if not name.startswith("model.layers."):
-            yield name, reader.read(name)
+            yield name, (tensor, tensor.dtype)
     parent_block = parent.homogeneous_block()
     for layer, block in enumerate(blocks):
         prefix = f"model.layers.{layer}."
-        dtype = reader.dtype(f"{prefix}input_layernorm.weight")
-        if block.attention == parent_block.attention:
-            yield from _parent_tensors(reader, prefix, "attention")
-        elif block.attention.kind != "no_op":
-            key = BlockKey(layer=layer, subblock="attention", variant=block.attention.key)
-            yield from _library_tensors(load_block(store, index, key), prefix, dtype)
-        if block.ffn == parent_block.ffn:
-            yield from _parent_tensors(reader, prefix, "ffn")
-        elif block.ffn.kind != "no_op":
-            key = BlockKey(layer=layer, subblock="ffn", variant=block.ffn.key)
-            yield from _library_tensors(load_block(store, index, key), prefix, dtype)
+        dtype = _stored_dtype(held, f"{prefix}input_layernorm.weight", reader=reader)
+        chosen: tuple[tuple[Subblock, AttentionSpec | FFNSpec, AttentionSpec | FFNSpec], ...] = (
+            ("attention", block.attention, parent_block.attention),
+            ("ffn", block.ffn, parent_block.ffn),
+        )
+        for subblock, spec, parent_spec in chosen:
+            if spec == parent_spec:
+                wanted = tuple(prefix + start for start in PREFIXES[subblock])
+                yield from ((name, (held[name], held[name].dtype)) for name in held if name.startswith(wanted))
+            elif spec.kind != "no_op":
+                weights = block_weights(store, index, BlockKey(layer=layer, subblock=subblock, variant=spec.key))
+                yield from ((prefix + name, (tensor, dtype)) for name, tensor in stored_tensors(weights).items())
 
 
-def _parent_tensors(reader: TensorReader, prefix: str, subblock: Subblock) -> Iterator[tuple[str, Tensor]]:
-    wanted = tuple(prefix + start for start in PREFIXES[subblock])
-    for name in reader.names:
-        if name.startswith(wanted):
-            yield name, reader.read(name)
+def _stored_dtype(held: Mapping[str, StoredTensor], name: str, *, reader: TensorReader) -> str:
+    """Return the dtype of a parent tensor as its file spells it; refused when missing or quantised."""
+    reader.dtype(name)
+    return held[name].dtype
 
 
-def _library_tensors(tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in sorted(tensors.items()):
-        yield prefix + name, tensor.to(dtype)
+def _require_fit(sources: Mapping[str, Source], child: Architecture) -> None:
+    """Refuse sources that are not the child's tensors, before anything is written."""
+    expected = checkpoint_shapes(child)
+    for name, (tensor, _) in sources.items():
+        if name not in expected:
+            raise CheckpointError(f"{tensor.path}: tensor {name} is not part of the child's architecture")
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} has shape {tensor.shape}, the child's architecture asks for "
+                f"{expected[name]}"
+            )
+        if tensor.dtype not in DTYPE_BYTES:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} is stored as {tensor.dtype}; weights must be one of "
+                f"{', '.join(DTYPE_BYTES)}: convert the checkpoint first"
+            )
+    missing = [name for name in expected if name not in sources]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the child's {len(expected)} tensors are neither in the parent nor in the library, the "
+            f"first is {missing[0]}: import the parent again"
+        )
