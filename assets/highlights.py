@@ -122,6 +122,26 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "num_violated_limits": ("Limits violated", ""),
         },
     ),
+    "refined_solution": Highlight(
+        look_at="what sums of scores predicted beside what whole models measured, and what the rounds gained.",
+        numbers={
+            "kl_of_the_chosen": ("KL to the parent, whole model", "nats/token"),
+            "kl_of_the_first_answer": ("The programme's first answer", "nats/token"),
+            "top1_error_of_the_chosen": ("Next token differs", "%"),
+            "num_whole_models": ("Whole models scored", ""),
+            "num_parameters": ("Parameters", ""),
+            "num_violated_limits": ("Limits violated", ""),
+        },
+    ),
+    "baselines": Highlight(
+        look_at="the table of children, the closest to the parent first, and where the search does not come first.",
+        numbers={
+            "puzzle_kl": ("KL of the refined solution", "nats/token"),
+            "kl_without_block_distillation": ("Without block distillation", "nats/token"),
+            "best_baseline_kl": ("Best baseline", "nats/token"),
+            "num_children": ("Children compared", ""),
+        },
+    ),
     "child_checkpoint": Highlight(
         look_at="predicted beside measured, and how often the search had to be repeated.",
         numbers={

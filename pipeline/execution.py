@@ -193,7 +193,7 @@ class _Resolver:
             "config": config,
             "inputs": {name: artifact.content_hash for name, artifact in self.inputs(stage).items()},
         }
-        if stage.measures_hardware:
+        if stage.measures_hardware(self._workspace.recipe):
             identity["hardware"] = hardware_id()
         if environment := _environment(config):
             identity["environment"] = environment

@@ -2,33 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from pipeline.devices import DEVICES, Device
 from pipeline.errors import RecipeError
 from pipeline.planning.ranges import Range
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Device:
-    """One rank's device: dense bf16 peak, memory bandwidth, and memory where it is known."""
-
-    name: str
-    peak_flops_per_s: float
-    bandwidth_bytes_per_s: float
-    memory_bytes: float | None
-
-
-# Dense bf16 and HBM figures of the makers' data sheets.
-DEVICES = {
-    "a100-80gb": Device(
-        name="a100-80gb", peak_flops_per_s=312e12, bandwidth_bytes_per_s=2.04e12, memory_bytes=80 * 2**30
-    ),
-    "h100-80gb": Device(
-        name="h100-80gb", peak_flops_per_s=989e12, bandwidth_bytes_per_s=3.35e12, memory_bytes=80 * 2**30
-    ),
-    "h200-141gb": Device(name="h200-141gb", peak_flops_per_s=989e12, bandwidth_bytes_per_s=4.8e12, memory_bytes=141e9),
-    "b200-180gb": Device(name="b200-180gb", peak_flops_per_s=2250e12, bandwidth_bytes_per_s=7.7e12, memory_bytes=180e9),
-}
 
 # Shares of the peak that PyTorch in eager mode reaches. On two CPU cores the recipe `smol` trained at 0.56 of the
 # measured matmul peak; the low ends allow for short batches and for communication between ranks.

@@ -1,9 +1,27 @@
-"""Searches that the integer programme is compared with, over the same tables. Pure."""
+"""Children that other methods would choose under the same limits, over the same tables. Pure: no weights, no files.
 
+    greedy              layer by layer under equal shares of every budget (Puzzle, appendix F.2.2)
+    max_parameters      the largest child within the limits, whatever its scores
+    random              random scores in the programme: a library child with nothing known about quality
+    drop_by_influence   whole layers left out, least influence on the hidden states first
+    drop_last           whole layers left out from the end, the very last kept
+    uniform             one narrower FFN and one number of key/value heads for all layers: the largest that fits
+
+`drop_*` and `uniform` need no library; the others choose from it.
+"""
+
+import itertools
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from pipeline.puzzle.mip import Candidate, Problem, violated_limits
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec
+from pipeline.costs import block_parameters
+from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
+from pipeline.recipe import SearchConfig
+
+FeasibleBlocks = Callable[[Sequence[BlockSpec]], bool]
 
 
 def greedy(problem: Problem) -> tuple[Candidate, ...] | None:
@@ -32,6 +50,93 @@ def greedy(problem: Problem) -> tuple[Candidate, ...] | None:
         ]
     complete = tuple(candidate for candidate in chosen if candidate is not None)
     return None if violated_limits([one.block for one in complete], problem.limits) else complete
+
+
+def max_parameters(problem: Problem, parent: Architecture, *, settings: SearchConfig) -> tuple[BlockSpec, ...]:
+    """Return the child with the most parameters within the limits.
+
+    Raises:
+        InfeasibleError, StageError: as the programme.
+    """
+    total = sum(block_parameters(parent, block) for block in parent.blocks)
+    return _solve_with(problem, lambda block: -block_parameters(parent, block) / total, settings=settings)
+
+
+def random_choice(problem: Problem, *, seed: int, settings: SearchConfig) -> tuple[BlockSpec, ...]:
+    """Return the best child by scores drawn at random: within the limits and near them, as a real answer is.
+
+    Raises:
+        InfeasibleError, StageError: as the programme.
+    """
+    rng = random.Random(seed)
+    return _solve_with(problem, lambda _: rng.random(), settings=settings)
+
+
+def drop_layers(
+    parent: Architecture, order: Sequence[int], *, is_feasible: FeasibleBlocks
+) -> tuple[BlockSpec, ...] | None:
+    """Leave out whole layers in this order until the limits are met; None when even all of them are not enough."""
+    blocks = list(parent.blocks)
+    for layer in order:
+        if is_feasible(blocks):
+            return tuple(blocks)
+        blocks[layer] = dropped(layer)
+    return tuple(blocks) if is_feasible(blocks) else None
+
+
+def dropped(layer: int) -> BlockSpec:
+    """Return what is left of a layer that is left out."""
+    return BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(layer,))
+
+
+def influence_order(influence: Sequence[float]) -> list[int]:
+    """Return the layers from the least to the most influential; among equals the later goes first."""
+    return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
+
+
+def last_order(num_layers: int) -> list[int]:
+    """Return the layers from the last but one to the first, then the last, whose output the head reads."""
+    return [*range(num_layers - 2, -1, -1), num_layers - 1]
+
+
+def uniform(
+    parent: Architecture, layers: Sequence[Sequence[BlockSpec]], *, is_feasible: FeasibleBlocks
+) -> tuple[BlockSpec, ...] | None:
+    """Return the largest child whose layers are all alike and real; None when none meets the limits.
+
+    A layer that may not become the common block keeps the parent's.
+    """
+    parent_block = parent.homogeneous_block()
+    distinct = {block.key: block for options in layers for block in options}
+    attention = {block.attention.key: block.attention for block in distinct.values() if block.attention.kind == "gqa"}
+    ffn = {block.ffn.key: block.ffn for block in distinct.values() if block.ffn.kind == "swiglu"}
+    found = []
+    for one, other in itertools.product(attention.values(), ffn.values()):
+        alike = BlockSpec(attention=one, ffn=other, parent_layers=(0,))
+        blocks = tuple(
+            (alike if alike.key in {option.key for option in options} else parent_block).model_copy(
+                update={"parent_layers": (layer,)}
+            )
+            for layer, options in enumerate(layers)
+        )
+        if is_feasible(blocks):
+            found.append(blocks)
+    return max(found, key=lambda blocks: sum(block_parameters(parent, block) for block in blocks), default=None)
+
+
+def _solve_with(
+    problem: Problem, score: Callable[[BlockSpec], float], *, settings: SearchConfig
+) -> tuple[BlockSpec, ...]:
+    layers = tuple(
+        tuple(replace(candidate, score=score(candidate.block)) for candidate in candidates)
+        for candidates in problem.layers
+    )
+    answer = solve(
+        Problem(layers=layers, limits=problem.limits),
+        time_limit_s=settings.time_limit_s,
+        relative_gap=settings.relative_gap,
+    )
+    return answer.blocks
 
 
 def _mean_score(candidates: Sequence[Candidate]) -> float:

@@ -8,6 +8,8 @@ One forward pass of the parent per batch feeds every variant of every layer. For
     loss "tensor" = MSE(prediction, out) / MSE(out, 0)                  the paper's
     loss "token"  = mean over tokens t of |prediction_t - out_t|^2 / |out_t|^2
 
+Before that, `closed_form_tokens` of the mixture may refit each variant's last matrix (pipeline.puzzle.refit).
+
 No gradient crosses layers, and no variant sees another: each has its own optimiser, clipping and failure, so its
 weights do not depend on what else is trained in the same run.
 
@@ -17,6 +19,7 @@ Letters: B batch, T tokens, D hidden_size.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from pipeline.puzzle.devices import autocast
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey, BlockRecord, LossPoint
+from pipeline.puzzle.refit import refit_blocks
 from pipeline.recipe import BlockLibraryConfig, BlockLoss, OptimizerConfig
 from pipeline.training.schedules import learning_rate_factor
 
@@ -125,6 +129,14 @@ def train_blocks(
     else:
         for trainee, loss in _validation_losses(model, trainees, validation, settings=settings):
             trainee.initial_loss = _finite_or_fail(trainee, loss, when="initial")
+        if settings.closed_form_tokens:
+            refit_blocks(
+                model,
+                _by_layer(trainees),
+                train.take(settings.closed_form_tokens),
+                settings=settings,
+                reporter=reporter,
+            )
     for step in range(first_step, total_steps):
         rows = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
         factor = learning_rate_factor(step, total_steps=total_steps, optimizer=optimizer)
@@ -169,6 +181,14 @@ def layer_activations(
         hidden_BTD = output_BTD
 
 
+def _needed_activations(
+    model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, rows: slice, by_layer: Mapping[int, Sequence[Trainee]]
+) -> Iterator[LayerActivations]:
+    """Run the parent up to the last layer that has a block to train."""
+    activations = layer_activations(model, packed.tokens_NT[rows], packed.position_ids_NT[rows])
+    return islice(activations, max(by_layer, default=-1) + 1)
+
+
 def _train_step(
     model: HeterogeneousLlamaForCausalLM,
     trainees: Sequence[Trainee],
@@ -182,7 +202,7 @@ def _train_step(
     """Train every block that has not failed on one batch; return their losses."""
     by_layer = _by_layer(trainees)
     losses = []
-    for activations in layer_activations(model, train.tokens_NT[rows], train.position_ids_NT[rows]):
+    for activations in _needed_activations(model, train, rows, by_layer):
         for trainee in by_layer.get(activations.layer, ()):
             loss = _loss(model, trainee, activations, settings=settings)
             value = trainee.update(loss, learning_rate=factor * settings.learning_rate, step=step)
@@ -203,7 +223,7 @@ def _validation_losses(
     by_layer = _by_layer(trainees)
     found = []
     with torch.no_grad():
-        for activations in layer_activations(model, validation.tokens_NT[rows], validation.position_ids_NT[rows]):
+        for activations in _needed_activations(model, validation, rows, by_layer):
             for trainee in by_layer.get(activations.layer, ()):
                 found.append((trainee, float(_loss(model, trainee, activations, settings=settings))))
     return found

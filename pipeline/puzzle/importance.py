@@ -1,4 +1,4 @@
-"""What each FFN channel and each key/value head of the parent contributes, from one pass over calibration tokens.
+"""What each FFN channel, each key/value head and each layer of the parent contributes, over calibration tokens.
 
 Channels (Puzzle, appendix A): zeroing channel i changes the FFN's output at a token by X_i * W_down[:, i], so
 
@@ -6,6 +6,8 @@ Channels (Puzzle, appendix A): zeroing channel i changes the FFN's output at a t
 
 Key/value heads: the mean over tokens of ||W_o[:, columns of head k's queries] y_k||_2, y_k being what those query heads
 read from the cache.
+
+Layers (block influence, ShortGPT): 1 - cos(x, y) averaged over tokens, x and y being what goes in and what comes out.
 
 Letters: B batch, T tokens, D hidden_size, F intermediate_size, K key/value heads.
 """
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from pipeline.data.packed import PackedTokens
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
+from pipeline.puzzle.composition import compose, embed, run_layers
 
 IMPORTANCE_FILE = "importance.safetensors"
 
@@ -82,6 +85,20 @@ def measure_importance(
         ),
         kv_contribution=tuple((heads_K / packed.num_tokens).float().cpu() for _, heads_K in sums),
     )
+
+
+@torch.no_grad()
+def block_influence(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) -> tuple[float, ...]:
+    """Return every layer's influence on the hidden states that pass through it."""
+    hidden_NTD, found = embed(model, packed), []
+    for index, layer in enumerate(model.model.layers):
+        block: Any = layer.block
+        output_NTD = run_layers(model, [compose(model, index, block, {})], hidden_NTD, packed)
+        # In float32: two bf16 vectors that hardly differ have a cosine that rounds to 1.
+        cosine = torch.nn.functional.cosine_similarity(hidden_NTD.float(), output_NTD.float(), dim=-1)
+        found.append((1 - cosine).double().mean().item())
+        hidden_NTD = output_NTD
+    return tuple(found)
 
 
 def save_importance(importance: Importance, directory: Path) -> None:

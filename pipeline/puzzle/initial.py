@@ -1,4 +1,4 @@
-"""Modules of one variant: with the weights surgery cuts from the parent, or with given ones."""
+"""Modules of variants: with the weights surgery cuts from the parent, with the library's, or with given ones."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from pipeline.architecture import Architecture, AttentionSpec
+from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_subblock_attention, build_subblock_ffn
 from pipeline.model.surgery import initial_attention, initial_ffn
+from pipeline.puzzle.composition import LayerVariants, LoadVariants
 from pipeline.puzzle.importance import Importance
-from pipeline.puzzle.library import BlockKey
+from pipeline.puzzle.library import BlockKey, LibraryIndex, load_block, trainable_keys
+from pipeline.puzzle.search_space import SearchSpace
 
 
 def build_variant(
@@ -51,3 +54,49 @@ def module_with(
         module = build_subblock_ffn(architecture, spec, dtype=dtype)
     module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True)
     return module
+
+
+def library_variants(
+    space: SearchSpace,
+    architecture: Architecture,
+    *,
+    index: LibraryIndex,
+    store: ArtifactStore,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadVariants:
+    """Return what gives the library's modules of one layer."""
+
+    def load(layer: int) -> LayerVariants:
+        return {
+            (key.subblock, key.variant): module_with(key, architecture, load_block(store, index, key), dtype=dtype).to(
+                device
+            )
+            for key in trainable_keys(space)
+            if key.layer == layer
+        }
+
+    return load
+
+
+def untrained_variants(
+    space: SearchSpace,
+    architecture: Architecture,
+    *,
+    parent_tensors: TensorReader,
+    importance: Importance,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadVariants:
+    """Return what gives one layer's modules as surgery cuts them, before any distillation."""
+
+    def load(layer: int) -> LayerVariants:
+        return {
+            (key.subblock, key.variant): build_variant(key, architecture, parent_tensors, importance, dtype=dtype).to(
+                device
+            )
+            for key in trainable_keys(space)
+            if key.layer == layer
+        }
+
+    return load

@@ -204,6 +204,15 @@ def load_block(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> dict
     """Return the trained tensors of one variant, relative to its layer.
 
     Raises:
+        ArtifactError: as `block_weights` does.
+    """
+    return load_file(block_weights(store, index, key))
+
+
+def block_weights(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> Path:
+    """Return the file that holds the trained tensors of one variant.
+
+    Raises:
         ArtifactError: when the block failed to train, or the store no longer holds the weights that the index names.
     """
     entry = index.entry(key)
@@ -221,7 +230,7 @@ def load_block(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> dict
             f"{artifact.path} has content {artifact.content_hash}, the block library names {entry.content_hash}: "
             "materialize block_library again"
         )
-    return load_file(artifact.path / BLOCK_WEIGHTS)
+    return artifact.path / BLOCK_WEIGHTS
 
 
 def _entry(key: BlockKey, space: SearchSpace, trained: Mapping[BlockKey, LibraryEntry]) -> LibraryEntry:

@@ -4,8 +4,12 @@ Every quantity a target can limit is a fixed part plus a cost per block, so a li
 
     decode_speed    batch_size / decode_s >= bound          becomes  decode_ms <= 1000 * batch_size / bound
     prefill_speed   batch_size * prompt_tokens / prefill_s  becomes  prefill_ms <= 1000 * batch_size * prompt / bound
+    throughput      batch_size * (prompt_tokens + generation_tokens) / latency_s, a bound on latency_ms likewise
     latency_ms      prefill_ms + generation_tokens * decode_ms
+    time_to_first_token_ms                                  prefill_ms
     memory_mib      weights + KV cache of batch_size * (prompt_tokens + generation_tokens) tokens
+    cached_tokens   (device_memory - weights) / kv_bytes_per_token >= bound
+                                                            becomes  weights + bound * kv_bytes_per_token <= memory
     num_parameters, kv_bytes_per_token                      counted
 
 A bound relative to the parent multiplies (divides, for a speed) what the parent was measured or counted to need.
@@ -22,9 +26,13 @@ from pipeline.recipe import Limit, ProfileConfig, Scenario
 
 FIXED = "fixed"
 
+SPEEDS = ("decode_speed", "prefill_speed", "throughput")
+TIMED = (*SPEEDS, "latency_ms", "time_to_first_token_ms")
+LOWER_BOUNDS = (*SPEEDS, "cached_tokens")
 
-SPEEDS = ("decode_speed", "prefill_speed")
-TIMED = (*SPEEDS, "latency_ms")
+GB = 10**9
+# Without attention nothing is cached and any number of tokens fits; finite, so that JSON carries it.
+ANY_NUMBER_OF_TOKENS = 1e15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +77,11 @@ class CostModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearLimit:
-    """One limit of a target as `fixed + sum of cost(block) <= upper`; `reference` is the parent's own total."""
+    """One limit of a target as `fixed + sum of cost(block) <= upper`; `reference` is the parent's own total.
+
+    `kv_bytes` holds each block's cache bytes per token where the limit is on cached tokens: its total is weights and
+    the cache of `bound` tokens, and another number of tokens is read out of it with these.
+    """
 
     limit: Limit
     name: str
@@ -78,16 +90,49 @@ class LinearLimit:
     reference: float
     work: float
     cost: Mapping[str, float]
+    kv_bytes: Mapping[str, float] | None = None
 
     def total(self, blocks: Sequence[BlockSpec]) -> float:
         """Return what a choice of blocks needs."""
         return self.fixed + sum(self.cost[block.key] for block in blocks)
 
-    def quantity(self, total: float) -> float:
-        """Return a total in the unit of the limit's bound: a speed, or a ratio to the parent where it is relative."""
+    def reached(self, blocks: Sequence[BlockSpec]) -> float:
+        """Return what a choice of blocks reaches, in the unit of the limit's bound."""
+        total = self.total(blocks)
+        if self.kv_bytes is not None:
+            kv_bytes = sum(self.kv_bytes[block.key] for block in blocks)
+            weights_bytes = total - self.limit.bound * kv_bytes
+            return cached_tokens(self.upper, weights_bytes=weights_bytes, kv_bytes_per_token=kv_bytes)
+        return self._in_unit(total)
+
+    def best(self, layers: Sequence[Sequence[BlockSpec]]) -> float:
+        """Return the best that any choice of one block per layer reaches, in the unit of the limit's bound."""
+        if self.kv_bytes is None:
+            return self._in_unit(self.fixed + sum(min(self.cost[block.key] for block in layer) for layer in layers))
+        # A ratio of two sums does not separate over layers. For a given number of tokens the least bytes do, and the
+        # tokens that fit beside that choice never are fewer; when they are no more, nothing holds more (Dinkelbach).
+        kv_bytes, tokens = self.kv_bytes, 0.0
+        while True:
+            chosen = [
+                min(layer, key=lambda block: self.cost[block.key] + (tokens - self.limit.bound) * kv_bytes[block.key])
+                for layer in layers
+            ]
+            reached = self.reached(chosen)
+            if reached <= tokens * (1 + 1e-12):
+                return reached
+            tokens = reached
+
+    def _in_unit(self, total: float) -> float:
+        """Return a total as a speed, or as a ratio to the parent where the bound is relative."""
         if self.limit.quantity in SPEEDS:
             return self.reference / total if self.limit.relative_to == "parent" else 1000.0 * self.work / total
         return total / self.reference if self.limit.relative_to == "parent" else total
+
+
+def cached_tokens(device_memory_bytes: float, *, weights_bytes: float, kv_bytes_per_token: float) -> float:
+    """Return how many tokens' KV cache fits beside the weights: none where these do not fit themselves."""
+    free_bytes = max(0.0, device_memory_bytes - weights_bytes)
+    return free_bytes / kv_bytes_per_token if kv_bytes_per_token else ANY_NUMBER_OF_TOKENS * (free_bytes > 0)
 
 
 def linear_limits(
@@ -102,11 +147,38 @@ def linear_limits(
     return tuple(_linear(limit, costs=costs, blocks=distinct, speed_margin=speed_margin) for limit in limits)
 
 
+def cached_tokens_limit(
+    limit: Limit, *, model: Architecture, bytes_per_value: float, blocks: Mapping[str, BlockSpec]
+) -> LinearLimit:
+    """Return the row of a limit on cached tokens: weights and the cache of `bound` tokens, in bytes."""
+    assert limit.device_memory_gb is not None
+
+    def kv_bytes(block: BlockSpec) -> float:
+        return bytes_per_value * kv_values_per_token(model, block.attention)
+
+    def cost_bytes(block: BlockSpec) -> float:
+        return bytes_per_value * block_parameters(model, block) + limit.bound * kv_bytes(block)
+
+    fixed = bytes_per_value * embedding_parameters(model)
+    return LinearLimit(
+        limit=limit,
+        name=describe_limit(limit),
+        fixed=fixed,
+        upper=limit.device_memory_gb * GB,
+        reference=fixed + sum(map(cost_bytes, model.blocks)),
+        work=0.0,
+        cost={key: cost_bytes(block) for key, block in blocks.items()},
+        kv_bytes={key: kv_bytes(block) for key, block in blocks.items()},
+    )
+
+
 def describe_limit(limit: Limit) -> str:
     """Return a limit as a person would write it: `decode_speed (chat) >= 1.5 x parent`."""
     where = "" if limit.scenario is None else f" ({limit.scenario})"
-    sign = ">=" if limit.quantity in SPEEDS else "<="
-    return f"{limit.quantity}{where} {sign} {limit.bound:,g}{' x parent' if limit.relative_to == 'parent' else ''}"
+    sign = ">=" if limit.quantity in LOWER_BOUNDS else "<="
+    unit = " x parent" if limit.relative_to == "parent" else ""
+    unit = unit if limit.device_memory_gb is None else f" in {limit.device_memory_gb:,g} GB"
+    return f"{limit.quantity}{where} {sign} {limit.bound:,g}{unit}"
 
 
 def predict(blocks: Sequence[BlockSpec], *, costs: CostModel) -> dict[str, float]:
@@ -122,14 +194,16 @@ def predict(blocks: Sequence[BlockSpec], *, costs: CostModel) -> dict[str, float
     for scenario in costs.profile.scenarios:
         time_ms = {phase: costs.predicted_ms(blocks, scenario.name, phase) for phase in PHASES}
         parent_ms = {phase: costs.calibration.get(scenario.name, phase).parent_ms for phase in PHASES}
-        cached = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
+        tokens = scenario.num_tokens
+        latency_ms = time_ms["prefill"] + scenario.generation_tokens * time_ms["decode"]
         found |= {
             f"{scenario.name}_prefill_ms": time_ms["prefill"],
             f"{scenario.name}_decode_ms": time_ms["decode"],
             f"{scenario.name}_prefill_speedup": parent_ms["prefill"] / time_ms["prefill"],
             f"{scenario.name}_decode_speedup": parent_ms["decode"] / time_ms["decode"],
-            f"{scenario.name}_latency_ms": time_ms["prefill"] + scenario.generation_tokens * time_ms["decode"],
-            f"{scenario.name}_memory_mib": (num_parameters * costs.bytes_per_value + kv_bytes * cached) / MIB,
+            f"{scenario.name}_latency_ms": latency_ms,
+            f"{scenario.name}_throughput": 1000.0 * tokens / latency_ms,
+            f"{scenario.name}_memory_mib": (num_parameters * costs.bytes_per_value + kv_bytes * tokens) / MIB,
         }
     return found
 
@@ -141,6 +215,8 @@ def headline_scenario(limits: Sequence[Limit], quantity: str, *, profile: Profil
 
 
 def _linear(limit: Limit, *, costs: CostModel, blocks: Mapping[str, BlockSpec], speed_margin: float) -> LinearLimit:
+    if limit.quantity == "cached_tokens":
+        return cached_tokens_limit(limit, model=costs.parent, bytes_per_value=costs.bytes_per_value, blocks=blocks)
     fixed, cost, reference, work = _parts(limit, costs=costs, blocks=blocks)
     is_speed = limit.quantity in SPEEDS
     if limit.relative_to == "parent":
@@ -169,9 +245,10 @@ def _parts(
     scenario = costs.scenario(limit.scenario)
     if limit.quantity == "memory_mib":
         return (*_memory(scenario, costs=costs, blocks=blocks), 0.0)
+    generated = float(scenario.generation_tokens)
     weight: dict[Phase, float] = {
-        "prefill": float(limit.quantity in ("prefill_speed", "latency_ms")),
-        "decode": {"decode_speed": 1.0, "latency_ms": float(scenario.generation_tokens)}.get(limit.quantity, 0.0),
+        "prefill": float(limit.quantity != "decode_speed"),
+        "decode": {"decode_speed": 1.0, "throughput": generated, "latency_ms": generated}.get(limit.quantity, 0.0),
     }
     entries = {phase: costs.calibration.get(scenario.name, phase) for phase in PHASES}
     factor = {phase: weight[phase] * entries[phase].factor for phase in PHASES}
@@ -181,8 +258,12 @@ def _parts(
         for key, block in blocks.items()
     }
     reference = sum(weight[phase] * entries[phase].parent_ms for phase in PHASES)
-    tokens = 1 if limit.quantity == "decode_speed" else scenario.prompt_tokens
-    return fixed, cost, reference, scenario.batch_size * tokens
+    work = {
+        "decode_speed": scenario.batch_size,
+        "prefill_speed": scenario.batch_size * scenario.prompt_tokens,
+        "throughput": scenario.num_tokens,
+    }
+    return fixed, cost, reference, work.get(limit.quantity, 0.0)
 
 
 def _counted(
@@ -206,7 +287,7 @@ def _memory(
     scenario: Scenario, *, costs: CostModel, blocks: Mapping[str, BlockSpec]
 ) -> tuple[float, dict[str, float], float]:
     model, per_value_mib = costs.parent, costs.bytes_per_value / MIB
-    cached = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
+    cached = scenario.num_tokens
 
     def block_mib(block: BlockSpec) -> float:
         return per_value_mib * (block_parameters(model, block) + cached * kv_values_per_token(model, block.attention))

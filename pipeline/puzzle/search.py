@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+from pydantic import Field
 
 from pipeline.architecture import Architecture, BlockSpec, Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.errors import ArtifactError, RecipeError
-from pipeline.puzzle.baselines import greedy
 from pipeline.puzzle.calibration import Calibration
-from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
+from pipeline.puzzle.mip import Candidate, Problem, Solution, solve_pool, violated_limits
 from pipeline.puzzle.predictions import CostModel, LinearLimit, linear_limits, predict
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
-from pipeline.puzzle.tables import PROFILE, SCORES, read_table
-from pipeline.recipe import Limit, Pin, ProfileConfig, Requirements, SearchConfig
+from pipeline.puzzle.tables import PROFILE, read_table
+from pipeline.recipe import Limit, Objective, Pin, ProfileConfig, Requirements, SearchConfig
 
 CALIBRATION_FILE = "calibration.json"
 ARCHITECTURE_FILE = "architecture.json"
 SOLUTION_FILE = "solution.json"
+POOL_FILE = "pool.json"
 
 
 class LimitRecord(Frozen):
@@ -38,9 +39,8 @@ class SolutionRecord(Frozen):
     target_name: str
     status: Literal["optimal", "feasible"]
     gap: float
-    objective_name: Literal["kl", "lm_loss"]
+    objective_name: Objective
     objective: float
-    greedy_objective: float | None
     architecture: Architecture
     layer_scores: tuple[float, ...]
     predicted: dict[str, float]
@@ -50,6 +50,12 @@ class SolutionRecord(Frozen):
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The chosen block of every layer."""
         return self.architecture.blocks
+
+
+class SolutionPool(Frozen):
+    """The different answers to one programme, the best first."""
+
+    solutions: tuple[SolutionRecord, ...] = Field(min_length=1)
 
 
 def read_costs(profile_dir: Path, *, profile: ProfileConfig) -> CostModel:
@@ -81,24 +87,47 @@ def recalibrated(costs: CostModel, calibration: Calibration) -> CostModel:
 
 def search(
     scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
-) -> SolutionRecord:
-    """Solve the programme of one target.
+) -> tuple[SolutionRecord, ...]:
+    """Solve the programme of one target; return its pool of answers, the best first.
 
     Raises:
         InfeasibleError: when no choice of blocks meets its limits.
         RecipeError: when a pin asks for a block that was never scored.
     """
     problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
-    solution = solve(problem, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
-    baseline = greedy(problem)
+    solutions = solve_pool(
+        problem, settings.pool, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap
+    )
+    return tuple(
+        record_solution(
+            solution,
+            problem=problem,
+            base_value=base_value(scores, settings.objective),
+            costs=costs,
+            target_name=target_name,
+            settings=settings,
+        )
+        for solution in solutions
+    )
+
+
+def record_solution(
+    solution: Solution,
+    *,
+    problem: Problem,
+    base_value: float,
+    costs: CostModel,
+    target_name: str,
+    settings: SearchConfig,
+) -> SolutionRecord:
+    """Return a solution with everything it promises; `base_value` is what its summed scores are added to."""
     broken = violated_limits(solution.blocks, problem.limits)
     return SolutionRecord(
         target_name=target_name,
         status=solution.status,
         gap=solution.gap,
         objective_name=settings.objective,
-        objective=solution.objective,
-        greedy_objective=None if baseline is None else sum(candidate.score for candidate in baseline),
+        objective=base_value + solution.objective,
         architecture=costs.parent.with_blocks(solution.blocks),
         layer_scores=tuple(candidate.score for candidate in solution.chosen),
         predicted=predict(solution.blocks, costs=costs),
@@ -111,9 +140,10 @@ def build_problem(
 ) -> Problem:
     """Return the candidates that the pins leave, with their scores, and the target's limits.
 
-    The lm_loss objective counts what a block adds to the parent's own loss, so that the parent's blocks score 0.
+    A score is what the block adds to the measure of the model that was scored, so that this model's own blocks score 0.
     """
     parent = costs.parent.homogeneous_block()
+    base = base_value(scores, settings.objective)
     layers: list[list[Candidate]] = [[] for _ in costs.parent.blocks]
     for row in scores.iter_rows(named=True):
         block = BlockSpec(
@@ -121,13 +151,7 @@ def build_problem(
             ffn=ffn_from_key(row["ffn"]),
             parent_layers=(row["layer"],),
         )
-        layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective]))
-    if settings.objective == "lm_loss":
-        parent_loss = _parent_loss(scores, parent)
-        layers = [
-            [replace(candidate, score=candidate.score - parent_loss) for candidate in candidates]
-            for candidates in layers
-        ]
+        layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective] - base))
     for pin in requirements.pins:
         layers = _pinned(layers, pin, parent=parent)
     blocks = [candidate.block for candidates in layers for candidate in candidates]
@@ -137,9 +161,21 @@ def build_problem(
     )
 
 
-def read_scores(directory: Path) -> pl.DataFrame:
-    """Read the scores of a block_scores artifact."""
-    return read_table(directory, SCORES)
+def base_value(scores: pl.DataFrame, objective: Objective) -> float:
+    """Return the measure of the model that was scored, before any block of it is replaced.
+
+    Raises:
+        ArtifactError: when the table has no row of its own blocks, and the measure is not 0 by definition.
+    """
+    rows = scores.filter("is_base")
+    if not rows.is_empty():
+        return float(rows[objective][0])
+    if objective == "lm_loss":
+        raise ArtifactError(
+            "the score table has no row of the parent's own block, so lm_loss has nothing to be compared with: allow "
+            "'parent' in some layer of search_space, or minimise kl"
+        )
+    return 0.0  # no layer may stay as it is: scored around the parent, which is no distance from itself
 
 
 def write_solution(directory: Path, record: SolutionRecord) -> None:
@@ -148,15 +184,18 @@ def write_solution(directory: Path, record: SolutionRecord) -> None:
 
 
 def read_solution(directory: Path) -> SolutionRecord:
-    """Read solution.json of a mip_solution or child_checkpoint artifact."""
+    """Read solution.json of a mip_solution, refined_solution or child_checkpoint artifact."""
     return SolutionRecord.model_validate_json((directory / SOLUTION_FILE).read_bytes())
 
 
-def _parent_loss(scores: pl.DataFrame, parent: BlockSpec) -> float:
-    rows = scores.filter((pl.col("attention") == parent.attention.key) & (pl.col("ffn") == parent.ffn.key))
-    if rows.is_empty():
-        raise ArtifactError("the score table has no row of the parent's own block: materialize block_scores again")
-    return float(rows["lm_loss"][0])
+def write_pool(directory: Path, pool: SolutionPool) -> None:
+    """Write pool.json."""
+    write_atomically(directory / POOL_FILE, (pool.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_pool(directory: Path) -> SolutionPool:
+    """Read pool.json of a mip_solution artifact."""
+    return SolutionPool.model_validate_json((directory / POOL_FILE).read_bytes())
 
 
 def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpec) -> list[list[Candidate]]:
@@ -180,4 +219,4 @@ def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpe
 
 
 def _limit_record(limit: LinearLimit, blocks: Sequence[BlockSpec], *, is_met: bool) -> LimitRecord:
-    return LimitRecord(limit=limit.limit, name=limit.name, predicted=limit.quantity(limit.total(blocks)), is_met=is_met)
+    return LimitRecord(limit=limit.limit, name=limit.name, predicted=limit.reached(blocks), is_met=is_met)

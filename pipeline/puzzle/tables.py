@@ -12,16 +12,20 @@ SCORES = "scores.parquet"
 PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
 LOSSES = "losses.parquet"
+CHILDREN = "children.parquet"
 
 SCHEMAS: dict[str, Schema] = {
-    # One row per layer and composed block, the parent's own included. kl in nats per token against the parent; lm_loss
-    # in nats per predicted token.
+    # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
+    # own blocks are rows too (is_base), all with the base's own measures. Measures as in pipeline.puzzle.divergence.
     SCORES: {
         "layer": pl.Int64,
         "attention": pl.String,
         "ffn": pl.String,
+        "is_base": pl.Boolean,
         "kl": pl.Float64,
         "lm_loss": pl.Float64,
+        "hidden_cosine": pl.Float64,
+        "top1_error": pl.Float64,
         "num_tokens": pl.Int64,
     },
     # part is attention, ffn or fixed (all that is outside the layers). A decode time is one step of the whole batch.
@@ -40,6 +44,24 @@ SCHEMAS: dict[str, Schema] = {
         "num_parameters": pl.Int64,
         "weights_mib": pl.Float64,
         "kv_bytes_per_token": pl.Float64,
+    },
+    # One row per whole child of one target: what chose it, where its weights come from (library or surgery), measures
+    # against the parent, and how many times faster than the parent it was measured to be in the target's scenario.
+    CHILDREN: {
+        "method": pl.String,
+        "weights": pl.String,
+        "kl": pl.Float64,
+        "lm_loss": pl.Float64,
+        "hidden_cosine": pl.Float64,
+        "top1_error": pl.Float64,
+        "num_tokens": pl.Int64,
+        "num_parameters": pl.Int64,
+        "scenario": pl.String,
+        "phase": pl.String,
+        "predicted_speedup": pl.Float64,
+        "measured_speedup": pl.Float64,
+        "speedup_low": pl.Float64,
+        "speedup_high": pl.Float64,
     },
     LOSSES: {
         "layer": pl.Int64,

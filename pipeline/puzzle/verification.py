@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.architecture import Architecture
-from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters, weight_mib
+from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters
 from pipeline.puzzle.calibration import PHASES, Calibration, Phase, calibrate
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.mip import VERIFICATION_TOLERANCE
-from pipeline.puzzle.predictions import SPEEDS, CostModel, describe_limit
+from pipeline.puzzle.predictions import GB, LOWER_BOUNDS, SPEEDS, TIMED, CostModel, cached_tokens, describe_limit
 from pipeline.puzzle.search import LimitRecord, SolutionRecord
 from pipeline.recipe import Limit, ProfileConfig, Scenario
 
@@ -97,35 +97,39 @@ def _check(record: LimitRecord, measurements: Measurements, *, costs: CostModel,
 
 
 def _meets(limit: Limit, value: float, *, tolerance: float) -> bool:
-    if limit.quantity in SPEEDS:
+    if limit.quantity in LOWER_BOUNDS:
         return value >= limit.bound * (1 - tolerance)
     return value <= limit.bound * (1 + tolerance)
 
 
 def _timed(limit: Limit, measurements: Measurements, *, model: str, scenario: Scenario) -> float | None:
     """Return a timed quantity in the unit of its bound, None for a counted one."""
-    if limit.quantity in SPEEDS:
+    if limit.quantity not in TIMED:
+        return None
+    is_relative = limit.relative_to == "parent"
+    if limit.quantity in ("decode_speed", "prefill_speed"):
         phase: Phase = "decode" if limit.quantity == "decode_speed" else "prefill"
-        if limit.relative_to == "parent":
+        if is_relative:
             return measurements.speedup(model, scenario.name, phase, over=PARENT).median
         return measurements.tokens_per_second(model, scenario, phase).median
-    if limit.quantity != "latency_ms":
-        return None
-    latency_ms = _latency_ms(measurements, model=model, scenario=scenario)
-    is_relative = limit.relative_to == "parent"
-    return latency_ms / _latency_ms(measurements, model=PARENT, scenario=scenario) if is_relative else latency_ms
-
-
-def _latency_ms(measurements: Measurements, *, model: str, scenario: Scenario) -> float:
-    prefill_ms = measurements.median_ms(model, scenario.name, "prefill")
-    return prefill_ms + scenario.generation_tokens * measurements.median_ms(model, scenario.name, "decode")
+    generated = 0 if limit.quantity == "time_to_first_token_ms" else scenario.generation_tokens
+    time_ms, parent_ms = (
+        measurements.median_ms(one, scenario.name, "prefill")
+        + generated * measurements.median_ms(one, scenario.name, "decode")
+        for one in (model, PARENT)
+    )
+    if limit.quantity in SPEEDS:
+        return parent_ms / time_ms if is_relative else 1000.0 * scenario.num_tokens / time_ms
+    return time_ms / parent_ms if is_relative else time_ms
 
 
 def _counted(limit: Limit, architecture: Architecture, *, scenario: Scenario | None, bytes_per_value: float) -> float:
+    count = num_parameters(architecture)
     if limit.quantity == "num_parameters":
-        return num_parameters(architecture)
+        return count
     kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=bytes_per_value)
-    if scenario is None:
-        return kv_bytes
-    cached = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
-    return weight_mib(num_parameters(architecture), bytes_per_parameter=bytes_per_value) + kv_bytes * cached / MIB
+    weights_bytes = bytes_per_value * count
+    if limit.device_memory_gb is not None:
+        memory_bytes = limit.device_memory_gb * GB
+        return cached_tokens(memory_bytes, weights_bytes=weights_bytes, kv_bytes_per_token=kv_bytes)
+    return kv_bytes if scenario is None else (weights_bytes + kv_bytes * scenario.num_tokens) / MIB

@@ -18,7 +18,13 @@ from pipeline.recipe.data import (
     ReasoningTask,
     SourceConfig,
 )
-from pipeline.recipe.measuring import EvaluationConfig, MeasurementConfig, SpeedReportConfig, Thresholds
+from pipeline.recipe.measuring import (
+    BaselinesConfig,
+    EvaluationConfig,
+    MeasurementConfig,
+    SpeedReportConfig,
+    Thresholds,
+)
 from pipeline.recipe.parent import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 from pipeline.recipe.puzzle import (
     AttentionOption,
@@ -30,8 +36,11 @@ from pipeline.recipe.puzzle import (
     ImportanceConfig,
     LayerOverride,
     Limit,
+    Objective,
     Pin,
+    PoolConfig,
     ProfileConfig,
+    RefinementConfig,
     Requirements,
     Scenario,
     SearchConfig,
@@ -54,6 +63,7 @@ from pipeline.recipe.whole import Recipe
 
 __all__ = [
     "AttentionOption",
+    "BaselinesConfig",
     "BlockLibraryConfig",
     "BlockLoss",
     "BlockScoresConfig",
@@ -81,9 +91,11 @@ __all__ = [
     "MultipleChoiceSet",
     "Name",
     "NonNegativeFloat",
+    "Objective",
     "OptimizerConfig",
     "ParentConfig",
     "Pin",
+    "PoolConfig",
     "Positive",
     "PositiveFloat",
     "Precision",
@@ -95,6 +107,7 @@ __all__ = [
     "Ratio",
     "ReasoningTask",
     "Recipe",
+    "RefinementConfig",
     "Requirements",
     "SFTConfig",
     "Scenario",

@@ -1,5 +1,9 @@
 """How checkpoints are measured, and what each artifact must reach."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from pipeline.architecture import Frozen
 from pipeline.recipe.types import Positive, PositiveFloat, Precision, Ratio
 
@@ -26,6 +30,17 @@ class SpeedReportConfig(MeasurementConfig):
     """The measurement, and the device whose cached tokens are counted."""
 
     device_memory_gib: PositiveFloat
+
+    @property
+    def measurement(self) -> MeasurementConfig:
+        """The part that decides how speed is measured."""
+        return MeasurementConfig(rounds=self.rounds, warmups=self.warmups)
+
+
+class BaselinesConfig(MeasurementConfig):
+    """The measurement of the children that simpler methods choose, and how many of them are drawn at random."""
+
+    num_random: Annotated[int, Field(ge=0)]
 
     @property
     def measurement(self) -> MeasurementConfig:

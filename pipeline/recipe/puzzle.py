@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
+from pipeline.devices import DEVICES
 from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
 
 AttentionOption = Literal["parent", "linear", "no_op"] | Positive
@@ -54,9 +55,11 @@ class BlockLibraryConfig(Frozen):
     """Decoupled block-wise local distillation (Puzzle, section 3).
 
     `loss` divides the squared error by the squared output of the whole batch (`tensor`, the paper's) or token by token.
+    The first `closed_form_tokens` of `tokens` give each variant's last matrix a least-squares start; 0: the paper's.
     """
 
     tokens: Positive
+    closed_form_tokens: Annotated[int, Field(ge=0)]
     loss: BlockLoss
     batch_size: Positive
     learning_rate: PositiveFloat
@@ -67,6 +70,15 @@ class BlockLibraryConfig(Frozen):
     betas: tuple[Ratio, Ratio]
     max_grad_norm: PositiveFloat
     precision: Precision
+
+    @model_validator(mode="after")
+    def _closed_form_reads_tokens_of_the_training(self) -> Self:
+        if self.closed_form_tokens > self.tokens:
+            raise ValueError(
+                f"block_library.closed_form_tokens is {self.closed_form_tokens:,} of {self.tokens:,} tokens: give at "
+                "most block_library.tokens"
+            )
+        return self
 
 
 class BlockScoresConfig(Frozen):
@@ -87,14 +99,23 @@ class Scenario(Frozen):
     prompt_tokens: Positive
     generation_tokens: Positive
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens of the whole batch."""
+        return self.batch_size * (self.prompt_tokens + self.generation_tokens)
+
 
 class ProfileConfig(Frozen):
-    """Measured block times. The median over `repeats` is kept; `warmups` runs are thrown away.
+    """What blocks cost in time: measured where the stage runs (`torch`), or computed for a named device (`roofline`).
 
-    Times are measured in `precision`; weights and cached values are counted in `served_precision`, the one the child
-    will be deployed in.
+    Times are measured in `precision`, the median over `repeats` kept and `warmups` runs thrown away; whole models are
+    always measured so. Weights and cached values are counted, and a roofline computes, in `served_precision`, the one
+    the child will be deployed in. A roofline may split the model over `tensor_parallel_size` such devices.
     """
 
+    backend: Literal["torch", "roofline"]
+    device: Name | None = None
+    tensor_parallel_size: Positive | None = None
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)]
     precision: Precision
     served_precision: ServedPrecision
@@ -102,15 +123,64 @@ class ProfileConfig(Frozen):
     warmups: Positive
     repeats: Positive
 
+    @model_validator(mode="after")
+    def _device_belongs_to_roofline(self) -> Self:
+        if self.backend == "torch":
+            for name, value in (("device", self.device), ("tensor_parallel_size", self.tensor_parallel_size)):
+                if value is not None:
+                    raise ValueError(
+                        f"block_profile.{name} is {value!r} with backend 'torch', which measures the machine it runs "
+                        "on: take it out, or set backend: roofline"
+                    )
+            return self
+        if self.device not in DEVICES:
+            raise ValueError(
+                f"block_profile.device is {self.device!r}; backend 'roofline' needs one of {', '.join(DEVICES)}"
+            )
+        if self.served_precision == "fp8" and not DEVICES[self.device].computes_fp8:
+            able = ", ".join(name for name, device in DEVICES.items() if device.computes_fp8)
+            raise ValueError(
+                f"block_profile.device {self.device} does not compute in the served_precision fp8; choose {able}, or "
+                "served_precision: bf16"
+            )
+        return self
+
+
+Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error"]
+
+
+class PoolConfig(Frozen):
+    """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it.
+
+    (Puzzle, appendix B: alpha.)
+    """
+
+    num_solutions: Positive
+    max_overlap: Annotated[float, Field(ge=0, lt=1)]
+
+
+class RefinementConfig(Frozen):
+    """Scoring of whole children, and the rounds that improve the best of them.
+
+    Each of at most `rounds` rounds measures every block again with the best child's other blocks in place, and solves
+    the programme with at most `max_changed_layers` layers changed. It ends when no answer is better as a whole model.
+    """
+
+    tokens: Positive
+    rounds: Annotated[int, Field(ge=0)]
+    max_changed_layers: Positive
+
 
 class SearchConfig(Frozen):
-    """The integer programme: which score it minimises, and when the solver may stop.
+    """The integer programme: which score it minimises, when the solver may stop, and what is done with its answers.
 
     Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
     `speed_tolerance`.
     """
 
-    objective: Literal["kl", "lm_loss"]
+    objective: Objective
+    pool: PoolConfig
+    refinement: RefinementConfig
     time_limit_s: PositiveFloat
     relative_gap: NonNegativeFloat
     max_recalibrations: Annotated[int, Field(ge=0)]
@@ -118,26 +188,57 @@ class SearchConfig(Frozen):
     speed_tolerance: Ratio
 
 
+Quantity = Literal[
+    "decode_speed",
+    "prefill_speed",
+    "throughput",
+    "latency_ms",
+    "time_to_first_token_ms",
+    "memory_mib",
+    "cached_tokens",
+    "num_parameters",
+    "kv_bytes_per_token",
+]
+COUNTED_WITHOUT_SCENARIO = ("cached_tokens", "num_parameters", "kv_bytes_per_token")
+
+
 class Limit(Frozen):
     """One requirement on a child: a measured or counted quantity, an absolute bound or one relative to the parent.
 
-    `decode_speed` and `prefill_speed` are tokens per second in `scenario`; `memory_mib` is weights plus the scenario's
-    KV cache; the rest are counted. Speeds are lower bounds, everything else upper bounds.
+    `decode_speed` and `prefill_speed` are tokens per second of one phase of `scenario`; `throughput` is the scenario's
+    prompt and generated tokens per second of its `latency_ms` (Puzzle, appendix B); `time_to_first_token_ms` is its
+    prefill. `memory_mib` is weights plus the scenario's KV cache. `cached_tokens` is how many tokens' KV cache fits
+    beside the weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are
+    counted. Speeds and cached tokens are lower bounds, everything else upper bounds.
     """
 
-    quantity: Literal[
-        "decode_speed", "prefill_speed", "latency_ms", "memory_mib", "num_parameters", "kv_bytes_per_token"
-    ]
+    quantity: Quantity
     scenario: Name | None
     bound: PositiveFloat
     relative_to: Literal["parent", "absolute"]
+    device_memory_gb: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _measured_quantities_name_a_scenario(self) -> Self:
-        needs = self.quantity in ("decode_speed", "prefill_speed", "latency_ms", "memory_mib")
+        needs = self.quantity not in COUNTED_WITHOUT_SCENARIO
         if needs != (self.scenario is not None):
             raise ValueError(
-                f"limit {self.quantity} has scenario {self.scenario!r}; it {'needs' if needs else 'takes no'} one"
+                f"limit {self.quantity} has scenario {self.scenario!r}; it {'needs one' if needs else 'takes none'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_tokens_name_a_memory(self) -> Self:
+        needs = self.quantity == "cached_tokens"
+        if needs != (self.device_memory_gb is not None):
+            raise ValueError(
+                f"limit {self.quantity} has device_memory_gb {self.device_memory_gb}; it "
+                f"{'needs one' if needs else 'takes none'}"
+            )
+        if needs and self.relative_to == "parent":
+            raise ValueError(
+                "limit cached_tokens is relative to the parent, beside which none may fit; give the number of tokens "
+                "and relative_to: absolute"
             )
         return self
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
-from pipeline.recipe.measuring import EvaluationConfig, SpeedReportConfig, Thresholds
+from pipeline.recipe.measuring import BaselinesConfig, EvaluationConfig, SpeedReportConfig, Thresholds
 from pipeline.recipe.parent import ParentConfig
 from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
@@ -49,6 +49,7 @@ class Recipe(Frozen):
     search: SearchConfig
     targets: Annotated[dict[Name, Target], Field(min_length=1)]
     default_target: Name
+    baselines: BaselinesConfig
     fusion: FusionConfig
     kd: DistillationConfig
     cpt: PretrainingConfig
@@ -85,6 +86,7 @@ class Recipe(Frozen):
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
             ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
+            ("search.refinement.tokens", self.search.refinement.tokens, self.distillation_mix.validation_tokens),
             ("kd.tokens", self.kd.tokens, self.distillation_mix.tokens),
             ("cpt.tokens", self.cpt.tokens, self.pretraining_mix.tokens),
         ):

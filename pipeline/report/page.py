@@ -32,7 +32,7 @@ DATA_STAGES = (
     "reasoning_toggle_dataset",
     "rl_prompts",
 )
-SEARCH_STAGES = ("mip_solution", "child_checkpoint")
+SEARCH_STAGES = ("mip_solution", "refined_solution", "baselines", "child_checkpoint")
 VERSIONS = ("refit", "torch", "transformers", "deepspeed", "pulp", "highspy", "polars", "reasoning-gym", "dagster")
 
 

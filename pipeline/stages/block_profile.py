@@ -1,4 +1,4 @@
-"""block_profile: measured prefill and decode time of every subblock variant, with exact weight and KV memory."""
+"""block_profile: prefill and decode time of every subblock variant, with exact weight and KV memory."""
 
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from pipeline.model.checkpoint import TORCH_DTYPES, read_architecture
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks
 from pipeline.puzzle.predictions import FIXED
-from pipeline.puzzle.profiling import Profile, profile_blocks
+from pipeline.puzzle.profiling import Profile, Samples, profile_blocks
+from pipeline.puzzle.roofline import parent_times_ms, roofline_times
 from pipeline.puzzle.search import ARCHITECTURE_FILE, CALIBRATION_FILE
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.tables import MEMORY, PROFILE, SCHEMAS, write_table
@@ -32,16 +33,26 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
     """Write profile.parquet, memory.parquet, calibration.json and the parent's architecture.json."""
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
-    profile = profile_blocks(
-        architecture,
-        space,
-        profile=config.profile,
-        device=Ranks().device,
-        dtype=TORCH_DTYPES[config.profile.precision],
-        reporter=inputs.reporter,
-    )
+    if config.profile.backend == "roofline":
+        profile, num_repeats, facts = _roofline(architecture, space, profile=config.profile), 0, _where(config.profile)
+    else:
+        profile = profile_blocks(
+            architecture,
+            space,
+            profile=config.profile,
+            device=Ranks().device,
+            dtype=TORCH_DTYPES[config.profile.precision],
+            reporter=inputs.reporter,
+        )
+        num_repeats = config.profile.repeats
+        facts = {
+            "runtime": "torch eager",
+            "dtype": config.profile.precision,
+            "threads": str(config.profile.num_threads),
+            "hardware": describe_hardware(),
+        }
     out_dir.mkdir(parents=True, exist_ok=True)
-    times = _times(profile)
+    times = _times(profile, num_repeats=num_repeats)
     memory = _memory(architecture, space, profile=config.profile)
     write_table(out_dir, PROFILE, times)
     write_table(out_dir, MEMORY, memory)
@@ -52,14 +63,9 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
             "max_relative_residual": max(profile.residuals.values()),
             "max_drift": max(abs(drift) for drift in profile.drift.values()),
             "num_variants": len(space.distinct_attention) + len(space.distinct_ffn),
-            "num_repeats": config.profile.repeats,
+            "num_repeats": num_repeats,
         },
-        facts={
-            "runtime": "torch eager",
-            "dtype": config.profile.precision,
-            "threads": str(config.profile.num_threads),
-            "hardware": describe_hardware(),
-        },
+        facts=facts,
         tables={
             "block_times": _shown(times),
             "parent": _parent_table(profile),
@@ -68,10 +74,29 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
     )
 
 
-def _times(profile: Profile) -> pl.DataFrame:
-    rows = [
-        (*key, samples.median_ms, samples.spread_ms, len(samples.times_ms)) for key, samples in profile.samples.items()
-    ]
+def _roofline(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> Profile:
+    """Return what the named device's data sheet gives; the parent takes the sum of its blocks."""
+    times_ms = roofline_times(architecture, space, profile=profile)
+    sum_ms = parent_times_ms(architecture, times_ms)
+    return Profile(
+        samples={key: Samples(times_ms=(value,)) for key, value in times_ms.items()},
+        parent={key: Samples(times_ms=(value,)) for key, value in sum_ms.items()},
+        sum_ms=sum_ms,
+    )
+
+
+def _where(profile: ProfileConfig) -> dict[str, str]:
+    num_devices = profile.tensor_parallel_size or 1
+    return {
+        "runtime": f"roofline of {profile.device}",
+        "dtype": profile.served_precision,
+        "devices": str(num_devices),
+        "hardware": f"none: closed form from the data sheet of {num_devices} x {profile.device}",
+    }
+
+
+def _times(profile: Profile, *, num_repeats: int) -> pl.DataFrame:
+    rows = [(*key, samples.median_ms, samples.spread_ms, num_repeats) for key, samples in profile.samples.items()]
     return pl.DataFrame(rows, schema=SCHEMAS[PROFILE], orient="row")
 
 

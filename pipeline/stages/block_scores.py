@@ -4,19 +4,15 @@ import math
 import statistics
 from pathlib import Path
 
-import polars as pl
-import torch
-
-from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore
 from pipeline.data.packed import load_packed
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
 from pipeline.puzzle.devices import Ranks, num_threads, place
-from pipeline.puzzle.initial import module_with
-from pipeline.puzzle.library import BlockKey, LibraryIndex, load_block, read_index, trainable_keys
-from pipeline.puzzle.scoring import LayerVariants, Scores, score_blocks
-from pipeline.puzzle.search_space import SearchSpace, resolve
-from pipeline.puzzle.tables import SCHEMAS, SCORES, write_table
+from pipeline.puzzle.initial import library_variants
+from pipeline.puzzle.library import read_index
+from pipeline.puzzle.score_table import score_table, write_scores
+from pipeline.puzzle.scoring import Scores, score_blocks
+from pipeline.puzzle.search_space import resolve
 from pipeline.report.drawings import draw_scores, save_figures
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockScoresStage
@@ -29,75 +25,35 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
     dtype, device = TORCH_DTYPES[config.block_scores.precision], Ranks().device
     index, store = read_index(inputs["block_library"]), ArtifactStore(inputs.store_root)
 
-    def load_variants(layer: int) -> LayerVariants:
-        return _load_layer(layer, space, architecture, index=index, store=store, dtype=dtype, device=device)
-
     with num_threads(inputs.execution.num_threads):
         scores = score_blocks(
             place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
             space,
-            load_variants,
+            library_variants(space, architecture, index=index, store=store, dtype=dtype, device=device),
             load_packed(inputs["distillation_mix"], "validation").take(config.block_scores.tokens),
             work_dir=out_dir / WORK_DIR,
             reporter=inputs.reporter,
         )
-    table = _table(scores, space)
+    table = score_table(scores, space)
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_table(out_dir, SCORES, table)
-    num_non_finite = sum(not (math.isfinite(one.kl) and math.isfinite(one.lm_loss)) for one in scores.candidates)
+    write_scores(out_dir, table)
+    num_non_finite = sum(not math.isfinite(one.divergence.kl) for one in scores.candidates)
     return StageResult(
         metrics={
             "num_candidates": len(scores.candidates),
             "num_non_finite_scores": num_non_finite,
-            "num_tokens": scores.num_tokens,
-            "parent_lm_loss": scores.parent_lm_loss,
+            "num_tokens": scores.base.num_tokens,
+            "parent_lm_loss": scores.base.lm_loss,
         },
         figures=save_figures({"scores": draw_scores(table)}, out_dir=out_dir),
         tables={"kl_nats_per_token": _heat_map(scores), "by_block": _by_block(scores)},
     )
 
 
-def _load_layer(
-    layer: int,
-    space: SearchSpace,
-    architecture: Architecture,
-    *,
-    index: LibraryIndex,
-    store: ArtifactStore,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> LayerVariants:
-    keys: list[BlockKey] = [key for key in trainable_keys(space) if key.layer == layer]
-    return {
-        (key.subblock, key.variant): module_with(key, architecture, load_block(store, index, key), dtype=dtype).to(
-            device
-        )
-        for key in keys
-    }
-
-
-def _table(scores: Scores, space: SearchSpace) -> pl.DataFrame:
-    rows = [
-        (one.layer, one.block.attention.key, one.block.ffn.key, one.kl, one.lm_loss, one.num_tokens)
-        for one in scores.candidates
-    ]
-    for layer, options in enumerate(space.layers):
-        if space.parent.key in {block.key for block in options.blocks}:
-            key = (space.parent.attention.key, space.parent.ffn.key)
-            rows.append((layer, *key, 0.0, scores.parent_lm_loss, scores.num_tokens))
-    order = {
-        (layer, block.attention.key, block.ffn.key): position
-        for layer, options in enumerate(space.layers)
-        for position, block in enumerate(options.blocks)
-    }
-    rows.sort(key=lambda row: (row[0], order[row[0], row[1], row[2]]))
-    return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
-
-
 def _heat_map(scores: Scores) -> Table:
     """Return one row per layer and one column per composed block; a block that a layer may not become is empty."""
     columns = list(dict.fromkeys(one.block.key for one in scores.candidates))
-    kl = {(one.layer, one.block.key): one.kl for one in scores.candidates}
+    kl = {(one.layer, one.block.key): one.divergence.kl for one in scores.candidates}
     layers = sorted({one.layer for one in scores.candidates})
     return Table.of(
         ("layer", *columns), [(layer, *(_shown(kl.get((layer, key))) for key in columns)) for layer in layers]
@@ -107,7 +63,7 @@ def _heat_map(scores: Scores) -> Table:
 def _by_block(scores: Scores) -> Table:
     groups: dict[str, list[float]] = {}
     for one in scores.candidates:
-        groups.setdefault(one.block.key, []).append(one.kl)
+        groups.setdefault(one.block.key, []).append(one.divergence.kl)
     return Table.of(
         ("block", "num_layers", "lowest_kl", "median_kl", "highest_kl"),
         [

@@ -162,6 +162,34 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="The chosen blocks, added up from the tables, meet every limit.",
         ),
     ),
+    "refined_solution": (
+        Check(
+            name="solution_verified",
+            metric="num_violated_limits",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="The chosen blocks, added up from the tables, meet every limit.",
+        ),
+        Check(
+            name="chosen_is_no_worse_than_the_first_answer",
+            metric="chosen_over_first",
+            comparison="<=",
+            bound=1,
+            blocking=True,
+            description="The chosen child, as a whole model, is no farther from the parent than the first answer.",
+        ),
+    ),
+    "baselines": (
+        Check(
+            name="search_beats_the_baselines",
+            metric="kl_over_best_baseline",
+            comparison="<=",
+            bound=1,
+            blocking=False,
+            description="As whole models, before any distillation, no simpler method's child is closer to the parent.",
+        ),
+    ),
     "child_checkpoint": (
         Check(
             name="target_is_met_when_measured",

@@ -1,7 +1,7 @@
 """child_checkpoint: the child assembled from the library and measured against its parent, in turn.
 
-Short of the target, the measured child sets the calibration and the programme is solved again, at most
-`search.max_recalibrations` times; the last child that was assembled stays.
+Short of the target, the measured child sets the calibration and the programme over the refined scores is solved again,
+at most `search.max_recalibrations` times; the last child that was assembled stays.
 """
 
 import json
@@ -19,32 +19,34 @@ from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.library import read_index
 from pipeline.puzzle.measure import Measurements, measure_models
 from pipeline.puzzle.predictions import headline_scenario
+from pipeline.puzzle.score_table import read_scores
 from pipeline.puzzle.search import (
     SolutionRecord,
     read_costs,
-    read_scores,
     read_solution,
     recalibrated,
     search,
     write_solution,
 )
 from pipeline.puzzle.verification import CHILD, PARENT, CheckedLimit, check_limits, recalibrate
+from pipeline.recipe import PoolConfig
 from pipeline.report.drawings import save_figures
 from pipeline.report.figures import architecture_strip
 from pipeline.stage import VIEW_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import ChildStage
 
 SEARCH_LOG = "search_log.json"
+ONE_ANSWER = PoolConfig(num_solutions=1, max_overlap=0.0)
 
 
 def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write the child's checkpoint, the solution it is of, and the log of the search."""
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     costs = read_costs(inputs["block_profile"], profile=config.profile)
-    scores, index = read_scores(inputs["block_scores"]), read_index(inputs["block_library"])
+    scores, index = read_scores(inputs["refined_solution"]), read_index(inputs["block_library"])
     parent_dir = inputs["parent_checkpoint"]
     parent = place(load_model(parent_dir, dtype=dtype), device)
-    record = read_solution(inputs["mip_solution"])
+    record = read_solution(inputs["refined_solution"])
     log: list[dict[str, Any]] = []
     while True:
         assemble_child(
@@ -65,12 +67,12 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         inputs.reporter.note(f"measured short of {'; '.join(missed)}: calibrating on this child and solving again")
         costs = recalibrated(costs, recalibrate(record, measurements, costs=costs))
         try:
-            record = search(
+            record, *_ = search(
                 scores,
                 costs=costs,
                 target_name=config.target_name,
                 requirements=config.requirements,
-                settings=config.search,
+                settings=config.search.model_copy(update={"pool": ONE_ANSWER}),
             )
         except InfeasibleError as err:
             # The child at hand is the best answer there is; the check on num_missed_limits tells of it.

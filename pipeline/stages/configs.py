@@ -2,6 +2,7 @@
 
 from pipeline.architecture import Frozen
 from pipeline.recipe import (
+    BaselinesConfig,
     BlockLibraryConfig,
     BlockScoresConfig,
     CorporaConfig,
@@ -12,6 +13,7 @@ from pipeline.recipe import (
     MeasurementConfig,
     MixtureConfig,
     ParentConfig,
+    Precision,
     ProfileConfig,
     ReasoningTask,
     Requirements,
@@ -84,6 +86,28 @@ class MipStage(Frozen):
     requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
+
+
+class RefinedStage(Frozen):
+    """refined_solution."""
+
+    search_space: SearchSpaceConfig
+    target_name: str
+    requirements: Requirements
+    search: SearchConfig
+    profile: ProfileConfig
+    precision: Precision
+
+
+class BaselinesStage(Frozen):
+    """baselines."""
+
+    search_space: SearchSpaceConfig
+    requirements: Requirements
+    search: SearchConfig
+    profile: ProfileConfig
+    precision: Precision
+    baselines: BaselinesConfig
 
 
 class ChildStage(Frozen):

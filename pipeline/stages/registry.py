@@ -24,7 +24,8 @@ RunStage = Callable[[Frozen, StageInputs, Path], StageResult]
 class Stage:
     """One stage of the recipe and the asset it makes.
 
-    `version` is raised by hand when the stage computes something else for the same inputs.
+    `version` is raised by hand when the stage computes something else for the same inputs. `measures_hardware` says of
+    a recipe whether the stage's result holds for this machine alone.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Stage:
     description: str
     per_target: bool = False
     in_child: bool = False
-    measures_hardware: bool = False
+    measures_hardware: Callable[[Recipe], bool] = lambda recipe: False
     trains: bool = False
     runs_on_all_ranks: bool = False
     checks: tuple[Check, ...] = ()
@@ -75,6 +76,28 @@ def _mip(recipe: Recipe, target: str) -> Frozen:
         requirements=_target(recipe, target).requirements,
         search=recipe.search,
         profile=recipe.block_profile,
+    )
+
+
+def _refined(recipe: Recipe, target: str) -> Frozen:
+    return configs.RefinedStage(
+        search_space=recipe.search_space,
+        target_name=target,
+        requirements=_target(recipe, target).requirements,
+        search=recipe.search,
+        profile=recipe.block_profile,
+        precision=recipe.block_scores.precision,
+    )
+
+
+def _baselines(recipe: Recipe, target: str) -> Frozen:
+    return configs.BaselinesStage(
+        search_space=recipe.search_space,
+        requirements=_target(recipe, target).requirements,
+        search=recipe.search,
+        profile=recipe.block_profile,
+        precision=recipe.block_scores.precision,
+        baselines=recipe.baselines,
     )
 
 
@@ -180,7 +203,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=1,
+        version=2,
         inputs=("parent_checkpoint", "distillation_mix", "block_library"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
@@ -198,9 +221,9 @@ STAGES: tuple[Stage, ...] = (
         config=lambda recipe, _: configs.BlockProfileStage(
             search_space=recipe.search_space, profile=recipe.block_profile
         ),
-        description="Measured prefill and decode time of every variant, with exact weight and KV memory.",
+        description="Prefill and decode time of every variant, measured or computed, with exact weight and KV memory.",
         in_child=True,
-        measures_hardware=True,
+        measures_hardware=lambda recipe: recipe.block_profile.backend == "torch",
         checks=CHECKS["block_profile"],
     ),
     Stage(
@@ -247,24 +270,64 @@ STAGES: tuple[Stage, ...] = (
         name="mip_solution",
         group="target",
         module="pipeline.stages.mip_solution",
-        version=1,
+        version=2,
         inputs=("block_scores", "block_profile"),
         config=_mip,
-        description="One variant per layer: the lowest predicted loss that meets every limit of the target.",
+        description="One variant per layer, the lowest predicted loss that meets every limit; and answers unlike it.",
         per_target=True,
         checks=CHECKS["mip_solution"],
+    ),
+    Stage(
+        name="refined_solution",
+        group="target",
+        module="pipeline.stages.refined_solution",
+        version=1,
+        inputs=(
+            "mip_solution",
+            "block_scores",
+            "block_profile",
+            "block_library",
+            "parent_checkpoint",
+            "distillation_mix",
+        ),
+        config=_refined,
+        description="The programme's answers scored as whole models, and the best of them improved in rounds.",
+        per_target=True,
+        in_child=True,
+        checks=CHECKS["refined_solution"],
+    ),
+    Stage(
+        name="baselines",
+        group="target",
+        module="pipeline.stages.baselines",
+        version=1,
+        inputs=(
+            "refined_solution",
+            "block_scores",
+            "block_profile",
+            "block_library",
+            "channel_importance",
+            "parent_checkpoint",
+            "distillation_mix",
+        ),
+        config=_baselines,
+        description="What simpler methods choose under the same limits, scored as whole models and measured.",
+        per_target=True,
+        in_child=True,
+        measures_hardware=lambda _: True,
+        checks=CHECKS["baselines"],
     ),
     Stage(
         name="child_checkpoint",
         group="target",
         module="pipeline.stages.child_checkpoint",
-        version=2,
-        inputs=("mip_solution", "block_scores", "block_profile", "block_library", "parent_checkpoint"),
+        version=3,
+        inputs=("refined_solution", "block_profile", "block_library", "parent_checkpoint"),
         config=_child,
         description="The child assembled from the library and measured; the search is repeated where it falls short.",
         per_target=True,
         in_child=True,
-        measures_hardware=True,
+        measures_hardware=lambda recipe: True,
         checks=CHECKS["child_checkpoint"],
     ),
     Stage(
@@ -367,7 +430,7 @@ STAGES: tuple[Stage, ...] = (
         description="Prefill and decode of parent, child and final checkpoint, measured in turn; cached tokens.",
         per_target=True,
         in_child=True,
-        measures_hardware=True,
+        measures_hardware=lambda recipe: True,
         checks=CHECKS["speed_report"],
     ),
     Stage(
@@ -416,6 +479,8 @@ STAGES: tuple[Stage, ...] = (
             "block_scores",
             "block_profile",
             "mip_solution",
+            "refined_solution",
+            "baselines",
             "child_checkpoint",
             "fused_checkpoint",
             "kd_checkpoint",

@@ -36,6 +36,81 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"targets.light.limits": [{"quantity": "decode_speed", "scenario": None, "bound": 2, "relative_to": "parent"}]},
         ["limit decode_speed", "needs one"],
     ),
+    "cached tokens without a memory": (
+        {
+            "targets.light.limits": [
+                {"quantity": "cached_tokens", "scenario": None, "bound": 2, "relative_to": "absolute"}
+            ]
+        },
+        ["limit cached_tokens has device_memory_gb None; it needs one"],
+    ),
+    "memory of a quantity that takes none": (
+        {
+            "targets.light.limits": [
+                {
+                    "quantity": "num_parameters",
+                    "scenario": None,
+                    "bound": 2,
+                    "relative_to": "absolute",
+                    "device_memory_gb": 80,
+                }
+            ]
+        },
+        ["limit num_parameters has device_memory_gb 80", "takes none"],
+    ),
+    "cached tokens in a scenario": (
+        {
+            "targets.light.limits": [
+                {
+                    "quantity": "cached_tokens",
+                    "scenario": "chat",
+                    "bound": 2,
+                    "relative_to": "absolute",
+                    "device_memory_gb": 80,
+                }
+            ]
+        },
+        ["limit cached_tokens has scenario 'chat'"],
+    ),
+    "cached tokens relative to the parent": (
+        {
+            "targets.light.limits": [
+                {
+                    "quantity": "cached_tokens",
+                    "scenario": None,
+                    "bound": 2,
+                    "relative_to": "parent",
+                    "device_memory_gb": 80,
+                }
+            ]
+        },
+        ["limit cached_tokens is relative to the parent", "relative_to: absolute"],
+    ),
+    "profile without a backend": ({"block_profile.backend": None}, ["block_profile.backend", "'torch' or 'roofline'"]),
+    "roofline of no device": (
+        {"block_profile.backend": "roofline"},
+        ["block_profile.device is None", "h100-80gb, h200-141gb"],
+    ),
+    "roofline of an unknown device": (
+        {"block_profile.backend": "roofline", "block_profile.device": "h9000"},
+        ["block_profile.device is 'h9000'", "h100-80gb, h200-141gb"],
+    ),
+    "roofline of a device without FP8": (
+        {
+            "block_profile.backend": "roofline",
+            "block_profile.device": "a100-80gb",
+            "block_profile.served_precision": "fp8",
+        },
+        ["a100-80gb does not compute in the served_precision fp8", "h100-80gb"],
+    ),
+    "device of a measured profile": (
+        {"block_profile.device": "h100-80gb"},
+        ["block_profile.device is 'h100-80gb' with backend 'torch'"],
+    ),
+    "devices of a measured profile": (
+        {"block_profile.tensor_parallel_size": 8},
+        ["block_profile.tensor_parallel_size is 8 with backend 'torch'"],
+    ),
     "limit in an unknown scenario": (
         {"targets.light.limits": [{"quantity": "memory_mib", "scenario": "x", "bound": 2, "relative_to": "parent"}]},
         ["scenario 'x'"],

@@ -42,7 +42,13 @@ def make_architecture(
 def make_profile(*, scenarios: tuple[Scenario, ...] | None = None) -> ProfileConfig:
     chat = Scenario(name="chat", batch_size=2, prompt_tokens=8, generation_tokens=4)
     return ProfileConfig(
-        scenarios=scenarios or (chat,), precision="fp32", served_precision="fp32", num_threads=1, warmups=1, repeats=3
+        backend="torch",
+        scenarios=scenarios or (chat,),
+        precision="fp32",
+        served_precision="fp32",
+        num_threads=1,
+        warmups=1,
+        repeats=3,
     )
 
 
@@ -79,13 +85,21 @@ def make_costs(
     )
 
 
-def limit(quantity: str, bound: float, *, relative: bool = True, scenario: str = "chat") -> Limit:
-    needs = quantity in ("decode_speed", "prefill_speed", "latency_ms", "memory_mib")
+def limit(
+    quantity: str,
+    bound: float,
+    *,
+    relative: bool = True,
+    scenario: str = "chat",
+    device_memory_gb: float | None = None,
+) -> Limit:
+    needs = quantity not in ("cached_tokens", "num_parameters", "kv_bytes_per_token")
     return Limit.model_validate(
         {
             "quantity": quantity,
             "scenario": scenario if needs else None,
             "bound": bound,
             "relative_to": "parent" if relative else "absolute",
+            "device_memory_gb": device_memory_gb,
         }
     )

@@ -17,6 +17,7 @@ from tests.pipeline.puzzle.conftest import Workplace
 
 SETTINGS = BlockLibraryConfig(
     tokens=192,
+    closed_form_tokens=0,
     loss="tensor",
     batch_size=2,
     learning_rate=3e-3,

@@ -68,7 +68,13 @@ def test_profile_blocks_times_every_variant_and_its_calibration_meets_the_parent
         workplace.architecture,
         space,
         profile=ProfileConfig(
-            scenarios=(CHAT,), precision="fp32", served_precision="fp32", num_threads=1, warmups=1, repeats=3
+            backend="torch",
+            scenarios=(CHAT,),
+            precision="fp32",
+            served_precision="fp32",
+            num_threads=1,
+            warmups=1,
+            repeats=3,
         ),
         device=torch.device("cpu"),
         dtype=torch.float32,

@@ -139,14 +139,25 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
     assert parent["num_parameters"] == 3 * (3 * 32 * 64 + 2 * 32 + 32 * (32 + 32) + 32 * 32) + 48 * 32 + 32
     child = [architecture.blocks[0], small, architecture.blocks[2]]
     predicted = predict(child, costs=costs)
-    quantities = ("decode_speed", "prefill_speed", "latency_ms", "memory_mib", "num_parameters", "kv_bytes_per_token")
+    quantities = (
+        "decode_speed",
+        "prefill_speed",
+        "throughput",
+        "latency_ms",
+        "time_to_first_token_ms",
+        "memory_mib",
+        "num_parameters",
+        "kv_bytes_per_token",
+    )
     rows = linear_limits(
         [limit(name, 1.0) for name in quantities], costs=costs, blocks=[*architecture.blocks, small], speed_margin=0.0
     )
-    got = {row.limit.quantity: row.quantity(row.total(child)) for row in rows}
+    got = {row.limit.quantity: row.reached(child) for row in rows}
     assert got["decode_speed"] == pytest.approx(predicted["chat_decode_speedup"])
     assert got["prefill_speed"] == pytest.approx(predicted["chat_prefill_speedup"])
     assert got["latency_ms"] == pytest.approx(predicted["chat_latency_ms"] / parent["chat_latency_ms"])
+    assert got["throughput"] == pytest.approx(predicted["chat_throughput"] / parent["chat_throughput"])
+    assert got["time_to_first_token_ms"] == pytest.approx(predicted["chat_prefill_ms"] / parent["chat_prefill_ms"])
     assert got["memory_mib"] == pytest.approx(predicted["chat_memory_mib"] / parent["chat_memory_mib"])
     assert got["num_parameters"] == pytest.approx(predicted["num_parameters"] / parent["num_parameters"])
     # Two of three layers keep 2 heads of 8 values for keys and values, 4 bytes each.

@@ -9,6 +9,7 @@ from pipeline.recipe import Limit, ProfileConfig, Scenario
 from tests.pipeline.report.builders import parent_architecture
 
 PROFILE = ProfileConfig(
+    backend="torch",
     scenarios=(Scenario(name="chat", batch_size=2, prompt_tokens=10, generation_tokens=5),),
     precision="bf16",
     served_precision="bf16",
@@ -36,6 +37,7 @@ NUM_OUTSIDE, NUM_ATTENTION, NUM_FFN = 320 * 32 + 32, 2 * 32 * 32 + 2 * 32 * 16 +
 NUM_FINAL = NUM_OUTSIDE + 2 * (NUM_ATTENTION + NUM_FFN) + 3 * 32 * 128 + 32
 NUM_PARENT = NUM_OUTSIDE + 4 * (NUM_ATTENTION + NUM_FFN)
 KV_BYTES_FINAL = 2 * 2 * 2 * 8 * 2  # layers, keys and values, heads, values per head, bytes
+DEVICE_BYTES = 300_000
 MEMORY_MIB_FINAL = (2 * NUM_FINAL + KV_BYTES_FINAL * 2 * 15) / 2**20
 
 
@@ -48,6 +50,11 @@ MEMORY_MIB_FINAL = (2 * NUM_FINAL + KV_BYTES_FINAL * 2 * 15) / 2**20
         ("prefill_speed", "absolute", 1000.0),
         ("latency_ms", "absolute", 20 + 5 * 2.5),
         ("latency_ms", "parent", (20 + 5 * 2.5) / (40 + 5 * 4)),
+        ("throughput", "absolute", 2 * 15 / (0.020 + 5 * 0.0025)),
+        ("throughput", "parent", (40 + 5 * 4) / (20 + 5 * 2.5)),
+        ("time_to_first_token_ms", "absolute", 20.0),
+        ("time_to_first_token_ms", "parent", 0.5),
+        ("cached_tokens", "absolute", (DEVICE_BYTES - 2 * NUM_FINAL) / KV_BYTES_FINAL),
         ("memory_mib", "absolute", MEMORY_MIB_FINAL),
         ("memory_mib", "parent", MEMORY_MIB_FINAL / ((2 * NUM_PARENT + 2 * KV_BYTES_FINAL * 2 * 15) / 2**20)),
         ("num_parameters", "absolute", NUM_FINAL),
@@ -59,7 +66,7 @@ MEMORY_MIB_FINAL = (2 * NUM_FINAL + KV_BYTES_FINAL * 2 * 15) / 2**20
 def test_check_model_measures_each_quantity_and_forgives_timings_alone(
     quantity: str, relative_to: str, measured: float
 ) -> None:
-    is_counted = quantity in ("num_parameters", "kv_bytes_per_token")
+    is_counted = quantity in ("cached_tokens", "num_parameters", "kv_bytes_per_token")
     is_timed = not is_counted and quantity != "memory_mib"
     at_bound = Limit.model_validate(
         {
@@ -67,9 +74,11 @@ def test_check_model_measures_each_quantity_and_forgives_timings_alone(
             "scenario": None if is_counted else "chat",
             "bound": measured,
             "relative_to": relative_to,
+            "device_memory_gb": DEVICE_BYTES / 1e9 if quantity == "cached_tokens" else None,
         }
     )
-    harder = 1.04 if quantity in ("decode_speed", "prefill_speed") else 1 / 1.04
+    is_lower_bound = quantity in ("decode_speed", "prefill_speed", "throughput", "cached_tokens")
+    harder = 1.04 if is_lower_bound else 1 / 1.04
     limits = [at_bound.model_copy(update={"bound": measured * harder**power}) for power in (0, 1, 2)]
     at, near, far = check_model(
         limits,

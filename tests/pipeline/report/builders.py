@@ -155,6 +155,8 @@ def publish_run(root: Path) -> dict[str, Path]:
         "block_library",
         "block_scores",
         "mip_solution",
+        "refined_solution",
+        "baselines",
         *(f"{name}_checkpoint" for name in CHECKPOINTS[1:]),
         "evaluation",
         "speed_report",
@@ -187,8 +189,11 @@ def _write_files(name: str, directory: Path) -> None:
                 "layer": layer,
                 "attention": attention,
                 "ffn": "ffn64",
+                "is_base": attention == "kv2",
                 "kl": kl * (layer + 1),
                 "lm_loss": 3.0,
+                "hidden_cosine": 0.1 * kl,
+                "top1_error": 0.0,
                 "num_tokens": 64,
             }
             for layer in range(4)

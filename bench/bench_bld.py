@@ -1,0 +1,155 @@
+"""What block distillation of a whole library costs beside runs of its own for each block: python bench/bench_bld.py.
+
+SmolLM2-135M's layer shapes with random weights, a few layers deep, bf16. Every block's loss is back-propagated through
+its own subblock (an attention variant's through the parent's frozen FFN as well), so its FLOPs are counted by hand and
+held against the matmul peak that the same process measures at the same shapes.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline.architecture import Architecture, AttentionSpec
+from pipeline.costs import attention_parameters, ffn_parameters
+from pipeline.data.packed import PackedTokens
+from pipeline.hardware import describe_hardware
+from pipeline.model.architecture_files import load_architecture
+from pipeline.model.checkpoint import TensorReader, load_model, save_checkpoint
+from pipeline.model.heterogeneous import build_model
+from pipeline.progress import SilentReporter
+from pipeline.puzzle.bld import TrainedBlock, train_blocks
+from pipeline.puzzle.importance import Importance
+from pipeline.puzzle.library import BlockKey, trainable_keys
+from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
+
+NUM_LAYERS = 6
+NUM_THREADS = 2
+NUM_STEPS = 4
+BATCH_SIZE, WINDOW_TOKENS = 2, 512
+SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 1024, 512, 256), overrides=(), portable=True)
+SETTINGS = BlockLibraryConfig(
+    tokens=NUM_STEPS * BATCH_SIZE * WINDOW_TOKENS,
+    closed_form_tokens=0,
+    loss="token",
+    batch_size=BATCH_SIZE,
+    learning_rate=1e-3,
+    min_learning_rate_ratio=0.1,
+    warmup_ratio=0.0,
+    schedule="cosine",
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    max_grad_norm=1.0,
+    precision="bf16",
+)
+
+
+def main() -> None:
+    """Train the library at once, by variant and by block, and print the ratios."""
+    torch.set_num_threads(NUM_THREADS)
+    torch.manual_seed(1)
+    whole = load_architecture("smollm2-135m-instruct")
+    architecture = whole.model_copy(update={"blocks": whole.blocks[:NUM_LAYERS]})
+    space = resolve(SPACE, architecture)
+    keys = trainable_keys(space)
+    with tempfile.TemporaryDirectory() as parent_dir:
+        model = build_model(architecture, dtype=torch.bfloat16, seed=1)
+        save_checkpoint(Path(parent_dir), architecture=architecture, tensors=model.state_dict(), tokenizer_dir=None)
+        train = make_trainer(Path(parent_dir), architecture)
+        train(keys[:2])  # warms up
+        together_s = train(keys)
+        by_variant: dict[tuple[str, str], list[BlockKey]] = {}
+        for key in keys:
+            by_variant.setdefault((key.subblock, key.variant), []).append(key)
+        by_variant_s = sum(train(group) for group in by_variant.values())
+        # One run for each block: the middle layer of every variant stands for all of them.
+        by_block_s = sum(len(group) * train([group[len(group) // 2]]) for group in by_variant.values())
+    flops = NUM_STEPS * BATCH_SIZE * WINDOW_TOKENS * library_flops(architecture, space)
+    peak = matmul_peak(architecture)
+    print(f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each: {together_s:.1f} s at once")
+    print(f"one run per variant over all layers: {by_variant_s:.1f} s, {by_variant_s / together_s:.2f} times as long")
+    print(f"one run per block: {by_block_s:.1f} s, {by_block_s / together_s:.2f} times as long (wanted >= 5)")
+    print(
+        f"{flops / together_s / 1e9:.0f} GFLOP/s, {flops / together_s / peak:.0%} of the {peak / 1e9:.0f} that bf16 "
+        "matrix products of these shapes reach here (wanted >= 35 %)"
+    )
+    print(f"({describe_hardware()}, {NUM_THREADS} threads, bf16)")
+
+
+def make_trainer(
+    parent_dir: Path, architecture: Architecture
+) -> Callable[[list[BlockKey] | tuple[BlockKey, ...]], float]:
+    """Return what trains some blocks as a run of its own, its loading of the parent included, and gives the seconds."""
+    parent = architecture.homogeneous_block()
+    width, heads = parent.ffn.intermediate_size, parent.attention.num_key_value_heads
+    assert width is not None
+    assert heads is not None
+    importance = Importance(
+        ffn_contribution=tuple(torch.rand(width) for _ in architecture.blocks),
+        kv_contribution=tuple(torch.rand(heads) for _ in architecture.blocks),
+    )
+    tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_STEPS * BATCH_SIZE, WINDOW_TOKENS))
+    packed = PackedTokens(
+        tokens_NT=tokens_NT, labels_NT=tokens_NT, position_ids_NT=torch.arange(WINDOW_TOKENS).expand_as(tokens_NT)
+    )
+
+    def train(keys: list[BlockKey] | tuple[BlockKey, ...]) -> float:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as work_dir:
+            outcomes = train_blocks(
+                load_model(parent_dir, dtype=torch.bfloat16),
+                {key: str(key) for key in keys},
+                parent_tensors=TensorReader(parent_dir),
+                importance=importance,
+                train=packed,
+                validation=packed,
+                settings=SETTINGS,
+                work_dir=Path(work_dir),
+                checkpoint_interval_steps=NUM_STEPS,
+                reporter=SilentReporter(),
+            )
+        assert all(isinstance(outcome, TrainedBlock) for outcome in outcomes)
+        return time.perf_counter() - began
+
+    return train
+
+
+def library_flops(architecture: Architecture, space: SearchSpace) -> float:
+    """Return the FLOPs per token of the parent's pass and of every block's forward and backward pass.
+
+    Two per weight forward, four backward; a frozen FFN behind an attention variant takes two forward and two backward.
+    Attention's scores and sums take 4 * heads * head_dim * context / 2 forward (causal) and twice that backward.
+    """
+    parent = space.parent
+    per_layer = attention_parameters(architecture, parent.attention) + ffn_parameters(architecture, parent.ffn)
+    products = 4.0 * architecture.num_attention_heads * architecture.head_dim * WINDOW_TOKENS / 2
+    flops = len(space.layers) * (2.0 * per_layer + products)
+    for key in trainable_keys(space):
+        if isinstance(key.spec, AttentionSpec):
+            flops += 6.0 * attention_parameters(architecture, key.spec) + 3 * products
+            flops += 4.0 * ffn_parameters(architecture, parent.ffn)
+        else:
+            flops += 6.0 * ffn_parameters(architecture, key.spec)
+    return flops
+
+
+def matmul_peak(architecture: Architecture) -> float:
+    """Return the best FLOP/s of bf16 matrix products of the FFN's two shapes."""
+    width = architecture.homogeneous_block().ffn.intermediate_size
+    assert width is not None
+    best = 0.0
+    for inner, outer in ((architecture.hidden_size, width), (width, architecture.hidden_size)):
+        left = torch.randn(BATCH_SIZE * WINDOW_TOKENS, inner, dtype=torch.bfloat16)
+        right = torch.randn(outer, inner, dtype=torch.bfloat16)
+        for _ in range(30):
+            began = time.perf_counter()
+            torch.nn.functional.linear(left, right)
+            best = max(best, 2.0 * left.shape[0] * inner * outer / (time.perf_counter() - began))
+    return best
+
+
+if __name__ == "__main__":
+    main()

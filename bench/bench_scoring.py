@@ -1,0 +1,140 @@
+"""What scoring costs beside its arithmetic and beside a plain loop: python bench/bench_scoring.py.
+
+SmolLM2-135M's shape with random weights, fp32. The loop runs the whole child for each candidate with the parent's
+log-probabilities kept and all weights in memory; the bound is the arithmetic of the layers behind each candidate at the
+rate this very model reaches in a plain forward pass. The loop is timed on a sample of candidates: what it costs does
+not depend on the layer.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.architecture import Architecture, BlockSpec
+from pipeline.costs import forward_flops_per_token
+from pipeline.data.packed import PackedTokens
+from pipeline.hardware import describe_hardware
+from pipeline.model.architecture_files import load_architecture
+from pipeline.model.checkpoint import load_model, save_checkpoint
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
+from pipeline.progress import SilentReporter
+from pipeline.puzzle.composition import LayerVariants, compose, embed, run_layers
+from pipeline.puzzle.scoring import Scores, score_blocks
+from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.recipe import SearchSpaceConfig
+
+NUM_THREADS = 2
+NUM_WINDOWS, WINDOW_TOKENS = 2, 512
+NUM_LOOPED = 10
+NUM_TRIALS = 3
+SPACE = SearchSpaceConfig(attention=("parent", 1), ffn=("parent", 512), overrides=(), portable=True)
+
+
+def main() -> None:
+    """Time all four and print the ratios."""
+    torch.set_num_threads(NUM_THREADS)
+    torch.manual_seed(1)
+    architecture = load_architecture("smollm2-135m-instruct")
+    space = resolve(SPACE, architecture)
+    model = build_model(architecture, dtype=torch.float32, seed=1).eval().requires_grad_(requires_grad=False)
+    variants = make_variants(architecture, space)
+    tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_WINDOWS, WINDOW_TOKENS))
+    packed = PackedTokens(
+        tokens_NT=tokens_NT,
+        labels_NT=tokens_NT,
+        position_ids_NT=torch.arange(WINDOW_TOKENS).expand_as(tokens_NT),
+    )
+    rate = forward_rate(model, packed)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work_dir:
+        scores = score_blocks(
+            model, space, variants.__getitem__, packed, work_dir=Path(work_dir), reporter=SilentReporter()
+        )
+    ours_s = time.perf_counter() - began
+    bound_s = suffix_flops(architecture, scores) * packed.num_tokens / rate
+    looped_s, difference = loop(model, variants, scores, packed)
+    reload_s = reload(model)
+    count = len(scores.candidates)
+    print(f"{count} candidates, {packed.num_tokens:,} tokens; forward pass at {rate / 1e9:.0f} GFLOP/s")
+    print(f"scoring: {ours_s:.1f} s; {ours_s / bound_s:.2f} times the arithmetic behind each candidate (wanted <= 1.2)")
+    print(
+        f"a loop over whole children: {looped_s * count:.1f} s, {looped_s * count / ours_s:.2f} times as long (>= 1.4)"
+    )
+    print(f"a loop that loads each child: {(looped_s + reload_s) * count / ours_s:.2f} times as long")
+    print(f"largest relative difference of KL to the loop: {difference:.1e} (wanted <= 1e-5)")
+    print(f"({describe_hardware()}, {NUM_THREADS} threads, fp32)")
+
+
+def make_variants(architecture: Architecture, space: SearchSpace) -> list[LayerVariants]:
+    """Return random modules of every alternative subblock of every layer."""
+    attention = next(spec for spec in space.distinct_attention if spec != space.parent.attention)
+    ffn = next(spec for spec in space.distinct_ffn if spec != space.parent.ffn)
+    blocks = [BlockSpec(attention=attention, ffn=ffn, parent_layers=(layer,)) for layer in range(len(space.layers))]
+    donor = build_model(architecture.with_blocks(blocks), dtype=torch.float32, seed=2).eval()
+    donor.requires_grad_(requires_grad=False)
+    return [{("attention", attention.key): layer, ("ffn", ffn.key): layer} for layer in donor.model.layers]  # pyright: ignore[reportReturnType]
+
+
+def forward_rate(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) -> float:
+    """Return the FLOP/s of the model's own forward pass, head included; the median of a few."""
+    flops = packed.num_tokens * forward_flops_per_token(model.architecture, context_tokens=WINDOW_TOKENS)
+    times_s = []
+    with torch.inference_mode():
+        for _ in range(NUM_TRIALS + 1):
+            began = time.perf_counter()
+            model(input_ids=packed.tokens_NT, use_cache=False)
+            times_s.append(time.perf_counter() - began)
+    return flops / statistics.median(times_s[1:])
+
+
+def suffix_flops(architecture: Architecture, scores: Scores) -> float:
+    """Return the FLOPs per token of every candidate's own block, the layers behind it and the head."""
+    total = 0.0
+    for one in scores.candidates:
+        child = architecture.with_blocks([one.block, *architecture.blocks[one.layer + 1 :]])
+        total += forward_flops_per_token(child, context_tokens=WINDOW_TOKENS)
+    return total
+
+
+@torch.inference_mode()
+def loop(
+    model: HeterogeneousLlamaForCausalLM, variants: list[LayerVariants], scores: Scores, packed: PackedTokens
+) -> tuple[float, float]:
+    """Return the seconds of one candidate in a plain loop, and the largest relative difference of its KL to ours."""
+    parent_log_NTV = model(input_ids=packed.tokens_NT, use_cache=False).logits.log_softmax(dim=-1)
+    parent = [compose(model, layer, block, {}) for layer, block in enumerate(model.architecture.blocks)]
+    step = max(1, len(scores.candidates) // NUM_LOOPED)
+    differences, times_s = [], []
+    for one in scores.candidates[::step]:
+        layers = list(parent)
+        layers[one.layer] = compose(model, one.layer, one.block, variants[one.layer])
+        began = time.perf_counter()
+        final_NTD = run_layers(model, layers, embed(model, packed), packed)
+        child_log_NTV = model.lm_head(model.model.norm(final_NTD)).log_softmax(dim=-1)
+        kl = torch.nn.functional.kl_div(child_log_NTV, parent_log_NTV, log_target=True, reduction="sum")
+        kl = kl.item() / packed.num_tokens
+        times_s.append(time.perf_counter() - began)
+        exact = torch.nn.functional.kl_div(
+            child_log_NTV.double(), parent_log_NTV.double(), log_target=True, reduction="sum"
+        )
+        exact = exact.item() / packed.num_tokens
+        differences.append(abs(one.divergence.kl - exact) / exact)
+    return statistics.median(times_s), max(differences)
+
+
+def reload(model: HeterogeneousLlamaForCausalLM) -> float:
+    """Return the seconds that reading the whole model from disk takes."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_checkpoint(
+            Path(directory), architecture=model.architecture, tensors=model.state_dict(), tokenizer_dir=None
+        )
+        began = time.perf_counter()
+        load_model(Path(directory), dtype=torch.float32)
+        return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

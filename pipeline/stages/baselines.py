@@ -1,0 +1,253 @@
+"""baselines: what simpler methods choose under the target's own limits, scored as whole models and measured.
+
+Each child is compared before any distillation, beside the refined solution and its twin without block distillation.
+Where a target pins blocks, only methods that choose single blocks are compared.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from pipeline.architecture import Architecture, BlockSpec
+from pipeline.artifacts import ArtifactStore, write_atomically
+from pipeline.costs import num_parameters
+from pipeline.data.packed import load_packed
+from pipeline.errors import InfeasibleError
+from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture
+from pipeline.model.heterogeneous import build_model
+from pipeline.puzzle.baselines import (
+    drop_layers,
+    dropped,
+    greedy,
+    influence_order,
+    last_order,
+    max_parameters,
+    random_choice,
+    uniform,
+)
+from pipeline.puzzle.calibration import Phase
+from pipeline.puzzle.devices import Ranks, num_threads, place
+from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.importance import block_influence, load_importance
+from pipeline.puzzle.initial import library_variants, untrained_variants
+from pipeline.puzzle.library import read_index
+from pipeline.puzzle.measure import Interval, measure_models
+from pipeline.puzzle.mip import Problem
+from pipeline.puzzle.predictions import SPEEDS, CostModel, headline_scenario, linear_limits
+from pipeline.puzzle.score_table import read_scores
+from pipeline.puzzle.search import build_problem, read_costs, read_solution
+from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.tables import CHILDREN, SCHEMAS, write_table
+from pipeline.puzzle.verification import CHILD, PARENT
+from pipeline.puzzle.whole_models import score_models
+from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.stages.configs import BaselinesStage
+
+PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
+ARCHITECTURES = "architectures.json"
+
+Blocks = Sequence[BlockSpec]
+
+
+def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Write children.parquet, one row per child, and architectures.json, their blocks by method."""
+    architecture = read_architecture(inputs["parent_checkpoint"])
+    space = resolve(config.search_space, architecture)
+    dtype, device = TORCH_DTYPES[config.precision], Ranks().device
+    parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
+    packed = load_packed(inputs["distillation_mix"], "validation").take(config.search.refinement.tokens)
+    costs = read_costs(inputs["block_profile"], profile=config.profile)
+    chosen = read_solution(inputs["refined_solution"]).blocks
+    library = library_variants(
+        space,
+        architecture,
+        index=read_index(inputs["block_library"]),
+        store=ArtifactStore(inputs.store_root),
+        dtype=dtype,
+        device=device,
+    )
+    untrained = untrained_variants(
+        space,
+        architecture,
+        parent_tensors=TensorReader(inputs["parent_checkpoint"]),
+        importance=load_importance(inputs["channel_importance"]),
+        dtype=dtype,
+        device=device,
+    )
+    with num_threads(inputs.execution.num_threads):
+        problem = build_problem(
+            read_scores(inputs["block_scores"]),
+            costs=costs,
+            requirements=config.requirements,
+            settings=config.search,
+        )
+        from_library = {PUZZLE: chosen, **_from_library(problem, architecture, config)}
+        # Pins would have to be obeyed by all: these know no single blocks.
+        from_parent = (
+            {}
+            if config.requirements.pins
+            else _from_parent(space, costs, config, influence=block_influence(parent, packed))
+        )
+        cut = {WITHOUT_BLD: chosen, **{name: one for name, one in from_parent.items() if one is not None}}
+        scored = {
+            "library": score_models(parent, from_library, library, packed, reporter=inputs.reporter),
+            "surgery": score_models(parent, cut, untrained, packed, reporter=inputs.reporter),
+        }
+    children: dict[str, Blocks] = {**from_library, **cut}
+    del parent
+    speeds = _measure(architecture, children, config, inputs, device=device)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    table = _table(scored, children, speeds, costs=costs, config=config)
+    write_table(out_dir, CHILDREN, table)
+    named = {name: architecture.with_blocks(blocks).to_json() for name, blocks in children.items()}
+    write_atomically(out_dir / ARCHITECTURES, (json.dumps(named, indent=1) + "\n").encode())
+    ordered = table.sort("kl")
+    kl = dict(zip(table["method"], table["kl"], strict=True))
+    others = {name: value for name, value in kl.items() if name not in (PUZZLE, WITHOUT_BLD)}
+    best = min(others, key=lambda name: others[name], default=None)
+    missing = [name for name, blocks in from_parent.items() if blocks is None]
+    return StageResult(
+        metrics={
+            "num_children": len(table),
+            "num_non_finite_scores": int((~table["kl"].is_finite()).sum()),
+            "puzzle_kl": kl[PUZZLE],
+            "kl_without_block_distillation": kl[WITHOUT_BLD],
+            **({"best_baseline_kl": kl[best], "kl_over_best_baseline": kl[PUZZLE] / kl[best]} if best else {}),
+        },
+        facts={
+            "best baseline": best or "none meets the limits",
+            **(
+                {"left out": "drop_by_influence, drop_last, uniform: the target pins blocks"} if not from_parent else {}
+            ),
+            **({"meet the limits in no size": ", ".join(missing)} if missing else {}),
+        },
+        tables={
+            "children": Table.of(
+                (*ordered.columns,), [tuple(_shown(value) for value in row) for row in ordered.iter_rows()]
+            )
+        },
+    )
+
+
+def _from_library(problem: Problem, parent: Architecture, config: BaselinesStage) -> dict[str, Blocks]:
+    found: dict[str, Blocks] = {}
+    by_greed = greedy(problem)
+    if by_greed is not None:
+        found["greedy"] = tuple(candidate.block for candidate in by_greed)
+    searches: dict[str, Callable[[], Blocks]] = {
+        "max_parameters": lambda: max_parameters(problem, parent, settings=config.search),
+        **{
+            f"random {seed}": lambda seed=seed: random_choice(problem, seed=seed, settings=config.search)
+            for seed in range(config.baselines.num_random)
+        },
+    }
+    for name, choose in searches.items():
+        try:
+            found[name] = choose()
+        except InfeasibleError:  # the refined solution met limits that a recalibration has moved since
+            continue
+    return found
+
+
+def _from_parent(
+    space: SearchSpace, costs: CostModel, config: BaselinesStage, *, influence: Sequence[float]
+) -> dict[str, Blocks | None]:
+    options = [block for layer in space.layers for block in layer.blocks]
+    limits = linear_limits(
+        config.requirements.limits,
+        costs=costs,
+        blocks=[*options, dropped(0), *costs.parent.blocks],
+        speed_margin=config.search.speed_margin,
+    )
+
+    def is_feasible(blocks: Blocks) -> bool:
+        return all(limit.total(blocks) <= limit.upper for limit in limits)
+
+    return {
+        "drop_by_influence": drop_layers(costs.parent, influence_order(influence), is_feasible=is_feasible),
+        "drop_last": drop_layers(costs.parent, last_order(len(space.layers)), is_feasible=is_feasible),
+        "uniform": uniform(costs.parent, [layer.blocks for layer in space.layers], is_feasible=is_feasible),
+    }
+
+
+def _measure(
+    architecture: Architecture,
+    children: Mapping[str, Blocks],
+    config: BaselinesStage,
+    inputs: StageInputs,
+    *,
+    device: torch.device,
+) -> dict[str, Interval]:
+    """Return every child's measured speed-up; time does not depend on the values of weights, so they are random."""
+    scenario, phase = _headline(config)
+    dtype = TORCH_DTYPES[config.profile.precision]
+    timed = place(build_model(architecture, dtype=dtype, seed=1), device)
+    found: dict[tuple[str, ...], Interval] = {}
+    speeds: dict[str, Interval] = {}
+    for name, blocks in children.items():
+        key = tuple(block.key for block in blocks)
+        if key not in found:
+            inputs.reporter.note(f"measuring {name}")
+            child = place(build_model(architecture.with_blocks(blocks), dtype=dtype, seed=0), device)
+            found[key] = measure_models(
+                {PARENT: timed, CHILD: child},
+                [one for one in config.profile.scenarios if one.name == scenario],
+                measurement=config.baselines.measurement,
+                threads=config.profile.num_threads,
+                reporter=inputs.reporter,
+            ).speedup(CHILD, scenario, phase, over=PARENT)
+        speeds[name] = found[key]
+    return speeds
+
+
+def _headline(config: BaselinesStage) -> tuple[str, Phase]:
+    """Return the scenario and phase of the target's first limit on a speed; decoding in the first one without any."""
+    limits = config.requirements.limits
+    quantity = next((limit.quantity for limit in limits if limit.quantity in SPEEDS), "decode_speed")
+    phase: Phase = "prefill" if quantity == "prefill_speed" else "decode"
+    return headline_scenario(limits, quantity, profile=config.profile), phase
+
+
+def _table(
+    scored: Mapping[str, Mapping[str, Divergence]],
+    children: Mapping[str, Blocks],
+    speeds: Mapping[str, Interval],
+    *,
+    costs: CostModel,
+    config: BaselinesStage,
+) -> pl.DataFrame:
+    scenario, phase = _headline(config)
+    parent_ms = costs.calibration.get(scenario, phase).parent_ms
+    rows = []
+    for weights, found in scored.items():
+        for method, one in found.items():
+            blocks, speed = children[method], speeds[method]
+            rows.append(
+                (
+                    method,
+                    weights,
+                    one.kl,
+                    one.lm_loss,
+                    one.hidden_cosine,
+                    one.top1_error,
+                    one.num_tokens,
+                    num_parameters(costs.parent.with_blocks(blocks)),
+                    scenario,
+                    phase,
+                    parent_ms / costs.predicted_ms(blocks, scenario, phase),
+                    speed.median,
+                    speed.low,
+                    speed.high,
+                )
+            )
+    return pl.DataFrame(rows, schema=SCHEMAS[CHILDREN], orient="row")
+
+
+def _shown(value: object) -> str | int | float | bool | None:
+    if isinstance(value, float):
+        return round(value, 5)
+    assert isinstance(value, str | int)
+    return value

@@ -1,0 +1,116 @@
+"""refined_solution: the answers of the programme scored as whole models, and the best of them improved in rounds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.architecture import BlockSpec
+from pipeline.artifacts import ArtifactStore
+from pipeline.data.packed import load_packed
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
+from pipeline.puzzle.devices import Ranks, num_threads, place
+from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.initial import library_variants
+from pipeline.puzzle.library import read_index
+from pipeline.puzzle.refinement import Refinement, refine
+from pipeline.puzzle.score_table import read_scores, score_table, write_scores
+from pipeline.puzzle.scoring import score_blocks
+from pipeline.puzzle.search import read_costs, read_pool, write_solution
+from pipeline.puzzle.search_space import resolve
+from pipeline.puzzle.whole_models import score_models
+from pipeline.report.drawings import save_figures
+from pipeline.report.figures import architecture_strip
+from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
+from pipeline.stages.configs import RefinedStage
+from pipeline.stages.mip_solution import layer_table, limit_table
+
+
+def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Write solution.json, the best child found, and scores.parquet, the last round's measures around it."""
+    architecture = read_architecture(inputs["parent_checkpoint"])
+    space = resolve(config.search_space, architecture)
+    dtype, device = TORCH_DTYPES[config.precision], Ranks().device
+    parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
+    load_variants = library_variants(
+        space,
+        architecture,
+        index=read_index(inputs["block_library"]),
+        store=ArtifactStore(inputs.store_root),
+        dtype=dtype,
+        device=device,
+    )
+    packed = load_packed(inputs["distillation_mix"], "validation").take(config.search.refinement.tokens)
+
+    def score_whole_models(children: Mapping[str, Sequence[BlockSpec]]) -> dict[str, Divergence]:
+        return score_models(parent, children, load_variants, packed, reporter=inputs.reporter)
+
+    def score_around(blocks: Sequence[BlockSpec], round_number: int) -> pl.DataFrame:
+        work_dir = out_dir / WORK_DIR / f"round-{round_number}"
+        scores = score_blocks(
+            parent, space, load_variants, packed, work_dir=work_dir, reporter=inputs.reporter, base=blocks
+        )
+        return score_table(scores, space)
+
+    costs = read_costs(inputs["block_profile"], profile=config.profile)
+    with num_threads(inputs.execution.num_threads):
+        refinement = refine(
+            read_pool(inputs["mip_solution"]).solutions,
+            read_scores(inputs["block_scores"]),
+            score_whole_models=score_whole_models,
+            score_around=score_around,
+            costs=costs,
+            requirements=config.requirements,
+            settings=config.search,
+            reporter=inputs.reporter,
+        )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    record = refinement.best.record
+    write_solution(out_dir, record)
+    write_scores(out_dir, refinement.scores)
+    strip = architecture_strip(costs.parent, record.architecture)
+    return StageResult(
+        metrics=_metrics(refinement, config),
+        facts={"chosen": refinement.best.origin},
+        figures=save_figures({"architecture": strip}, out_dir=out_dir),
+        tables={
+            "whole_models": _whole_models(refinement),
+            "layers": layer_table(record),
+            "limits": limit_table(record),
+        },
+    )
+
+
+def _metrics(refinement: Refinement, config: RefinedStage) -> dict[str, Number]:
+    objective = config.search.objective
+    first, best = refinement.scored[0], refinement.best
+    return {
+        f"{objective}_of_the_first_answer": first.value(objective),
+        f"{objective}_of_the_chosen": best.value(objective),
+        "top1_error_of_the_chosen": best.divergence.top1_error,
+        "chosen_over_first": best.value(objective) / first.value(objective) if first.value(objective) else 1.0,
+        "additive_over_whole": first.record.objective / first.value(objective) if first.value(objective) else 1.0,
+        "num_whole_models": len(refinement.scored),
+        "num_parameters": int(best.record.predicted["num_parameters"]),
+        "num_attention_free_layers": int(best.record.predicted["num_attention_free_layers"]),
+        "num_violated_limits": sum(not limit.is_met for limit in best.record.limits),
+        "num_tokens": best.divergence.num_tokens,
+    }
+
+
+def _whole_models(refinement: Refinement) -> Table:
+    return Table.of(
+        ("origin", "predicted_by_sum", "kl", "lm_loss", "hidden_cosine", "top1_error", "num_parameters"),
+        [
+            (
+                one.origin,
+                round(one.record.objective, 5),
+                round(one.divergence.kl, 5),
+                round(one.divergence.lm_loss, 5),
+                round(one.divergence.hidden_cosine, 5),
+                round(one.divergence.top1_error, 5),
+                int(one.record.predicted["num_parameters"]),
+            )
+            for one in refinement.scored
+        ],
+    )

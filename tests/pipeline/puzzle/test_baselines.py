@@ -1,0 +1,90 @@
+"""Baselines on small problems, against brute force and by hand."""
+
+import itertools
+
+import pytest
+
+from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
+from pipeline.costs import block_parameters
+from pipeline.puzzle.baselines import (
+    drop_layers,
+    influence_order,
+    last_order,
+    max_parameters,
+    random_choice,
+    uniform,
+)
+from pipeline.puzzle.mip import Candidate, Problem
+from pipeline.puzzle.predictions import linear_limits
+from pipeline.recipe import PoolConfig, RefinementConfig, SearchConfig
+from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
+
+SETTINGS = SearchConfig(
+    objective="kl",
+    pool=PoolConfig(num_solutions=1, max_overlap=0.0),
+    refinement=RefinementConfig(tokens=1, rounds=0, max_changed_layers=1),
+    time_limit_s=10,
+    relative_gap=0.0,
+    max_recalibrations=0,
+    speed_margin=0.0,
+    speed_tolerance=0.0,
+)
+PARENT = make_architecture(num_layers=4)
+BLOCKS = [
+    BlockSpec(attention=attention, ffn=ffn, parent_layers=(0,))
+    for attention, ffn in itertools.product((gqa(2), gqa(1), NO_ATTENTION), (swiglu(64), swiglu(32), NO_FFN))
+]
+
+
+def make_problem(bound: float, *, seed: int = 0) -> Problem:
+    costs = make_costs(PARENT, BLOCKS, seed=seed)
+    limits = linear_limits([limit("decode_speed", bound)], costs=costs, blocks=BLOCKS, speed_margin=0.0)
+    layer = tuple(Candidate(block=block, score=float(index)) for index, block in enumerate(BLOCKS))
+    return Problem(layers=(layer,) * 4, limits=limits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_max_parameters_is_the_largest_child_within_the_limits(seed: int):
+    problem = make_problem(1.4, seed=seed)
+    (row,) = problem.limits
+    sizes = [
+        sum(block_parameters(PARENT, block) for block in blocks)
+        for blocks in itertools.product(BLOCKS, repeat=4)
+        if row.total(blocks) <= row.upper
+    ]
+    found = max_parameters(problem, PARENT, settings=SETTINGS)
+    assert sum(block_parameters(PARENT, block) for block in found) == max(sizes)
+
+
+def test_random_choices_meet_the_limits_and_depend_on_the_seed_alone():
+    problem = make_problem(1.4)
+    (row,) = problem.limits
+    found = [random_choice(problem, seed=seed, settings=SETTINGS) for seed in (0, 1, 2, 0)]
+    assert found[0] == found[3]
+    assert len({tuple(block.key for block in blocks) for blocks in found}) > 1
+    assert all(row.total(blocks) <= row.upper for blocks in found)
+
+
+def test_drop_layers_stops_at_the_first_child_that_fits_and_says_when_none_does():
+    order = influence_order([0.5, 0.1, 0.9, 0.1])
+    assert order == [3, 1, 0, 2]
+    assert last_order(4) == [2, 1, 0, 3]
+    two_left = drop_layers(PARENT, order, is_feasible=lambda blocks: sum(block.ffn != NO_FFN for block in blocks) <= 2)
+    assert two_left is not None
+    assert [layer for layer, block in enumerate(two_left) if block.ffn == NO_FFN] == [1, 3]
+    assert drop_layers(PARENT, order, is_feasible=lambda _: False) is None
+
+
+def test_uniform_takes_the_largest_common_block_and_leaves_layers_that_may_not_become_it():
+    options = [BLOCKS, [BLOCKS[0]], BLOCKS, BLOCKS]
+    bound = sum(block_parameters(PARENT, block) for block in PARENT.blocks) - 1
+    found = uniform(
+        PARENT,
+        options,
+        is_feasible=lambda blocks: sum(block_parameters(PARENT, block) for block in blocks) <= bound,
+    )
+    assert found is not None
+    # One key/value head less is a smaller loss than half the FFN.
+    assert [block.key for block in found] == ["kv1+ffn64", "kv2+ffn64", "kv1+ffn64", "kv1+ffn64"]
+    assert [block.parent_layers for block in found] == [(0,), (1,), (2,), (3,)]
+    assert uniform(PARENT, options, is_feasible=lambda _: False) is None

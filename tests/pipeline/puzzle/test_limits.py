@@ -1,0 +1,162 @@
+"""Throughput, time to first token and cached tokens as limits, against sums and enumeration that share no code."""
+
+import itertools
+import math
+
+import pytest
+
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, gqa, swiglu
+from pipeline.errors import InfeasibleError
+from pipeline.puzzle.mip import Candidate, Problem, solve
+from pipeline.puzzle.predictions import ANY_NUMBER_OF_TOKENS, CostModel, describe_limit, linear_limits
+from pipeline.recipe import Limit
+from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
+
+VARIANTS = ((gqa(2), swiglu(64)), (gqa(1), swiglu(64)), (NO_ATTENTION, swiglu(16)), (NO_ATTENTION, NO_FFN))
+# Counted by hand for hidden 32, four query heads of 8, 4 bytes a value: norm 32, queries and output 32 x 32 each, keys
+# and values 32 x 8 each per head; three FFN matrices and a norm of 32.
+ATTENTION_PARAMETERS = {"kv2": 32 + 2 * 32 * 32 + 2 * 2 * 32 * 8, "kv1": 32 + 2 * 32 * 32 + 2 * 32 * 8, "no_op": 0}
+FFN_PARAMETERS = {"ffn64": 32 + 3 * 32 * 64, "ffn16": 32 + 3 * 32 * 16, "no_op": 0}
+KV_BYTES = {"kv2": 4 * 2 * 2 * 8, "kv1": 4 * 2 * 8, "no_op": 0}
+OUTSIDE_PARAMETERS = 48 * 32 + 32
+BATCH, PROMPT, GENERATION = 2, 8, 4  # of the builders' scenario
+PARENT_OVER_SUM = 1.1  # the builders' calibration
+
+
+def setting(seed: int, *, num_layers: int = 4) -> tuple[Architecture, tuple[tuple[Candidate, ...], ...], CostModel]:
+    architecture = make_architecture(num_layers=num_layers)
+    layers = tuple(
+        tuple(
+            Candidate(
+                block=BlockSpec(attention=attention, ffn=ffn, parent_layers=(layer,)),
+                score=index * (1 + math.sin(seed + 3 * layer + index) / 2),
+            )
+            for index, (attention, ffn) in enumerate(VARIANTS)
+        )
+        for layer in range(num_layers)
+    )
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    return architecture, layers, make_costs(architecture, blocks, seed=seed)
+
+
+def latency_ms(blocks: tuple[BlockSpec, ...], costs: CostModel, *, generated: int) -> float:
+    total = 0.0
+    for phase, times in (("prefill", 1), ("decode", generated)):
+        inside = sum(
+            costs.time_ms["chat", phase, "attention", block.attention.key]
+            + costs.time_ms["chat", phase, "ffn", block.ffn.key]
+            for block in blocks
+        )
+        total += times * PARENT_OVER_SUM * (costs.time_ms["chat", phase, "fixed", "fixed"] + inside)
+    return total
+
+
+def tokens_beside_weights(blocks: tuple[BlockSpec, ...], *, memory_bytes: float) -> float:
+    parameters = OUTSIDE_PARAMETERS + sum(
+        ATTENTION_PARAMETERS[block.attention.key] + FFN_PARAMETERS[block.ffn.key] for block in blocks
+    )
+    free = memory_bytes - 4 * parameters
+    per_token = sum(KV_BYTES[block.attention.key] for block in blocks)
+    return (free / per_token if per_token else math.inf) if free > 0 else 0.0
+
+
+def is_met(one: Limit, blocks: tuple[BlockSpec, ...], parent: tuple[BlockSpec, ...], costs: CostModel) -> bool:
+    if one.device_memory_gb is not None:
+        return tokens_beside_weights(blocks, memory_bytes=1e9 * one.device_memory_gb) >= one.bound * (1 - 1e-9)
+    generated = GENERATION if one.quantity == "throughput" else 0
+    time, parent_time = (latency_ms(which, costs, generated=generated) for which in (blocks, parent))
+    if one.quantity == "time_to_first_token_ms":
+        return (time / parent_time if one.relative_to == "parent" else time) <= one.bound
+    speed = parent_time / time if one.relative_to == "parent" else 1000 * BATCH * (PROMPT + GENERATION) / time
+    return speed >= one.bound
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "limits",
+    [
+        [limit("throughput", 1.6)],
+        [limit("throughput", 220.0, relative=False)],
+        [limit("time_to_first_token_ms", 0.6)],
+        [limit("time_to_first_token_ms", 20.0, relative=False)],
+        [limit("cached_tokens", 300, relative=False, device_memory_gb=200e-6)],
+        [
+            limit("throughput", 1.3),
+            limit("time_to_first_token_ms", 0.8),
+            limit("cached_tokens", 300, relative=False, device_memory_gb=220e-6),
+        ],
+    ],
+    ids=lambda limits: "+".join(f"{one.quantity}-{one.relative_to}" for one in limits),
+)
+def test_solve_equals_enumeration_of_every_architecture(limits: list[Limit], seed: int):
+    architecture, layers, costs = setting(seed)
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    problem = Problem(layers=layers, limits=linear_limits(limits, costs=costs, blocks=blocks, speed_margin=0.0))
+    feasible = [
+        math.fsum(candidate.score for candidate in choice)
+        for choice in itertools.product(*layers)
+        if all(is_met(one, tuple(c.block for c in choice), architecture.blocks, costs) for one in limits)
+    ]
+    assert 0 < len(feasible) < len(VARIANTS) ** len(layers)
+    assert min(feasible) > 0
+    solution = solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert solution.objective == pytest.approx(min(feasible), abs=1e-9)
+
+
+@pytest.mark.parametrize("memory_kb", [30, 60, 100, 150, 200, 300])
+def test_cached_tokens_reached_and_best_reachable_equal_enumeration(memory_kb: int):
+    _, layers, costs = setting(0, num_layers=3)
+    layers = tuple(candidates[:3] if index else candidates[:2] for index, candidates in enumerate(layers))
+    choices = [tuple(candidate.block for candidate in choice) for choice in itertools.product(*layers)]
+    blocks = [block for choice in choices for block in choice]
+    one = limit("cached_tokens", 77, relative=False, device_memory_gb=memory_kb / 1e6)
+    (row,) = linear_limits([one], costs=costs, blocks=blocks, speed_margin=0.04)
+    expected = [tokens_beside_weights(choice, memory_bytes=1000 * memory_kb) for choice in choices]
+    assert [row.reached(choice) for choice in choices] == pytest.approx(expected)
+    assert row.best([[candidate.block for candidate in candidates] for candidates in layers]) == pytest.approx(
+        max(expected)
+    )
+
+
+def test_cached_tokens_out_of_reach_says_what_is_reachable():
+    _, layers, costs = setting(0)
+    layers = tuple(candidates[:2] for candidates in layers)
+    one = limit("cached_tokens", 1e6, relative=False, device_memory_gb=200e-6)
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    problem = Problem(layers=layers, limits=linear_limits([one], costs=costs, blocks=blocks, speed_margin=0.0))
+    best = tokens_beside_weights(tuple(candidates[1].block for candidates in layers), memory_bytes=200_000)
+    with pytest.raises(InfeasibleError) as caught:
+        solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert f"cached_tokens >= 1e+06 in 0.0002 GB: the best of all candidates is {best:,.4g}" in str(caught.value)
+
+
+def test_a_model_without_attention_caches_any_number_of_tokens_if_its_weights_fit():
+    _, layers, costs = setting(0)
+    empty = [candidates[3].block for candidates in layers]
+    for memory_bytes, tokens in ((4 * OUTSIDE_PARAMETERS + 1, ANY_NUMBER_OF_TOKENS), (4 * OUTSIDE_PARAMETERS - 1, 0.0)):
+        one = limit("cached_tokens", 10, relative=False, device_memory_gb=memory_bytes / 1e9)
+        (row,) = linear_limits([one], costs=costs, blocks=empty, speed_margin=0.0)
+        assert row.reached(empty) == row.best([[block] for block in empty]) == tokens
+
+
+def test_speed_margin_tightens_the_timed_and_leaves_cached_tokens_alone():
+    architecture, _, costs = setting(0)
+    limits = [
+        limit("throughput", 1.2),
+        limit("time_to_first_token_ms", 0.9),
+        limit("cached_tokens", 10, relative=False, device_memory_gb=1.0),
+    ]
+    plain, tight = (
+        linear_limits(limits, costs=costs, blocks=architecture.blocks, speed_margin=margin) for margin in (0.0, 0.04)
+    )
+    ratios = [row.upper / other.upper for row, other in zip(tight, plain, strict=True)]
+    assert ratios == pytest.approx([0.96, 0.96, 1.0])
+
+
+def test_describe_limit_says_which_way_and_in_what():
+    assert describe_limit(limit("throughput", 5)) == "throughput (chat) >= 5 x parent"
+    assert describe_limit(limit("time_to_first_token_ms", 200, relative=False)) == (
+        "time_to_first_token_ms (chat) <= 200"
+    )
+    cached = limit("cached_tokens", 300_000, relative=False, device_memory_gb=80)
+    assert describe_limit(cached) == "cached_tokens >= 300,000 in 80 GB"
