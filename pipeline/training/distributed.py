@@ -4,8 +4,10 @@ Belongs here: starting the group once per process, its threads, and the few coll
 imported inside functions because its accelerator is chosen by the environment at import, and because it costs seconds.
 """
 
+import atexit
 import logging
 import os
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -89,3 +91,14 @@ def _start_group(*, on_gpu: bool) -> None:
     elif on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    if dist.get_world_size() > 1:
+        atexit.register(_let_gloo_finish)
+
+
+def _let_gloo_finish() -> None:
+    """Give gloo's threads time to drop the tensors of the last collective, while this one waits without the GIL.
+
+    Such a thread that asks for the GIL when the interpreter is already ending aborts the process: five times in twelve
+    on two busy cores, after all its work was done.
+    """
+    time.sleep(0.5)
