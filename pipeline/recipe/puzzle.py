@@ -40,11 +40,22 @@ class SearchSpaceConfig(Frozen):
         return self
 
 
+KVHeadMode = Literal["mean", "contribution"]
+
+
 class ImportanceConfig(Frozen):
-    """Calibration for channel contribution and KV-head statistics."""
+    """Calibration, and how variants are cut by it.
+
+    The channels of narrower FFNs are removed in `channel_rounds` steps, each measured with those already removed left
+    out; 1 is the paper's independent contribution. `kv_heads` gives fewer key/value heads the `mean` of a group's
+    (Puzzle, appendix A), or keeps the heads of the largest `contribution` and lets the queries of the others, their
+    output zeroed, learn again.
+    """
 
     tokens: Positive
     batch_size: Positive
+    channel_rounds: Positive
+    kv_heads: KVHeadMode
     precision: Precision
 
 
