@@ -90,6 +90,8 @@ def make_trainer(
     importance = Importance(
         ffn_contribution=tuple(torch.rand(width) for _ in architecture.blocks),
         kv_contribution=tuple(torch.rand(heads) for _ in architecture.blocks),
+        channel_order=tuple(torch.randperm(width) for _ in architecture.blocks),
+        kv_heads="mean",
     )
     tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_STEPS * BATCH_SIZE, WINDOW_TOKENS))
     packed = PackedTokens(

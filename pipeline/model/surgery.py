@@ -23,17 +23,21 @@ def initial_attention(
     architecture: Architecture,
     parent_spec: AttentionSpec,
     spec: AttentionSpec,
+    head_order_K: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return the attention subblock of `spec` cut from the parent's.
 
-    Fewer key/value heads: each new head is the mean of a group of consecutive parent heads. Linear: W_O W_V, every
-    token attending to itself alone, each V head repeated for the query heads that share it.
+    Fewer key/value heads: each new head is the mean of a group of consecutive parent heads; or the first heads of
+    `head_order_K` stay as they are, and each takes an equal share of the other heads' queries, whose columns of W_O
+    are zero, so that the output is that of the kept heads alone and training may give the queries new work. Linear:
+    W_O W_V, every token attending to itself alone, each V head repeated for the query heads that share it.
 
     Args:
         parent_tensors: the parent layer's tensors, named relative to the layer; others in it are left alone.
         architecture: the parent's sizes.
         parent_spec: what the parent's subblock is.
         spec: what the variant's is to be.
+        head_order_K: the parent's key/value heads, most important first; None to average them.
 
     Raises:
         RecipeError: when the parent's heads cannot be grouped into the variant's.
@@ -54,6 +58,9 @@ def initial_attention(
             f"search_space.attention: {heads} key/value heads cannot be pooled from the parent's {parent_heads}; "
             f"give a divisor of {parent_heads}"
         )
+    if head_order_K is not None:
+        assert head_order_K.numel() == parent_heads
+        return norm | _keep_heads(parent_tensors, architecture=architecture, order_K=head_order_K, num_heads=heads)
     tensors = _copy(parent_tensors, ("self_attn.q_proj.", "self_attn.o_proj."))
     for name in ("k_proj", "v_proj"):
         for part in _parts(architecture.attention_bias):
@@ -146,6 +153,33 @@ def _pool_heads(projection: Tensor, *, num_heads: int, head_dim: int) -> Tensor:
     precise = torch.promote_types(projection.dtype, torch.float32)  # a bf16 mean would round at every addition
     grouped = projection.to(precise).unflatten(0, (num_heads, -1, head_dim))
     return grouped.mean(dim=1).flatten(0, 1).to(projection.dtype)
+
+
+def _keep_heads(
+    parent_tensors: Mapping[str, Tensor], *, architecture: Architecture, order_K: Tensor, num_heads: int
+) -> dict[str, Tensor]:
+    """Return the projections with the first `num_heads` of `order_K` and all query heads, the orphaned ones silent."""
+    kept, dropped = order_K[:num_heads].sort().values, order_K[num_heads:].sort().values
+    # Query heads that share a key/value head stand together: a kept head's own first, then those it takes over.
+    served_by_kept = torch.cat([kept[:, None], dropped.reshape(num_heads, -1)], dim=1).flatten()
+    group = architecture.num_attention_heads // order_K.numel()
+    queries_N = (served_by_kept[:, None] * group + torch.arange(group)).flatten()
+    silent_N = torch.isin(served_by_kept, dropped).repeat_interleave(group)
+
+    def by_head(name: str, dim: int) -> Tensor:
+        return parent_tensors[f"self_attn.{name}"].unflatten(dim, (-1, architecture.head_dim))
+
+    tensors = {}
+    for part in _parts(architecture.attention_bias):
+        tensors[f"self_attn.q_proj.{part}"] = by_head(f"q_proj.{part}", 0)[queries_N].flatten(0, 1)
+        for name in ("k_proj", "v_proj"):
+            tensors[f"self_attn.{name}.{part}"] = by_head(f"{name}.{part}", 0)[kept].flatten(0, 1)
+    output_DNH = by_head("o_proj.weight", 1)[:, queries_N]
+    output_DNH[:, silent_N] = 0
+    tensors["self_attn.o_proj.weight"] = output_DNH.flatten(1, 2)
+    if architecture.attention_bias:
+        tensors["self_attn.o_proj.bias"] = parent_tensors["self_attn.o_proj.bias"].clone()
+    return tensors
 
 
 def _copy(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:

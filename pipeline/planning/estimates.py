@@ -141,10 +141,10 @@ def _importance(case: Case) -> Estimate:
     parent = case.sizes.parent
     per_token = case.sizes.parent_flops(context_tokens=length, with_head=False)
     heads = case.sizes.space.parent.attention.num_key_value_heads or 0
-    num_statistics = parent.num_hidden_layers * ((case.sizes.space.parent.ffn.intermediate_size or 0) + heads)
+    num_statistics = parent.num_hidden_layers * (3 * (case.sizes.space.parent.ffn.intermediate_size or 0) + heads)
     return Estimate(
         tokens=Range.of(config.tokens),
-        work=((Range.of(config.tokens * per_token), devices.FORWARD),),
+        work=((Range.of(config.channel_rounds * config.tokens * per_token), devices.FORWARD),),
         memory=Range(low=weights, expected=weights + 2 * batch_bytes, high=1.2 * weights + 6 * batch_bytes),
         memory_parts={"parent": weights, "activations": 2 * batch_bytes},
         disk=Range.of(4.0 * num_statistics),

@@ -4,12 +4,21 @@ Channels (Puzzle, appendix A): zeroing channel i changes the FFN's output at a t
 
     C_i = mean over tokens of |X_i| * ||W_down[:, i]||_2
 
+That is the contribution of a channel removed alone. With R `channel_rounds` the channels go in R steps of equal size,
+and each step measures the ones still there in the company of P, those already removed:
+
+    E = sum over p in P of X_p * W_down[:, p]          C_i = mean over tokens of ||E + X_i * W_down[:, i]||_2
+    ||E + X_i w_i||^2 = ||E||^2 + 2 X_i (E . w_i) + X_i^2 ||w_i||^2
+
+The channels with the smallest C_i go next; R = 1 is the paper's rule, larger R is its authors' iterative one.
+
 Key/value heads: the mean over tokens of ||W_o[:, columns of head k's queries] y_k||_2, y_k being what those query heads
 read from the cache.
 
 Layers (block influence, ShortGPT): 1 - cos(x, y) averaged over tokens, x and y being what goes in and what comes out.
 
-Letters: B batch, T tokens, D hidden_size, F intermediate_size, K key/value heads.
+Letters: B batch, T tokens, S tokens of a batch, D hidden_size, F intermediate_size, P removed channels,
+K key/value heads.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,73 +26,95 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.data.packed import PackedTokens
+from pipeline.errors import ArtifactError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle.composition import compose, embed, run_layers
+from pipeline.recipe import ImportanceConfig, KVHeadMode
 
 IMPORTANCE_FILE = "importance.safetensors"
+_FFN, _KV, _ORDER, _MODE = "ffn_contribution_F", "kv_contribution_K", "channel_order_F", "kv_heads"
+
+_Hook = tuple[nn.Module, Callable[[Any, tuple[Tensor]], None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Importance:
-    """Statistics of every layer, float32."""
+    """Statistics of every layer, and how variants are cut by them.
+
+    `ffn_contribution` is each channel's when it is removed alone and `kv_contribution` each head's, float32;
+    `channel_order` lists the channels from the last to be removed to the first.
+    """
 
     ffn_contribution: tuple[Tensor, ...]
     kv_contribution: tuple[Tensor, ...]
+    channel_order: tuple[Tensor, ...]
+    kv_heads: KVHeadMode
 
-    def channel_order(self, layer: int) -> Tensor:
-        """Return the layer's channels from the most to the least contributing; ties keep the lower index first."""
-        return torch.argsort(self.ffn_contribution[layer], descending=True, stable=True)
+    def head_order(self, layer: int) -> Tensor | None:
+        """Return the layer's key/value heads, most contributing first, or None where heads are averaged."""
+        if self.kv_heads == "mean":
+            return None
+        return torch.argsort(self.kv_contribution[layer], descending=True, stable=True)
 
 
 @torch.no_grad()
 def measure_importance(
-    model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, *, batch_size: int, reporter: Reporter
+    model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, *, settings: ImportanceConfig, reporter: Reporter
 ) -> Importance:
-    """Return the contribution of every channel and key/value head over all tokens of `packed`."""
-    device = next(model.parameters()).device
+    """Return the contribution of every channel and key/value head over all tokens of `packed`.
+
+    Each round of `settings.channel_rounds` passes all tokens through the parent once.
+    """
     layers: list[Any] = list(model.model.layers)
+    num_channels = layers[0].mlp.down_proj.in_features
+    if settings.channel_rounds > num_channels:
+        raise RecipeError(
+            f"channel_importance.channel_rounds is {settings.channel_rounds}; the parent's FFNs have {num_channels} "
+            "channels, and each round removes at least one: give fewer rounds"
+        )
+    progress = _Progress(reporter, total=settings.channel_rounds * len(range(0, len(packed), settings.batch_size)))
     heads = model.architecture.homogeneous_block().attention.num_key_value_heads
     assert heads is not None
-    sums = [
-        (
-            torch.zeros(layer.mlp.down_proj.in_features, dtype=torch.float64, device=device),
-            torch.zeros(heads, dtype=torch.float64, device=device),
-        )
-        for layer in layers
-    ]
-    hooks = [
-        hook
-        for layer, (channels_F, heads_K) in zip(layers, sums, strict=True)
-        for hook in (
-            (layer.mlp.down_proj, partial(_add_channels, total_F=channels_F)),
-            (layer.self_attn.o_proj, partial(_add_heads, total_K=heads_K)),
-        )
-    ]
-    with _watching_inputs(hooks):
-        steps = range(0, len(packed), batch_size)
-        for step, start in enumerate(steps, start=1):
-            rows = slice(start, start + batch_size)
-            model(
-                input_ids=packed.tokens_NT[rows].to(device),
-                position_ids=packed.position_ids_NT[rows].to(device),
-                use_cache=False,
-                logits_to_keep=1,
+    alone: list[Tensor] = []
+    device = next(model.parameters()).device
+    kv_sums = [torch.zeros(heads, dtype=torch.float64, device=device) for _ in layers]
+    removed: list[list[int]] = [[] for _ in layers]
+    for number in range(1, settings.channel_rounds + 1):
+        sums = [torch.zeros(num_channels, dtype=torch.float64, device=device) for _ in layers]
+        hooks: list[_Hook] = [
+            (
+                layer.mlp.down_proj,
+                partial(_add_channels, total_F=total_F, removed=torch.tensor(gone, dtype=torch.long, device=device)),
             )
-            reporter.step(step, len(steps), what="calibration batches")
+            for layer, total_F, gone in zip(layers, sums, removed, strict=True)
+        ]
+        if number == 1:
+            hooks += [
+                (layer.self_attn.o_proj, partial(_add_heads, total_K=total_K))
+                for layer, total_K in zip(layers, kv_sums, strict=True)
+            ]
+        with _watching_inputs(hooks):
+            _pass_tokens(model, packed, batch_size=settings.batch_size, progress=progress)
+        if number == 1:
+            alone = [(total_F / packed.num_tokens).float().cpu() for total_F in sums]
+        num_gone = num_channels * number // settings.channel_rounds
+        for total_F, gone in zip(sums, removed, strict=True):
+            order_F = _least_first(total_F.float().cpu(), gone)
+            gone += order_F[: num_gone - len(gone)].tolist()
     return Importance(
-        ffn_contribution=tuple(
-            (channels_F / packed.num_tokens * _column_norms(layer.mlp.down_proj)).float().cpu()
-            for layer, (channels_F, _) in zip(layers, sums, strict=True)
-        ),
-        kv_contribution=tuple((heads_K / packed.num_tokens).float().cpu() for _, heads_K in sums),
+        ffn_contribution=tuple(alone),
+        kv_contribution=tuple((total_K / packed.num_tokens).float().cpu() for total_K in kv_sums),
+        channel_order=tuple(torch.tensor(gone[::-1]) for gone in removed),
+        kv_heads=settings.kv_heads,
     )
 
 
@@ -102,23 +133,39 @@ def block_influence(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) 
 
 
 def save_importance(importance: Importance, directory: Path) -> None:
-    """Write the statistics as `layers.{i}.ffn_contribution_F` and `layers.{i}.kv_contribution_K`."""
-    tensors: dict[str, Tensor] = {}
-    for layer, tensor_F in enumerate(importance.ffn_contribution):
-        tensors[f"layers.{layer}.ffn_contribution_F"] = tensor_F
-    for layer, tensor_K in enumerate(importance.kv_contribution):
-        tensors[f"layers.{layer}.kv_contribution_K"] = tensor_K
-    save_file(tensors, directory / IMPORTANCE_FILE)
+    """Write the statistics as `layers.{i}.ffn_contribution_F`, `.kv_contribution_K` and `.channel_order_F`."""
+    tensors = {
+        f"layers.{layer}.{name}": tensor
+        for name, by_layer in (
+            (_FFN, importance.ffn_contribution),
+            (_KV, importance.kv_contribution),
+            (_ORDER, importance.channel_order),
+        )
+        for layer, tensor in enumerate(by_layer)
+    }
+    save_file(tensors, directory / IMPORTANCE_FILE, metadata={_MODE: importance.kv_heads})
 
 
 def load_importance(directory: Path) -> Importance:
-    """Read the statistics of a channel_importance artifact."""
-    tensors = load_file(directory / IMPORTANCE_FILE)
-    num_layers = len(tensors) // 2
-    return Importance(
-        ffn_contribution=tuple(tensors[f"layers.{layer}.ffn_contribution_F"] for layer in range(num_layers)),
-        kv_contribution=tuple(tensors[f"layers.{layer}.kv_contribution_K"] for layer in range(num_layers)),
-    )
+    """Read the statistics of a channel_importance artifact.
+
+    Raises:
+        ArtifactError: when the file is of a version that this code does not write.
+    """
+    path = directory / IMPORTANCE_FILE
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        num_layers = sum(name.endswith(_FFN) for name in names)
+        mode: Any = (file.metadata() or {}).get(_MODE)
+        if mode not in get_args(KVHeadMode) or f"layers.0.{_ORDER}" not in names:
+            raise ArtifactError(f"{path} was written by another version: materialize channel_importance again")
+
+        def read(name: str) -> tuple[Tensor, ...]:
+            return tuple(file.get_tensor(f"layers.{layer}.{name}") for layer in range(num_layers))
+
+        return Importance(
+            ffn_contribution=read(_FFN), kv_contribution=read(_KV), channel_order=read(_ORDER), kv_heads=mode
+        )
 
 
 def count_non_finite(importance: Importance) -> int:
@@ -127,8 +174,44 @@ def count_non_finite(importance: Importance) -> int:
     return sum(int((~torch.isfinite(tensor)).sum()) for tensor in everything)
 
 
+class _Progress:
+    """Counts batches over all rounds."""
+
+    def __init__(self, reporter: Reporter, *, total: int) -> None:
+        self._reporter, self._total, self._done = reporter, total, 0
+
+    def step(self) -> None:
+        self._done += 1
+        self._reporter.step(self._done, self._total, what="calibration batches")
+
+
+def _pass_tokens(
+    model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, *, batch_size: int, progress: _Progress
+) -> None:
+    device = next(model.parameters()).device
+    for start in range(0, len(packed), batch_size):
+        rows = slice(start, start + batch_size)
+        model(
+            input_ids=packed.tokens_NT[rows].to(device),
+            position_ids=packed.position_ids_NT[rows].to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        progress.step()
+
+
+def _least_first(contribution_F: Tensor, gone: list[int]) -> Tensor:
+    """Return the channels not yet gone from the least to the most contributing; of equal ones the higher index first.
+
+    NaN counts as the most contributing, so that a broken channel is seen in what is kept.
+    """
+    last = contribution_F.numel() - 1
+    order_F = last - torch.argsort(contribution_F.flip(0), stable=True)
+    return order_F[~torch.isin(order_F, torch.tensor(gone, dtype=torch.long))]
+
+
 @contextmanager
-def _watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Any, tuple[Tensor]], None]]]) -> Iterator[None]:
+def _watching_inputs(hooks: Iterable[_Hook]) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(watch) for module, watch in hooks]
     try:
         yield
@@ -137,10 +220,21 @@ def _watching_inputs(hooks: Iterable[tuple[nn.Module, Callable[[Any, tuple[Tenso
             handle.remove()
 
 
-def _add_channels(_: nn.Linear, inputs: tuple[Tensor], *, total_F: Tensor) -> None:
-    (input_BTF,) = inputs
-    # Summed in float64 over batches; within one batch float32 keeps the copy small.
-    total_F += input_BTF.float().abs().sum(dim=(0, 1))
+def _add_channels(projection: nn.Linear, inputs: tuple[Tensor], *, total_F: Tensor, removed: Tensor) -> None:
+    """Add every channel's contribution in the company of the removed ones, summed over the batch's tokens."""
+    input_SF = inputs[0].flatten(0, 1)
+    squared_norms_F = projection.weight.float().square().sum(dim=0)
+    if not len(removed):
+        # Summed in float64 over batches; within one batch float32 keeps the copy small.
+        total_F += input_SF.float().abs().sum(dim=0) * squared_norms_F.sqrt()
+        return
+    weight_DF = projection.weight
+    error_SD = input_SF[:, removed] @ weight_DF[:, removed].T
+    read_SF, product_SF = input_SF.float(), (error_SD @ weight_DF).float()
+    squares_SF = error_SD.float().square().sum(dim=-1, keepdim=True) + read_SF * (
+        2 * product_SF + read_SF * squared_norms_F
+    )
+    total_F += squares_SF.clamp(min=0).sqrt().sum(dim=0)
 
 
 def _add_heads(projection: nn.Linear, inputs: tuple[Tensor], *, total_K: Tensor) -> None:
@@ -149,7 +243,3 @@ def _add_heads(projection: nn.Linear, inputs: tuple[Tensor], *, total_K: Tensor)
     columns = projection.weight.chunk(num_heads, dim=1)
     for head, (read_BTH, weight_DH) in enumerate(zip(input_BTD.chunk(num_heads, dim=-1), columns, strict=True)):
         total_K[head] += (read_BTH @ weight_DH.T).float().norm(dim=-1).sum()
-
-
-def _column_norms(projection: nn.Linear) -> Tensor:
-    return projection.weight.detach().double().norm(dim=0)

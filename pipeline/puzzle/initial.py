@@ -31,14 +31,20 @@ def build_variant(
     tensors = {name: tensor.float() for name, tensor in parent_tensors.read_prefix(prefix).items()}
     spec = key.spec
     if isinstance(spec, AttentionSpec):
-        initial = initial_attention(tensors, architecture=architecture, parent_spec=parent.attention, spec=spec)
+        initial = initial_attention(
+            tensors,
+            architecture=architecture,
+            parent_spec=parent.attention,
+            spec=spec,
+            head_order_K=importance.head_order(key.layer),
+        )
     else:
         initial = initial_ffn(
             tensors,
             architecture=architecture,
             parent_spec=parent.ffn,
             spec=spec,
-            channel_order_F=importance.channel_order(key.layer),
+            channel_order_F=importance.channel_order[key.layer],
         )
     return module_with(key, architecture, initial, dtype=dtype)
 

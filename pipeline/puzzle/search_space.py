@@ -23,6 +23,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import AttentionOption, FFNOption, SearchSpaceConfig
 
 PORTABLE_WIDTH_MULTIPLE = 256
+NARROW_WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +103,7 @@ def resolve(search_space: SearchSpaceConfig, architecture: Architecture) -> Sear
 
 
 def resolve_attention(option: AttentionOption, *, parent: AttentionSpec) -> AttentionSpec:
-    """Return the attention an option stands for.
+    """Return the attention an option stands for; a share is the most key/value heads that it leaves and that divide.
 
     Raises:
         RecipeError: when its key/value heads do not divide the parent's.
@@ -115,6 +116,10 @@ def resolve_attention(option: AttentionOption, *, parent: AttentionSpec) -> Atte
         return NO_ATTENTION
     heads = parent.num_key_value_heads
     assert heads is not None
+    if isinstance(option, float):
+        return gqa(
+            max(count for count in range(1, heads + 1) if heads % count == 0 and count <= max(1, option * heads))
+        )
     if heads % option:
         raise RecipeError(
             f"attention option {option} key/value heads does not divide the parent's {heads}: heads are averaged in "
@@ -125,6 +130,9 @@ def resolve_attention(option: AttentionOption, *, parent: AttentionSpec) -> Atte
 
 def resolve_ffn(option: FFNOption, *, parent: FFNSpec) -> FFNSpec:
     """Return the FFN an option stands for.
+
+    A share of the width is rounded down to a multiple of 256, or of 8 where less than 256 is left: what kernels like
+    and, from 256 on, what stock runtimes load.
 
     Raises:
         RecipeError: when it is wider than the parent's.
@@ -137,6 +145,10 @@ def resolve_ffn(option: FFNOption, *, parent: FFNSpec) -> FFNSpec:
         return NO_FFN
     width = parent.intermediate_size
     assert width is not None
+    if isinstance(option, float):
+        exact = option * width
+        multiple = PORTABLE_WIDTH_MULTIPLE if exact >= PORTABLE_WIDTH_MULTIPLE else NARROW_WIDTH_MULTIPLE
+        return swiglu(max(1, int(exact // multiple)) * multiple)
     if option > width:
         raise RecipeError(f"ffn option {option} is wider than the parent's intermediate_size of {width}; choose less")
     return swiglu(option)

@@ -1,6 +1,6 @@
 """Search space, block library, scores, profile, search, targets and fusion of a recipe."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,8 +8,22 @@ from pipeline.architecture import Frozen
 from pipeline.devices import DEVICES
 from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
 
-AttentionOption = Literal["parent", "linear", "no_op"] | Positive
-FFNOption = Literal["parent", "linear", "no_op"] | Positive
+Share = Annotated[float, Field(gt=0, lt=1)]
+AttentionOption = Literal["parent", "linear", "no_op"] | Positive | Share
+FFNOption = Literal["parent", "linear", "no_op"] | Positive | Share
+
+# `super`: the 16 blocks per layer of the library that NVIDIA published for Llama-3.3-70B. `paper`: the 54 of Puzzle,
+# section 2. Shares of the parent's key/value heads and FFN width, so that they fit any parent.
+PRESETS: dict[str, dict[str, tuple[str | float, ...]]] = {
+    "super": {
+        "attention": ("parent", "no_op"),
+        "ffn": ("parent", 0.75, 0.625, 0.5, 0.25, 0.2, 0.1, "no_op"),
+    },
+    "paper": {
+        "attention": ("parent", 0.5, 0.25, 0.125, "linear", "no_op"),
+        "ffn": ("parent", 0.87, 0.75, 0.5, 0.25, 0.2, 0.1, "linear", "no_op"),
+    },
+}
 
 
 class LayerOverride(Frozen):
@@ -21,8 +35,9 @@ class LayerOverride(Frozen):
 
 
 class SearchSpaceConfig(Frozen):
-    """The variants of each layer: key/value heads, FFN widths, `parent`, `linear`, `no_op`.
+    """The variants of each layer: key/value heads, FFN widths, shares of the parent's, `parent`, `linear`, `no_op`.
 
+    `preset: super` or `preset: paper` in a recipe stands for both lists.
     `portable` keeps to what stock vLLM and llama.cpp run: real attention in layer 0, FFN widths that are multiples of
     256, no linear subblocks.
     """
@@ -32,6 +47,18 @@ class SearchSpaceConfig(Frozen):
     overrides: tuple[LayerOverride, ...]
     portable: bool
 
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        name, rest = data["preset"], {key: value for key, value in data.items() if key != "preset"}
+        if name not in PRESETS:
+            raise ValueError(f"search_space.preset is {name!r}; it is one of {', '.join(PRESETS)}")
+        if given := sorted(PRESETS[name].keys() & rest.keys()):
+            raise ValueError(f"search_space.preset {name!r} stands for {' and '.join(given)}: give one or the other")
+        return {**rest, **PRESETS[name]}
+
     @model_validator(mode="after")
     def _parent_is_an_option(self) -> Self:
         for name, options in (("attention", self.attention), ("ffn", self.ffn)):
@@ -40,11 +67,22 @@ class SearchSpaceConfig(Frozen):
         return self
 
 
+KVHeadMode = Literal["mean", "contribution"]
+
+
 class ImportanceConfig(Frozen):
-    """Calibration for channel contribution and KV-head statistics."""
+    """Calibration, and how variants are cut by it.
+
+    The channels of narrower FFNs are removed in `channel_rounds` steps, each measured with those already removed left
+    out; 1 is the paper's independent contribution. `kv_heads` gives fewer key/value heads the `mean` of a group's
+    (Puzzle, appendix A), or keeps the heads of the largest `contribution` and lets the queries of the others, their
+    output zeroed, learn again.
+    """
 
     tokens: Positive
     batch_size: Positive
+    channel_rounds: Positive
+    kv_heads: KVHeadMode
     precision: Precision
 
 

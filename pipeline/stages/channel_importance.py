@@ -16,7 +16,7 @@ def run(config: ImportanceStage, inputs: StageInputs, out_dir: Path) -> StageRes
     packed = load_packed(inputs["distillation_mix"], "train").take(settings.tokens)
     model = place(load_model(inputs["parent_checkpoint"], dtype=TORCH_DTYPES[settings.precision]), Ranks().device)
     with num_threads(inputs.execution.num_threads):
-        importance = measure_importance(model, packed, batch_size=settings.batch_size, reporter=inputs.reporter)
+        importance = measure_importance(model, packed, settings=settings, reporter=inputs.reporter)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_importance(importance, out_dir)
     rows = []

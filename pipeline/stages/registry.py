@@ -177,7 +177,7 @@ STAGES: tuple[Stage, ...] = (
         name="channel_importance",
         group="puzzle",
         module="pipeline.stages.channel_importance",
-        version=1,
+        version=2,
         inputs=("parent_checkpoint", "distillation_mix"),
         config=lambda recipe, _: configs.ImportanceStage(importance=recipe.channel_importance),
         description="FFN channel contribution and KV-head statistics over calibration tokens.",

@@ -25,8 +25,10 @@ PARENT = layer_tensors(MODEL, 0)
 PARENT_ATTENTION, PARENT_FFN = gqa(2), swiglu(48)
 
 
-def cut_attention(spec: AttentionSpec, parent: dict[str, Tensor] = PARENT) -> dict[str, Tensor]:
-    return initial_attention(parent, architecture=BIASED, parent_spec=PARENT_ATTENTION, spec=spec)
+def cut_attention(
+    spec: AttentionSpec, parent: dict[str, Tensor] = PARENT, order_K: Tensor | None = None
+) -> dict[str, Tensor]:
+    return initial_attention(parent, architecture=BIASED, parent_spec=PARENT_ATTENTION, spec=spec, head_order_K=order_K)
 
 
 def cut_ffn(spec: FFNSpec, order_F: Tensor) -> dict[str, Tensor]:
@@ -70,6 +72,39 @@ def test_pooling_identical_heads_reproduces_the_parent():
     torch.testing.assert_close(pooled, attend(gqa(2), parent, num_tokens=7), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [[2, 0, 1, 3], [3, 1, 0, 2]])
+def test_keeping_heads_equals_the_parent_with_the_other_heads_output_zeroed(order: list[int]):
+    architecture = make_architecture(
+        num_attention_heads=8,
+        attention_bias=True,
+        blocks=tuple(block.model_copy(update={"attention": gqa(4)}) for block in make_architecture().blocks),
+    )
+    model = make_model(architecture)
+    parent = {
+        name: tensor.clone()
+        for name, tensor in layer_tensors(model, 0).items()
+        if name.startswith(("self_attn", "input_"))
+    }
+    tensors = initial_attention(
+        parent, architecture=architecture, parent_spec=gqa(4), spec=gqa(2), head_order_K=torch.tensor(order)
+    )
+    head_dim = architecture.head_dim
+    for head in order[2:]:  # two query heads read each key/value head
+        parent["self_attn.o_proj.weight"][:, 2 * head * head_dim : 2 * (head + 1) * head_dim] = 0
+    kwargs = attention_inputs(model, batch_size=2, num_tokens=7, device="cpu", dtype=torch.float32)
+    hidden_BTD = torch.randn(2, 7, architecture.hidden_size, generator=torch.Generator().manual_seed(2))
+    silenced, kept = (build_subblock_attention(architecture, gqa(heads), dtype=torch.float32) for heads in (4, 2))
+    silenced.load_state_dict(parent)
+    kept.load_state_dict(tensors)
+    found_BTD = kept(hidden_BTD, **kwargs)
+    torch.testing.assert_close(found_BTD, silenced(hidden_BTD, **kwargs), rtol=1e-5, atol=1e-5)
+    # The silent queries may learn: their columns of W_O get a gradient.
+    found_BTD.square().sum().backward()
+    gradient = dict(kept.named_parameters())["self_attn.o_proj.weight"].grad
+    assert gradient is not None
+    assert bool((gradient.abs().sum(dim=0) > 0).all())
+
+
 def test_pooled_head_is_the_mean_of_its_consecutive_group():
     architecture = make_architecture(num_attention_heads=4, blocks=make_architecture().blocks)
     parent = {
@@ -79,7 +114,7 @@ def test_pooled_head_is_the_mean_of_its_consecutive_group():
         "self_attn.k_proj.weight": torch.arange(4.0).repeat_interleave(8)[:, None].expand(32, 32),
         "self_attn.v_proj.weight": torch.zeros(32, 32),
     }
-    tensors = initial_attention(parent, architecture=architecture, parent_spec=gqa(4), spec=gqa(2))
+    tensors = initial_attention(parent, architecture=architecture, parent_spec=gqa(4), spec=gqa(2), head_order_K=None)
     assert tensors["self_attn.k_proj.weight"][:, 0].tolist() == [0.5] * 8 + [2.5] * 8
 
 

@@ -291,7 +291,7 @@ def test_flops_that_need_no_head_leave_it_out():
     per_token = parent.num_hidden_layers * (matrices + 4 * hidden * length)
     estimated = estimate("channel_importance", tiny)
     assert estimated.flops == Range.of(recipe.channel_importance.tokens * per_token)
-    assert estimated.disk == Range.of(4 * parent.num_hidden_layers * (width + heads))
+    assert estimated.disk == Range.of(4 * parent.num_hidden_layers * (3 * width + heads))
 
 
 def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):

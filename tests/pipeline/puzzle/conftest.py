@@ -18,6 +18,7 @@ from pipeline.stages import channel_importance
 from pipeline.stages.configs import ImportanceStage
 
 SEQUENCE_LENGTH = 16
+IMPORTANCE = ImportanceConfig(tokens=64, batch_size=2, channel_rounds=1, kv_heads="mean", precision="fp32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     )
     publish(store, "parent_checkpoint", "p", StageResult())
     publish(store, "distillation_mix", "m", StageResult())
-    config = ImportanceStage(importance=ImportanceConfig(tokens=64, batch_size=2, precision="fp32"))
+    config = ImportanceStage(importance=IMPORTANCE)
     result = channel_importance.run(config, place.inputs(), importance_dir)
     assert result.metrics == {"num_non_finite_values": 0, "num_tokens": 64}
     publish(store, "channel_importance", "i", result)

@@ -1,19 +1,22 @@
 """Contributions against brute force: zero one channel, or all but one head, and look at the output."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from pipeline.errors import RecipeError
 from pipeline.model.heterogeneous import attention_inputs
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import layer_activations
 from pipeline.puzzle.importance import count_non_finite, load_importance, measure_importance, save_importance
-from tests.pipeline.puzzle.conftest import Workplace
+from tests.pipeline.puzzle.conftest import IMPORTANCE, Workplace
 
 
 def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed(workplace: Workplace):
     model, packed = workplace.model(torch.float64), workplace.packed().take(48)
-    importance = measure_importance(model, packed, batch_size=2, reporter=SilentReporter())
+    importance = measure_importance(model, packed, settings=IMPORTANCE, reporter=SilentReporter())
     for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
         layer = model.model.layers[activations.layer]
         down = layer.mlp.down_proj
@@ -32,7 +35,7 @@ def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed
 
 def test_kv_contribution_equals_norm_of_what_one_head_adds(workplace: Workplace):
     model, packed = workplace.model(torch.float64), workplace.packed().take(32)
-    importance = measure_importance(model, packed, batch_size=2, reporter=SilentReporter())
+    importance = measure_importance(model, packed, settings=IMPORTANCE, reporter=SilentReporter())
     kwargs = attention_inputs(model, batch_size=2, num_tokens=16, device="cpu", dtype=torch.float64)
     for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
         layer = model.model.layers[activations.layer]
@@ -57,7 +60,38 @@ def test_importance_survives_the_disk_and_orders_channels(workplace: Workplace, 
     save_importance(importance, tmp_path)
     again = load_importance(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(importance.ffn_contribution, again.ffn_contribution, strict=True))
-    order_F = importance.channel_order(1)
+    assert all(torch.equal(a, b) for a, b in zip(importance.channel_order, again.channel_order, strict=True))
+    assert again.kv_heads == "mean"
+    order_F = importance.channel_order[1]
     ordered_F = importance.ffn_contribution[1][order_F]
     assert bool((ordered_F[:-1] >= ordered_F[1:]).all())
     assert count_non_finite(importance) == 0
+
+
+@pytest.mark.parametrize("num_rounds", [3, 48])
+def test_channel_order_in_rounds_equals_brute_force_that_zeroes_channels(workplace: Workplace, num_rounds: int):
+    model, packed = workplace.model(torch.float64), workplace.packed().take(48)
+    settings = IMPORTANCE.model_copy(update={"channel_rounds": num_rounds})
+    importance = measure_importance(model, packed, settings=settings, reporter=SilentReporter())
+    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+        layer = model.model.layers[activations.layer]
+        whole_DF = layer.mlp.down_proj.weight.detach().clone()
+
+        def error_without(channels: list[int], activations: Any = activations, layer: Any = layer) -> float:
+            layer.mlp.down_proj.weight.data[:, channels] = 0
+            output_BTD = layer.feed_forward(activations.middle_BTD).detach()
+            layer.mlp.down_proj.weight.data = whole_DF.clone()  # noqa: B023
+            return (output_BTD - activations.output_BTD).norm(dim=-1).mean().item()
+
+        removed: list[int] = []
+        for number in range(1, num_rounds + 1):
+            left = [channel for channel in range(48) if channel not in removed]
+            left.sort(key=lambda channel: error_without([*removed, channel]))
+            removed += left[: 48 * number // num_rounds - len(removed)]
+        assert importance.channel_order[activations.layer].tolist() == removed[::-1]
+
+
+def test_channel_rounds_above_the_number_of_channels_are_refused(workplace: Workplace):
+    settings = IMPORTANCE.model_copy(update={"channel_rounds": 49})
+    with pytest.raises(RecipeError, match="channel_rounds is 49; the parent's FFNs have 48"):
+        measure_importance(workplace.model(), workplace.packed(), settings=settings, reporter=SilentReporter())

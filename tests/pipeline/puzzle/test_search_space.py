@@ -1,8 +1,10 @@
 """Options, overrides and the portable profile of the search space."""
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
+from pipeline.model.architecture_files import load_architecture
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve
 from pipeline.recipe import LayerOverride, SearchSpaceConfig
 from tests.pipeline.puzzle.builders import make_architecture
@@ -72,3 +74,41 @@ def test_specs_are_read_back_from_their_keys():
     for options in found.layers:
         assert all(attention_from_key(spec.key) == spec for spec in options.attention)
         assert all(ffn_from_key(spec.key) == spec for spec in options.ffn)
+
+
+def preset(name: str) -> SearchSpaceConfig:
+    return SearchSpaceConfig.model_validate({"preset": name, "overrides": [], "portable": False})
+
+
+def test_preset_super_is_the_published_library_of_llama_70b():
+    options = resolve(preset("super"), load_architecture("llama-3.3-70b-instruct")).layers[0]
+    assert [spec.key for spec in options.attention] == ["kv8", "no_op"]
+    widths = [spec.intermediate_size for spec in options.ffn]
+    assert widths == [28672, 21504, 17920, 14336, 7168, 5632, 2816, None]
+    assert len(options.blocks) == 16
+
+
+def test_preset_paper_has_54_blocks_per_layer_of_a_parent_with_8_heads():
+    options = resolve(preset("paper"), load_architecture("llama-3.3-70b-instruct")).layers[79]
+    assert [spec.key for spec in options.attention] == ["kv8", "kv4", "kv2", "kv1", "linear", "no_op"]
+    assert [spec.intermediate_size for spec in options.ffn][:7] == [28672, 24832, 21504, 14336, 7168, 5632, 2816]
+    assert len(options.blocks) == 54
+
+
+def test_preset_of_a_small_parent_has_each_variant_once():
+    architecture = make_architecture(num_attention_heads=6, hidden_size=48, num_key_value_heads=3, intermediate_size=20)
+    options = resolve(preset("paper"), architecture).layers[0]
+    assert [spec.key for spec in options.attention] == ["kv3", "kv1", "linear", "no_op"]
+    assert [spec.key for spec in options.ffn] == ["ffn20", "ffn16", "ffn8", "linear", "no_op"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "huge"}, "preset is 'huge'; it is one of super, paper"),
+        ({"preset": "super", "ffn": ["parent"]}, "stands for ffn: give one or the other"),
+    ],
+)
+def test_preset_that_is_unknown_or_beside_its_lists_is_refused(changes: dict[str, object], message: str):
+    with pytest.raises(ValidationError, match=message):
+        SearchSpaceConfig.model_validate({"overrides": [], "portable": False} | changes)
