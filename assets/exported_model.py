@@ -1,4 +1,4 @@
-"""exported_model: the final checkpoint as one DeciLM (nemotron-nas) directory.
+"""exported_model: the final checkpoint as one DeciLM (nemotron-nas) directory, and as GGUF where the recipe asks.
 
 The directory to hand on; its logits are compared with those of the checkpoint it came from.
 """

@@ -220,11 +220,12 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
         },
     ),
     "exported_model": Highlight(
-        look_at="which runtimes load the directory as it is.",
+        look_at="which runtimes run the export, and why others cannot.",
         numbers={
             "num_parameters": ("Parameters", ""),
             "size_mib": ("Size", "MiB"),
             "max_abs_logit_difference": ("Largest difference of a logit", ""),
+            "num_runtimes_that_cannot": ("Runtimes that cannot run it", ""),
         },
     ),
     "model_card": Highlight(

@@ -1,47 +1,72 @@
-"""Which runtimes take an exported architecture as it is, by rule; no runtime is started here. Pure.
+"""Which runtimes take an architecture as it is, after re-packing, or not at all, by rule. Pure.
 
-The rules on layers come from runs against a reference in fp32 with vLLM 0.32.0, llama.cpp 0c1e5709, mlx-lm 0.32.2 and
-transformers 5.23.0; those on biases and head_dim are on the safe side, from the schema having no place for them. A
-runtime that fails loudly and one that computes something else both count as "does not run".
+No runtime is started here: `make test-serving` holds every rule against the runtimes themselves, and docs/serving.md
+has their versions and the table. One that fails loudly and one that computes something else both count as "cannot".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.architecture import Architecture, BlockSpec
+from pipeline.model.decilm_config import WIDTH_MULTIPLE
+from pipeline.model.repacking import portable
 
-# llama.cpp's converter knows the tokenizer of a deci model by this size alone.
-_LLAMA3_VOCAB_SIZE = 128_256
+Verdict = Literal["as is", "after re-packing", "cannot"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeSupport:
-    """Whether a runtime takes the exported directory as it is, and why or how."""
+    """What a runtime makes of an architecture, and why or how."""
 
     runtime: str
-    runs_as_is: bool
+    runs: Verdict
     reason: str
 
 
-def runtime_support(architecture: Architecture) -> list[RuntimeSupport]:
-    """Return what each runtime makes of an exported architecture."""
+def runtime_support(architecture: Architecture, *, tokenizer_obstacle: str | None = None) -> list[RuntimeSupport]:
+    """Return what each runtime makes of a checkpoint's architecture, and of what the export turns it into.
+
+    `tokenizer_obstacle` is the reason for which the tokenizer cannot be written into a GGUF file.
+    """
+    beyond_layers = [] if tokenizer_obstacle is None else [tokenizer_obstacle]
     return [
-        RuntimeSupport(
-            runtime="transformers",
-            runs_as_is=True,
-            reason="with trust_remote_code=True, or without it after pipeline.model.decilm.register()",
-        ),
-        _verdict("vLLM", _vllm_obstacles(architecture), otherwise="with --trust-remote-code, as DeciLMForCausalLM"),
-        _verdict(
+        _support("transformers", architecture, lambda _: [], otherwise="its class registered, or trust_remote_code"),
+        _support("vLLM", architecture, _vllm_obstacles, otherwise="as DeciLMForCausalLM, with --trust-remote-code"),
+        _support(
             "llama.cpp",
-            _llama_cpp_obstacles(architecture),
-            otherwise="after convert_hf_to_gguf.py, as architecture deci",
+            architecture,
+            lambda one: _llama_cpp_obstacles(one) + beyond_layers,
+            mended=lambda one: _llama_cpp_refusals(one) + beyond_layers,
+            otherwise="the GGUF file, architecture deci",
         ),
-        _verdict("mlx-lm", _mlx_obstacles(architecture), otherwise="as nemotron-nas"),
+        _support("mlx-lm", architecture, _mlx_obstacles, otherwise="as nemotron-nas"),
     ]
 
 
-def _verdict(runtime: str, obstacles: list[str], *, otherwise: str) -> RuntimeSupport:
-    return RuntimeSupport(runtime=runtime, runs_as_is=not obstacles, reason="; ".join(obstacles) or otherwise)
+def _support(
+    runtime: str,
+    architecture: Architecture,
+    obstacles: Callable[[Architecture], list[str]],
+    *,
+    otherwise: str,
+    mended: Callable[[Architecture], list[str]] | None = None,
+) -> RuntimeSupport:
+    """Hold the architecture against the runtime's rules, then what the export makes of it (against `mended`)."""
+    found = _width_obstacles(architecture) + obstacles(architecture)
+    if not found:
+        return RuntimeSupport(runtime=runtime, runs="as is", reason=otherwise)
+    left = (mended or obstacles)(portable(architecture).architecture)
+    if left:
+        return RuntimeSupport(runtime=runtime, runs="cannot", reason="; ".join(left))
+    return RuntimeSupport(runtime=runtime, runs="after re-packing", reason=f"{otherwise}; mended: {'; '.join(found)}")
+
+
+def _width_obstacles(architecture: Architecture) -> list[str]:
+    odd = [
+        layer for layer, block in enumerate(architecture.blocks) if (block.ffn.intermediate_size or 0) % WIDTH_MULTIPLE
+    ]
+    return [f"FFN of {_spelled(odd)}: its width is no multiple of {WIDTH_MULTIPLE}, as the schema asks"] if odd else []
 
 
 def _vllm_obstacles(architecture: Architecture) -> list[str]:
@@ -56,7 +81,7 @@ def _vllm_obstacles(architecture: Architecture) -> list[str]:
 
 
 def _llama_cpp_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = _shape_obstacles(architecture)
+    obstacles = _llama_cpp_refusals(architecture)
     first, last = architecture.blocks[0], architecture.blocks[-1]
     if first.attention.kind == "no_op":
         obstacles.append("layer 0 has no attention: the model does not load")
@@ -69,13 +94,16 @@ def _llama_cpp_obstacles(architecture: Architecture) -> list[str]:
     ]
     if silent:
         obstacles.append(f"attention without FFN in {_spelled(silent)}: silently computes something else")
+    return obstacles
+
+
+def _llama_cpp_refusals(architecture: Architecture) -> list[str]:
+    """Return what re-packing and the GGUF file's FFNs of zeros do not mend."""
+    obstacles = []
+    if architecture.attention_bias or architecture.mlp_bias:
+        obstacles.append("biases: they are not written into GGUF files")
     if _layers(architecture, ffn="linear"):
         obstacles.append(f"linear FFN in {_layers(architecture, ffn='linear')}: not implemented")
-    if architecture.vocab_size != _LLAMA3_VOCAB_SIZE:
-        obstacles.append(
-            f"vocab_size is {architecture.vocab_size}: the stock converter reads BPE tokenizers of "
-            f"{_LLAMA3_VOCAB_SIZE} tokens only"
-        )
     return obstacles
 
 

@@ -540,7 +540,9 @@ def _mip(case: Case) -> Estimate:
 
 
 def _export(case: Case) -> Estimate:
-    disk = case.sizes.child_parameters.times(case.stored_bytes)
+    gguf = case.recipe.exported_model.gguf
+    gguf_bytes = 0.0 if gguf is None else BYTES_PER_PARAMETER[gguf]
+    disk = case.sizes.child_parameters.times(case.stored_bytes + gguf_bytes)
     memory = case.sizes.child_parameters.times(4.0)
     return Estimate(
         memory=memory.times(2),

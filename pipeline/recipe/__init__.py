@@ -18,6 +18,7 @@ from pipeline.recipe.data import (
     ReasoningTask,
     SourceConfig,
 )
+from pipeline.recipe.delivery import ExportConfig, GGUFPrecision
 from pipeline.recipe.measuring import (
     BaselinesConfig,
     EvaluationConfig,
@@ -75,9 +76,11 @@ __all__ = [
     "EmbeddedSource",
     "EvaluationConfig",
     "EvaluationSetsConfig",
+    "ExportConfig",
     "FFNOption",
     "FileSource",
     "FusionConfig",
+    "GGUFPrecision",
     "HeldOutText",
     "HubParent",
     "ImportanceConfig",

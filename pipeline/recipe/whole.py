@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
+from pipeline.recipe.delivery import ExportConfig
 from pipeline.recipe.measuring import BaselinesConfig, EvaluationConfig, SpeedReportConfig, Thresholds
 from pipeline.recipe.parent import ParentConfig
 from pipeline.recipe.puzzle import (
@@ -59,6 +60,7 @@ class Recipe(Frozen):
     rl: RLConfig
     evaluation: EvaluationConfig
     speed_report: SpeedReportConfig
+    exported_model: ExportConfig
     thresholds: Thresholds
 
     @model_validator(mode="after")

@@ -286,6 +286,15 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             blocking=True,
             description="Logits of the exported directory, loaded by transformers, against the checkpoint, fp32.",
         ),
+        Check(
+            name="portable_to_every_runtime",
+            metric="num_runtimes_that_cannot",
+            comparison="==",
+            bound=0,
+            blocking=False,
+            description="transformers, vLLM, llama.cpp and mlx-lm all run the export, by rules that "
+            "`make test-serving` holds against them; the table says which not, and why.",
+        ),
     ),
     "evaluation_sets": (
         Check(

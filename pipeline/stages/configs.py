@@ -8,6 +8,7 @@ from pipeline.recipe import (
     CorporaConfig,
     EvaluationConfig,
     EvaluationSetsConfig,
+    ExportConfig,
     ImportanceConfig,
     Limit,
     MeasurementConfig,
@@ -151,8 +152,14 @@ class SpeedStage(Frozen):
     speed_tolerance: float
 
 
+class ExportStage(Frozen):
+    """exported_model."""
+
+    export: ExportConfig
+
+
 class NoOptions(Frozen):
-    """A stage that reads nothing of the recipe but its inputs: exported_model."""
+    """A stage that reads nothing of the recipe but its inputs."""
 
 
 class ReportStage(Frozen):

@@ -1,8 +1,6 @@
-"""exported_model: the final checkpoint as one DeciLM (nemotron-nas) directory, loaded back and compared.
+"""exported_model: the final checkpoint as one DeciLM (nemotron-nas) directory, loaded back and compared, and as GGUF.
 
     python -m pipeline materialize exported_model
-
-Leaves out: GGUF, and re-packing of identity layers.
 
 Letters: B batch, T tokens, V vocab_size.
 """
@@ -19,47 +17,74 @@ from pipeline.data.chat import generation_prompt_ids, reasoning_messages, render
 from pipeline.model.checkpoint import TensorReader, load_model, load_tokenizer, read_architecture
 from pipeline.model.decilm import register
 from pipeline.model.export_decilm import export_decilm
+from pipeline.model.export_gguf import export_gguf
+from pipeline.model.gguf_tokenizer import tokenizer_obstacle
 from pipeline.model.portability import runtime_support
 from pipeline.stage import StageInputs, StageResult, Table
-from pipeline.stages.configs import NoOptions
+from pipeline.stages.configs import ExportStage
 from pipeline.training.distributed import use_threads
 
+GGUF_FILE = "model.gguf"
 _COMPARED_BATCH, _COMPARED_TOKENS = 2, 64
 _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
 
 
-def run(config: NoOptions, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Export rl_checkpoint and prove that transformers loads the same model and tokenizer from it."""
+def run(config: ExportStage, inputs: StageInputs, out_dir: Path) -> StageResult:
+    """Export rl_checkpoint and prove that transformers loads the same model and tokenizer from it.
+
+    A child with layers that llama.cpp does not have gets no GGUF file though the recipe asks for one: the search
+    decides the layers, and the portability table says what keeps them out.
+    """
     use_threads(inputs.execution.num_threads)
     checkpoint_dir = inputs["rl_checkpoint"]
     architecture = read_architecture(checkpoint_dir)
-    exported = export_decilm(checkpoint_dir, out_dir=out_dir)
+    repacking = export_decilm(checkpoint_dir, out_dir=out_dir)
+    exported = repacking.architecture
     reader = TensorReader(out_dir)
     register()
     ids_BT = _fixed_ids(architecture)
     expected_BTV = _logits(load_model(checkpoint_dir, dtype=torch.float32), ids_BT)
     model = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32, local_files_only=True).eval()
     difference_BTV = (_logits(model, ids_BT) - expected_BTV).abs()
-    support = runtime_support(exported)
+    support = runtime_support(architecture, tokenizer_obstacle=tokenizer_obstacle(checkpoint_dir))
+    refused = {item.runtime: item.reason for item in support if item.runs == "cannot"}
+    if config.export.gguf is not None and "llama.cpp" not in refused:
+        export_gguf(checkpoint_dir, out_dir / GGUF_FILE, precision=config.export.gguf)
     return StageResult(
         metrics={
             "max_abs_logit_difference": float(difference_BTV.max()),
             "num_token_id_differences": _num_token_id_differences(checkpoint_dir, out_dir),
             "num_parameters": costs.num_parameters(exported),
             "num_padding_parameters": costs.num_parameters(exported) - costs.num_parameters(architecture),
-            "size_mib": sum(path.stat().st_size for path in out_dir.glob("*.safetensors")) / costs.MIB,
+            "num_hidden_layers": exported.num_hidden_layers,
+            "num_layers_dropped": architecture.num_hidden_layers - exported.num_hidden_layers,
+            "num_runtimes_that_cannot": len(refused),
+            "size_mib": _size_mib(out_dir, "*.safetensors"),
+            "gguf_size_mib": _size_mib(out_dir, GGUF_FILE),
         },
         facts={
             "format": "DeciLM (nemotron-nas) v1",
             "dtype": str(reader.dtype("model.embed_tokens.weight")).removeprefix("torch."),
-            "runs_as_is": ", ".join(item.runtime for item in support if item.runs_as_is),
+            "first_attention": "its own" if repacking.sources[0].attention is not None else "added, its weights zero",
+            "gguf": _gguf_fact(config, refused),
         },
         tables={
             "portability": Table.of(
-                ("runtime", "runs_as_is", "why"), [(item.runtime, item.runs_as_is, item.reason) for item in support]
+                ("runtime", "runs", "how, or why not"), [(item.runtime, item.runs, item.reason) for item in support]
             )
         },
     )
+
+
+def _gguf_fact(config: ExportStage, refused: dict[str, str]) -> str:
+    if config.export.gguf is None:
+        return "not asked for"
+    reason = refused.get("llama.cpp")
+    return f"{GGUF_FILE}, {config.export.gguf}" if reason is None else f"not written: {reason}"
+
+
+def _size_mib(directory: Path, pattern: str) -> float:
+    return sum(path.stat().st_size for path in directory.glob(pattern)) / costs.MIB
 
 
 def _fixed_ids(architecture: Architecture) -> Tensor:

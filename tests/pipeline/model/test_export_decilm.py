@@ -63,26 +63,27 @@ def test_config_has_exactly_the_published_keys(tmp_path: Path):
     assert config["intermediate_size"] is None
     assert config["num_key_value_heads"] is None
     assert "head_dim" not in config
-    assert len(config["block_configs"]) == config["num_hidden_layers"] == 5
+    assert len(config["block_configs"]) == config["num_hidden_layers"] == 4
     for block in config["block_configs"]:
         assert sorted(block["attention"]) == ATTENTION_KEYS
         assert sorted(block["ffn"]) == ["ffn_mult", "no_op", "replace_with_linear", "sparsify"]
     groups = [block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
-    assert groups == [None, 2, None, 1, None]
+    assert groups == [4, 2, None, 1]
     multipliers = [block["ffn"]["ffn_mult"] for block in config["block_configs"]]
     assert [None if value is None else ffn_width(value, hidden_size=32) for value in multipliers] == [
         512,
         None,
         None,
         512,
-        None,
     ]
 
 
 def test_search_facts_keep_the_true_widths(tmp_path: Path):
     facts = json.loads((exported(tmp_path) / "refit.json").read_text())
-    assert [block["intermediate_size"] for block in facts["blocks"]] == [300, None, None, 512, None]
-    assert [block["parent_layers"] for block in facts["blocks"]] == [[0], [1], [2], [3], [4]]
+    assert [block["intermediate_size"] for block in facts["blocks"]] == [300, None, None, 512]
+    assert [block["num_key_value_heads"] for block in facts["blocks"]] == [None, 2, None, 4]
+    assert [block["parent_layers"] for block in facts["blocks"]] == [[0], [1], [2], [3, 4]]
+    assert facts["num_layers_before_repacking"] == 5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from pipeline.model.architecture_files import load_architecture
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.decilm import register
 from pipeline.model.decilm_config import decilm_architecture
-from pipeline.model.export_decilm import export_decilm, padded_architecture
+from pipeline.model.export_decilm import export_decilm
+from pipeline.model.repacking import padded
 from tests.pipeline.model.builders import make_architecture, make_model, make_tokenizer_dir, num_elements, random_ids
 
 SUPER, ULTRA = "llama-3.3-nemotron-super-49b", "llama-3.1-nemotron-ultra-253b"
@@ -147,7 +148,7 @@ def test_pattern_of_the_published_model_runs_exported_at_a_256th_of_its_width(na
     export_decilm(tmp_path / "checkpoint", out_dir=tmp_path / "export")
 
     read = load_architecture(str(tmp_path / "export"))
-    assert read == padded_architecture(architecture)
+    assert read == padded(architecture)
     register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     assert num_parameters(read) == num_elements(list(model.parameters()))

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.architecture import NO_ATTENTION, BlockSpec, gqa, swiglu
+from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, BlockSpec, FFNSpec, gqa, swiglu
 from pipeline.artifacts import sha256_file
 from pipeline.data.packed import PackedTokens, save_packed
 from pipeline.errors import CheckpointError
 from pipeline.fingerprint import canonical_json
 from pipeline.model.checkpoint import load_model, read_architecture, save_checkpoint
-from pipeline.recipe import FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
+from pipeline.recipe import ExportConfig, FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import exported_model, fused_checkpoint, parent_checkpoint
-from pipeline.stages.configs import NoOptions, ParentStage
+from pipeline.stages.configs import ExportStage, ParentStage
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_llama, make_model, make_tokenizer_dir
 from tests.pipeline.model.test_gguf_import import ARCHITECTURE, write_gguf
 from tests.pipeline.model.test_hf_import import saved_llama
@@ -181,8 +181,31 @@ def test_run_that_costs_more_than_allowed_stays_unfused(tmp_path: Path):
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
     blocks = make_blocks(PARENT_LAYER, (NO_ATTENTION, swiglu(512)), (gqa(1), swiglu(48)))
     inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
-    result = exported_model.run(NoOptions(), inputs, tmp_path / "export")
+    result = exported_model.run(ExportStage(export=ExportConfig(gguf="fp32")), inputs, tmp_path / "export")
     assert result.metrics["max_abs_logit_difference"] <= 1e-5
     assert result.metrics["num_token_id_differences"] == 0
     assert result.metrics["num_padding_parameters"] == 2 * 3 * 32 * (256 - 48)
-    assert [row[0] for row in result.tables["portability"].rows] == ["transformers", "vLLM", "llama.cpp", "mlx-lm"]
+    assert result.metrics["num_layers_dropped"] == result.metrics["num_runtimes_that_cannot"] == 0
+    assert [row[:2] for row in result.tables["portability"].rows] == [
+        (runtime, "after re-packing") for runtime in ("transformers", "vLLM", "llama.cpp", "mlx-lm")
+    ]
+    assert result.facts["gguf"] == "model.gguf, fp32"
+    assert result.metrics["gguf_size_mib"] == pytest.approx(result.metrics["size_mib"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "gguf", "fact"),
+    [
+        (LINEAR_FFN, "fp32", "not written: linear FFN in layer 1: not implemented"),
+        (swiglu(256), None, "not asked for"),
+    ],
+)
+def test_export_without_gguf_says_why(tmp_path: Path, ffn: FFNSpec, gguf: str | None, fact: str):
+    blocks = make_blocks(PARENT_LAYER, (gqa(1), ffn))
+    inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
+    config = ExportStage(export=ExportConfig.model_validate({"gguf": gguf}))
+    result = exported_model.run(config, inputs, tmp_path / "export")
+    assert result.facts["gguf"] == fact
+    assert result.metrics["gguf_size_mib"] == 0
+    assert result.metrics["num_runtimes_that_cannot"] == (3 if gguf else 0)
+    assert not (tmp_path / "export" / "model.gguf").exists()
