@@ -227,6 +227,15 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "max_abs_logit_difference": ("Largest difference of a logit", ""),
         },
     ),
+    "pareto": Highlight(
+        look_at="the plot: the line joins the children that none beats; the check says where a baseline wins.",
+        numbers={
+            "num_children": ("Children drawn", ""),
+            "num_targets": ("Targets", ""),
+            "num_incomplete_targets": ("Of them incomplete", ""),
+            "num_dominated_targets": ("Targets where a baseline wins", ""),
+        },
+    ),
     "model_card": Highlight(
         look_at="the card itself.", numbers={"size_bytes": ("Size", "bytes")}, page="model_card.md"
     ),

@@ -151,6 +151,13 @@ class SpeedStage(Frozen):
     speed_tolerance: float
 
 
+class ParetoStage(Frozen):
+    """pareto: of each target its limits, which name the scenario that its children are compared in."""
+
+    limits: dict[str, tuple[Limit, ...]]
+    profile: ProfileConfig
+
+
 class NoOptions(Frozen):
     """A stage that reads nothing of the recipe but its inputs: exported_model."""
 
