@@ -228,6 +228,15 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "num_runtimes_that_cannot": ("Runtimes that cannot run it", ""),
         },
     ),
+    "pareto": Highlight(
+        look_at="the plot: the line joins the children that none beats; the check says where a baseline wins.",
+        numbers={
+            "num_children": ("Children drawn", ""),
+            "num_targets": ("Targets", ""),
+            "num_incomplete_targets": ("Of them incomplete", ""),
+            "num_dominated_targets": ("Targets where a baseline wins", ""),
+        },
+    ),
     "model_card": Highlight(
         look_at="the card itself.", numbers={"size_bytes": ("Size", "bytes")}, page="model_card.md"
     ),

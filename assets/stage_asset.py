@@ -24,7 +24,7 @@ def stage_asset(name: str, *, recipe: Recipe, kinds: Set[str]) -> Callable[[Call
     stage = get_stage(name)
     return dg.asset(
         name=stage.name,
-        deps=list(stage.inputs),
+        deps=list(stage.upstream),
         description=describe(stage),
         group_name=stage.group,
         kinds=set(kinds),
@@ -43,13 +43,15 @@ def describe(stage: Stage) -> str:
     """Return what the UI says of a stage, as Markdown: what it is, what it reads, what to look at."""
     paragraphs = [
         stage.description,
-        f"**Reads** {', '.join(f'`{name}`' for name in stage.inputs)}."
-        if stage.inputs
+        f"**Reads** {', '.join(f'`{name}`' for name in stage.upstream)}."
+        if stage.upstream
         else "**Reads** the recipe alone.",
         f"**Look at** {HIGHLIGHTS.get(stage.name, NOTHING_FIRST).look_at}",
     ]
     if stage.per_target:
         paragraphs.append("One partition per target of the recipe.")
+    if stage.over_targets:
+        paragraphs.append("Takes every target that is there; those that are not are named.")
     return "\n\n".join(paragraphs)
 
 

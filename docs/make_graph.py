@@ -47,12 +47,12 @@ def reduced_edges() -> list[tuple[str, str]]:
     """Return the edges of the graph that no longer path implies."""
     above: dict[str, set[str]] = {}
     for stage in STAGES:
-        above[stage.name] = set(stage.inputs).union(*(above[name] for name in stage.inputs))
+        above[stage.name] = set(stage.upstream).union(*(above[name] for name in stage.upstream))
     return [
         (name, stage.name)
         for stage in STAGES
-        for name in stage.inputs
-        if not any(name in above[other] for other in stage.inputs)
+        for name in stage.upstream
+        if not any(name in above[other] for other in stage.upstream)
     ]
 
 
@@ -60,11 +60,11 @@ def lay_out(edges: list[tuple[str, str]]) -> Layout:
     """Place every stage and waypoint."""
     row_of: dict[str, int] = {}
     for stage in STAGES:
-        row_of[stage.name] = max((row_of[name] + 1 for name in stage.inputs), default=0)
+        row_of[stage.name] = max((row_of[name] + 1 for name in stage.upstream), default=0)
     # A stage that only one later stage reads moves down to it, which shortens its edges.
     for stage in reversed(STAGES):
         readers = [row_of[target] for source, target in edges if source == stage.name]
-        if readers and stage.inputs:
+        if readers and stage.upstream:
             row_of[stage.name] = min(readers) - 1
     rows: list[list[object]] = [[] for _ in range(max(row_of.values()) + 1)]
     for name, row in row_of.items():

@@ -39,7 +39,7 @@ from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
-from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
+from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, target_key
 from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name, take_error
@@ -200,7 +200,13 @@ class _Resolver:
         return identity
 
     def inputs(self, stage: Stage) -> dict[str, Artifact]:
-        return {name: self._artifact(name, reader=stage) for name in stage.inputs}
+        found = {name: self._artifact(name, reader=stage) for name in stage.inputs}
+        for name in stage.over_targets:
+            for target in sorted(self._workspace.recipe.targets):
+                artifact = find_artifact(self._workspace, name, target)
+                if artifact is not None and failed_blocking_check(artifact, self._workspace.recipe) is None:
+                    found[target_key(name, target)] = artifact
+        return found
 
     def _artifact(self, name: str, *, reader: Stage) -> Artifact:
         if name not in self._found:

@@ -19,6 +19,7 @@ from pipeline.progress import Reporter, SilentReporter
 
 WORK_DIR = "_work"
 VIEW_DIR = "view"
+TARGET_MARK = "@"
 
 Number = int | float
 
@@ -48,6 +49,16 @@ class StageInputs:
     def __getitem__(self, asset: str) -> Path:
         """Return the directory of an upstream artifact."""
         return self.artifacts[asset]
+
+    def by_target(self, asset: str) -> dict[str, Path]:
+        """Return the directories of an asset that is read of every target; a target without one is left out."""
+        keys = {key: key.partition(TARGET_MARK) for key in self.artifacts}
+        return {target: self.artifacts[key] for key, (name, _, target) in keys.items() if name == asset and target}
+
+
+def target_key(asset: str, target: str) -> str:
+    """Return the name under which the artifact of one of several targets is handed to a stage: `baselines@fast`."""
+    return f"{asset}{TARGET_MARK}{target}"
 
 
 class Table(Frozen):

@@ -69,13 +69,13 @@ def _explain_stage(
     found: Mapping[str, Artifact],
     earlier: Mapping[str, Explanation],
 ) -> tuple[Explanation, Artifact | None]:
-    blocked = next((name for name in stage.inputs if earlier[name].action == "blocked"), None)
+    blocked = next((name for name in stage.upstream if earlier[name].action == "blocked"), None)
     if blocked is not None:
         return Explanation(stage=stage.name, action="blocked", reason=f"its input {blocked} is blocked"), None
-    missing = [name for name in stage.inputs if name not in found]
+    missing = [name for name in stage.upstream if name not in found]
     if missing:
         return _explain_without_inputs(workspace, stage, target, missing=missing), None
-    for name in stage.inputs:
+    for name in stage.upstream:
         failure = failed_blocking_check(found[name], workspace.recipe)
         if failure is not None:
             reason = f"input {name} fails its blocking check {failure}"

@@ -588,4 +588,5 @@ _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {
     "exported_model": _export,
     "model_card": _page,
     "report": _page,
+    "pareto": _page,
 }

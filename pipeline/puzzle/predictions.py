@@ -214,6 +214,16 @@ def headline_scenario(limits: Sequence[Limit], quantity: str, *, profile: Profil
     return named[0] if named else profile.scenarios[0].name
 
 
+def compared_phase(limits: Sequence[Limit], *, profile: ProfileConfig) -> tuple[str, Phase]:
+    """Return scenario and phase of a target's first limit on a speed, in which its children are compared.
+
+    Without such a limit it is decoding in the profile's first scenario.
+    """
+    quantity = next((limit.quantity for limit in limits if limit.quantity in SPEEDS), "decode_speed")
+    phase: Phase = "prefill" if quantity == "prefill_speed" else "decode"
+    return headline_scenario(limits, quantity, profile=profile), phase
+
+
 def _linear(limit: Limit, *, costs: CostModel, blocks: Mapping[str, BlockSpec], speed_margin: float) -> LinearLimit:
     if limit.quantity == "cached_tokens":
         return cached_tokens_limit(limit, model=costs.parent, bytes_per_value=costs.bytes_per_value, blocks=blocks)

@@ -13,6 +13,7 @@ PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
 LOSSES = "losses.parquet"
 CHILDREN = "children.parquet"
+PARETO = "pareto.parquet"
 
 SCHEMAS: dict[str, Schema] = {
     # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
@@ -62,6 +63,23 @@ SCHEMAS: dict[str, Schema] = {
         "measured_speedup": pl.Float64,
         "speedup_low": pl.Float64,
         "speedup_high": pl.Float64,
+    },
+    # One row per child of any target and kind of comparison, the parent's too; see pipeline.report.pareto. The interval
+    # of kl is the point itself where none is known.
+    PARETO: {
+        "target": pl.String,
+        "method": pl.String,
+        "text": pl.String,
+        "scenario": pl.String,
+        "phase": pl.String,
+        "measured_speedup": pl.Float64,
+        "speedup_low": pl.Float64,
+        "speedup_high": pl.Float64,
+        "kl": pl.Float64,
+        "kl_low": pl.Float64,
+        "kl_high": pl.Float64,
+        "num_parameters": pl.Int64,
+        "is_on_frontier": pl.Boolean,
     },
     LOSSES: {
         "layer": pl.Int64,

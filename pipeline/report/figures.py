@@ -5,6 +5,7 @@ INK, GRID and PAPER are written literally, so that a page can put its own (dark)
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.architecture import Architecture
 from pipeline.evaluation.intervals import Estimate
+from pipeline.report.pareto import CHILD, FINAL, PUZZLE, Panel, Point, frontier
 
 INK = "#20242a"
 GRID = "#d3d7dc"
@@ -293,6 +296,69 @@ def lines_by_layer(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
         _legend_below(figure, handles=axes.get_legend_handles_labels()[0])
         return _svg(figure, name)
+
+
+def pareto_panels(panels: Mapping[Panel, Sequence[Point]]) -> str:
+    """Draw the distance to the parent over measured speed, the children that no other beats joined by a line."""
+    methods = list(dict.fromkeys(_family(point) for points in panels.values() for point in points))
+    with mpl.rc_context(_STYLE):
+        figure = _figure(width=5.4 * len(panels) + 0.6, height=4.4)
+        handles: dict[str, Line2D] = {}
+        for axes, (panel, points) in zip(
+            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+        ):
+            best = frontier(points)
+            axes.plot(
+                [point.speedup.value for point in best], [point.kl.value for point in best], color=INK, linewidth=0.9
+            )
+            for point in points:
+                if math.isfinite(point.kl.value):
+                    _pareto_point(axes, point, place=methods.index(_family(point)), handles=handles)
+            distances = [point.kl.value for point in points if 0 < point.kl.value < math.inf]
+            if distances and max(distances) > 20 * min(distances):
+                axes.set_yscale("symlog", linthresh=min(distances))
+            axes.set_ylim(bottom=0)
+            axes.set_title(panel.title)
+            axes.set_xlabel("measured speed, parent = 1 (bars: interval over rounds)")
+            axes.set_ylabel("KL to the parent, nats per token")
+        _legend_below(figure, handles=list(handles.values()))
+        return _svg(figure, "pareto")
+
+
+def _pareto_point(axes: Axes, point: Point, *, place: int, handles: dict[str, Line2D]) -> None:
+    name, speed, kl = _family(point), point.speedup, point.kl
+    color, marker = CYCLE[place % len(CYCLE)], MARKS[place % len(MARKS)]
+    axes.errorbar(
+        [speed.value],
+        [kl.value],
+        xerr=[[speed.value - speed.low], [speed.high - speed.value]],
+        yerr=[[kl.value - kl.low], [kl.high - kl.value]],
+        color=color,
+        marker=marker,
+        markersize=8 if point.is_ours else 5,
+        markerfacecolor=color if point.is_ours else PAPER,
+        capsize=2,
+        linewidth=0.8,
+    )
+    handles.setdefault(
+        name,
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=marker,
+            linestyle="",
+            markerfacecolor=color if point.is_ours else PAPER,
+            label=name,
+        ),
+    )
+    if point.method in (PUZZLE, CHILD, FINAL):
+        axes.annotate(point.target, (speed.value, kl.value), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+
+
+def _family(point: Point) -> str:
+    """Return the method without the number of a random draw."""
+    return point.method.split(" ")[0] if point.method.startswith("random ") else point.method
 
 
 def _figure(*, width: float, height: float) -> Figure:

@@ -28,7 +28,6 @@ from pipeline.puzzle.baselines import (
     random_choice,
     uniform,
 )
-from pipeline.puzzle.calibration import Phase
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.importance import block_influence, load_importance
@@ -36,7 +35,7 @@ from pipeline.puzzle.initial import library_variants, untrained_variants
 from pipeline.puzzle.library import read_index
 from pipeline.puzzle.measure import Interval, measure_models
 from pipeline.puzzle.mip import Problem
-from pipeline.puzzle.predictions import SPEEDS, CostModel, headline_scenario, linear_limits
+from pipeline.puzzle.predictions import CostModel, compared_phase, linear_limits
 from pipeline.puzzle.score_table import read_scores
 from pipeline.puzzle.search import build_problem, read_costs, read_solution
 from pipeline.puzzle.search_space import SearchSpace, resolve
@@ -182,7 +181,7 @@ def _measure(
     device: torch.device,
 ) -> dict[str, Interval]:
     """Return every child's measured speed-up; time does not depend on the values of weights, so they are random."""
-    scenario, phase = _headline(config)
+    scenario, phase = compared_phase(config.requirements.limits, profile=config.profile)
     dtype = TORCH_DTYPES[config.profile.precision]
     timed = place(build_model(architecture, dtype=dtype, seed=1), device)
     found: dict[tuple[str, ...], Interval] = {}
@@ -203,14 +202,6 @@ def _measure(
     return speeds
 
 
-def _headline(config: BaselinesStage) -> tuple[str, Phase]:
-    """Return the scenario and phase of the target's first limit on a speed; decoding in the first one without any."""
-    limits = config.requirements.limits
-    quantity = next((limit.quantity for limit in limits if limit.quantity in SPEEDS), "decode_speed")
-    phase: Phase = "prefill" if quantity == "prefill_speed" else "decode"
-    return headline_scenario(limits, quantity, profile=config.profile), phase
-
-
 def _table(
     scored: Mapping[str, Mapping[str, Divergence]],
     children: Mapping[str, Blocks],
@@ -219,7 +210,7 @@ def _table(
     costs: CostModel,
     config: BaselinesStage,
 ) -> pl.DataFrame:
-    scenario, phase = _headline(config)
+    scenario, phase = compared_phase(config.requirements.limits, profile=config.profile)
     parent_ms = costs.calibration.get(scenario, phase).parent_ms
     rows = []
     for weights, found in scored.items():

@@ -190,6 +190,24 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="As whole models, before any distillation, no simpler method's child is closer to the parent.",
         ),
     ),
+    "pareto": (
+        Check(
+            name="every_target_is_there",
+            metric="num_incomplete_targets",
+            comparison="==",
+            bound=0,
+            blocking=False,
+            description="Every target of the recipe has been compared with its baselines, evaluated and measured.",
+        ),
+        Check(
+            name="no_baseline_is_closer_and_as_fast",
+            metric="num_dominated_targets",
+            comparison="==",
+            bound=0,
+            blocking=False,
+            description="In no target is a simpler method's child closer to the parent and measured as fast or faster.",
+        ),
+    ),
     "child_checkpoint": (
         Check(
             name="target_is_met_when_measured",

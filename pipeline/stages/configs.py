@@ -158,6 +158,13 @@ class ExportStage(Frozen):
     export: ExportConfig
 
 
+class ParetoStage(Frozen):
+    """pareto: of each target its limits, which name the scenario that its children are compared in."""
+
+    limits: dict[str, tuple[Limit, ...]]
+    profile: ProfileConfig
+
+
 class NoOptions(Frozen):
     """A stage that reads nothing of the recipe but its inputs."""
 

@@ -25,7 +25,8 @@ class Stage:
     """One stage of the recipe and the asset it makes.
 
     `version` is raised by hand when the stage computes something else for the same inputs. `measures_hardware` says of
-    a recipe whether the stage's result holds for this machine alone.
+    a recipe whether the stage's result holds for this machine alone. Of the assets `over_targets`, a stage that all
+    targets share reads every target's artifact that is there and passes its blocking checks; none of them must be.
     """
 
     name: str
@@ -35,12 +36,18 @@ class Stage:
     inputs: tuple[str, ...]
     config: Callable[[Recipe, str], Frozen]
     description: str
+    over_targets: tuple[str, ...] = ()
     per_target: bool = False
     in_child: bool = False
     measures_hardware: Callable[[Recipe], bool] = lambda recipe: False
     trains: bool = False
     runs_on_all_ranks: bool = False
     checks: tuple[Check, ...] = ()
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """Every asset that the stage reads, of one target or of all."""
+        return (*self.inputs, *self.over_targets)
 
     def load(self) -> RunStage:
         """Import the stage's module and return its `run`."""
@@ -117,6 +124,13 @@ def _speed(recipe: Recipe, target: str) -> Frozen:
         speed=recipe.speed_report,
         limits=_target(recipe, target).limits,
         speed_tolerance=recipe.search.speed_tolerance,
+    )
+
+
+def _pareto(recipe: Recipe, _: str) -> Frozen:
+    return configs.ParetoStage(
+        limits={name: target.limits for name, target in sorted(recipe.targets.items())},
+        profile=recipe.block_profile,
     )
 
 
@@ -498,6 +512,17 @@ STAGES: tuple[Stage, ...] = (
         description="One self-contained HTML page: architecture, predicted against measured, quality, loss curves.",
         per_target=True,
         checks=CHECKS["report"],
+    ),
+    Stage(
+        name="pareto",
+        group="results",
+        module="pipeline.stages.pareto",
+        version=1,
+        inputs=(),
+        over_targets=("baselines", "evaluation", "speed_report"),
+        config=_pareto,
+        description="Quality against measured speed: every target's children, what simpler methods chose, the parent.",
+        checks=CHECKS["pareto"],
     ),
 )
 

@@ -12,7 +12,7 @@ from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGra
 import assets
 from pipeline.definitions import build_defs, load_assets
 from pipeline.recipe_file import load_recipe
-from pipeline.stages.registry import STAGES
+from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.commands import run_module, run_python
 from tests.dagster.stores import open_tiny
 
@@ -39,13 +39,13 @@ def test_graph_keys_and_edges_equal_snapshot(graph: BaseAssetGraph):
 
 def test_graph_every_edge_is_a_registry_input(graph: BaseAssetGraph):
     for stage in STAGES:
-        assert {key.to_user_string() for key in graph.get(dg.AssetKey(stage.name)).parent_keys} == set(stage.inputs)
+        assert {key.to_user_string() for key in graph.get(dg.AssetKey(stage.name)).parent_keys} == set(stage.upstream)
 
 
 def test_graph_stages_are_listed_inputs_first():
     seen: set[str] = set()
     for stage in STAGES:
-        assert set(stage.inputs) <= seen, stage.name
+        assert set(stage.upstream) <= seen, stage.name
         seen.add(stage.name)
 
 
@@ -53,6 +53,13 @@ def test_graph_shared_stages_depend_on_shared_stages_only():
     per_target = {stage.name for stage in STAGES if stage.per_target}
     for stage in STAGES:
         assert stage.per_target or per_target.isdisjoint(stage.inputs), stage.name
+
+
+def test_graph_fan_in_is_shared_and_over_stages_of_targets():
+    fan_in = [stage for stage in STAGES if stage.over_targets]
+    assert [stage.name for stage in fan_in] == ["pareto"]
+    assert not any(stage.per_target for stage in fan_in)
+    assert all(get_stage(name).per_target for stage in fan_in for name in stage.over_targets)
 
 
 def test_graph_targets_are_the_partitions(graph: BaseAssetGraph):
@@ -89,7 +96,7 @@ def test_description_says_what_a_stage_is_what_it_reads_and_what_to_look_at(grap
     for stage in STAGES:
         description = graph.get(dg.AssetKey(stage.name)).description or ""
         assert description.startswith(stage.description), stage.name
-        assert all(f"`{name}`" in description for name in stage.inputs), stage.name
+        assert all(f"`{name}`" in description for name in stage.upstream), stage.name
         assert "**Look at** " in description, stage.name
 
 

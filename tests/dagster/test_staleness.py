@@ -28,6 +28,7 @@ AFTER_KD = [
     "exported_model",
     "model_card",
     "report",
+    "pareto",
 ]
 
 
@@ -133,7 +134,12 @@ def test_schedule_after_a_lost_artifact_requests_it_and_what_follows(
 
     assert isinstance(request, dg.RunRequest)
     assert request.partition_key == "light"  # the other target's is still there
-    assert [key.to_user_string() for key in request.asset_selection or []] == ["evaluation", "model_card", "report"]
+    assert [key.to_user_string() for key in request.asset_selection or []] == [
+        "evaluation",
+        "model_card",
+        "report",
+        "pareto",
+    ]
 
 
 def test_schedule_as_dagster_evaluates_it_requests_a_run_of_the_job(

@@ -14,6 +14,7 @@ from pipeline.execution import (
     open_workspace,
     refit_home,
     stage_fingerprint,
+    stage_identity,
 )
 from pipeline.recipe import CorporaConfig, FileSource
 from pipeline.recipe_file import load_recipe
@@ -177,3 +178,28 @@ def test_execution_settings_that_cannot_be_read_are_refused(tmp_path: Path, text
 def test_execution_settings_missing_are_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="REFIT_EXECUTION is"):
         load_execution(str(tmp_path / "nowhere.yaml"))
+
+
+def test_fan_in_takes_the_targets_that_are_there_and_changes_with_each(workspace: Workspace):
+    pareto = get_stage("pareto")
+    keys = [stage_fingerprint(workspace, pareto, "fused")]
+    for target in ("fused", "light"):
+        publish_all(workspace, target=target)
+        keys.append(stage_fingerprint(workspace, pareto, "fused"))
+        inputs = stage_identity(workspace, pareto, "light")["inputs"]
+        assert isinstance(inputs, dict)
+        assert f"baselines@{target}" in inputs
+    assert len(set(keys)) == 3
+    assert len(inputs) == 2 * len(pareto.over_targets)
+
+
+def test_fan_in_leaves_out_a_target_that_failed_a_blocking_check(tmp_path: Path):
+    workspace = open_tiny(tmp_path)
+    for stage in STAGES:
+        worse = {"rl_toggle_compliance_on": -1.0} if stage.name == "evaluation" else {}
+        publish(workspace, stage, target="fused", **worse)
+
+    inputs = stage_identity(workspace, get_stage("pareto"), "fused")["inputs"]
+
+    assert isinstance(inputs, dict)
+    assert sorted(inputs) == ["baselines@fused", "speed_report@fused"]
