@@ -151,6 +151,14 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "num_recalibrations": ("Searches repeated", ""),
         },
     ),
+    "dependency_matrix": Highlight(
+        look_at="dark squares on the diagonal: successive blocks that hardly need each other.",
+        numbers={
+            "min_dependency": ("Smallest dependency", ""),
+            "max_dependency": ("Largest dependency", ""),
+            "num_tokens": ("Measured on", "tokens"),
+        },
+    ),
     "fused_checkpoint": Highlight(
         look_at="how many layers were saved, and what that cost before any training.",
         numbers={

@@ -13,6 +13,7 @@ PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
 LOSSES = "losses.parquet"
 CHILDREN = "children.parquet"
+DEPENDENCIES = "dependencies.parquet"
 
 SCHEMAS: dict[str, Schema] = {
     # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
@@ -62,6 +63,13 @@ SCHEMAS: dict[str, Schema] = {
         "measured_speedup": pl.Float64,
         "speedup_low": pl.Float64,
         "speedup_high": pl.Float64,
+    },
+    # One row per pair of blocks that add something: the cosine distance of the later one's update with and without the
+    # earlier one (M_ij, i removed).
+    DEPENDENCIES: {
+        "removed_layer": pl.Int64,
+        "layer": pl.Int64,
+        "cosine_distance": pl.Float64,
     },
     LOSSES: {
         "layer": pl.Int64,

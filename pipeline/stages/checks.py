@@ -327,6 +327,16 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="A model hub finds licence, base model, library and task in the card.",
         ),
     ),
+    "dependency_matrix": (
+        Check(
+            name="dependencies_are_distances",
+            metric="num_invalid_pairs",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="Every entry is a cosine distance, between 0 and 2.",
+        ),
+    ),
     "fused_checkpoint": (
         Check(
             name="fusion_stays_close",

@@ -8,6 +8,7 @@ from pipeline.recipe import (
     CorporaConfig,
     EvaluationConfig,
     EvaluationSetsConfig,
+    FusionConfig,
     ImportanceConfig,
     Limit,
     MeasurementConfig,
@@ -20,6 +21,7 @@ from pipeline.recipe import (
     RLPromptsConfig,
     SearchConfig,
     SearchSpaceConfig,
+    ServedPrecision,
     SpeedReportConfig,
     Target,
     ToggleDatasetConfig,
@@ -118,6 +120,14 @@ class ChildStage(Frozen):
     search: SearchConfig
     profile: ProfileConfig
     measurement: MeasurementConfig
+
+
+class FusedStage(Frozen):
+    """fused_checkpoint; of the profile, what one device holds of a layer's weights."""
+
+    fusion: FusionConfig
+    served_precision: ServedPrecision
+    num_devices: int
 
 
 class ToggleDatasetStage(Frozen):
