@@ -167,6 +167,16 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "kl_to_unfused_nats": ("KL to the unfused child", "nats/token"),
         },
     ),
+    "fusion_report": Highlight(
+        look_at="fusion beside deletion at equal latency, and both norm rules.",
+        numbers={
+            "kl_fold_each_nats": ("KL to the unfused child, norms folded", "nats/token"),
+            "kl_last_nats": ("KL to the unfused child, last norm", "nats/token"),
+            "kl_deleted_nats": ("KL to the unfused child, FFNs deleted instead", "nats/token"),
+            "num_deleted_at_equal_latency": ("FFNs deleted for the same latency", ""),
+            "decode_speedup": ("Decode speed-up by fusion", "x"),
+        },
+    ),
     "kd_checkpoint": Highlight(
         look_at="the curve, and how much nearer to the parent it came; while it trains, *Plots*, *Events*, `loss`.",
         numbers={

@@ -331,6 +331,26 @@ def _fused(case: Case) -> Estimate:
     )
 
 
+def _fusion_report(case: Case) -> Estimate:
+    fusion, num_layers = case.recipe.fusion, case.sizes.parent.num_hidden_layers
+    per_pass = case.sizes.child_flops(context_tokens=case.recipe.distillation_mix.sequence_length)
+    # Ten models, and the child without each FFN that is fused: none where nothing is, all layers at most.
+    passes = Range(low=0, expected=10 + num_layers / 8, high=10 + num_layers)
+    size = BYTES_PER_PARAMETER[fusion.precision]
+    weights = case.sizes.child_parameters.times(size) + case.model_bytes(fusion.precision)
+    states = 2 * size * fusion.calibration_tokens * case.sizes.parent.hidden_size
+    work = Range(
+        low=passes.low * per_pass.low, expected=passes.expected * per_pass.expected, high=passes.high * per_pass.high
+    )
+    return Estimate(
+        tokens=passes.times(fusion.calibration_tokens),
+        work=((work.times(fusion.calibration_tokens), devices.FORWARD),),
+        memory=Range(low=weights.low, expected=weights.expected + states, high=1.3 * weights.high + 3 * states),
+        memory_parts={"parent and child": weights.expected, "final states": states},
+        extra_s=START_S,
+    )
+
+
 def _training(
     case: Case,
     *,
@@ -600,6 +620,7 @@ _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {
     "child_checkpoint": _measured(1, 1, stored_children=1),
     "dependency_matrix": _dependency_matrix,
     "fused_checkpoint": _fused,
+    "fusion_report": _fusion_report,
     "kd_checkpoint": _kd,
     "cpt_checkpoint": _cpt,
     "sft_checkpoint": _sft,

@@ -347,4 +347,14 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="KL of the fused child to the unfused one before any training, nats per token.",
         ),
     ),
+    "fusion_report": (
+        Check(
+            name="wide_ffn_is_exact",
+            metric="max_identity_error",
+            comparison="<=",
+            bound=1e-5,
+            blocking=True,
+            description="A fused FFN against the sum of the FFNs it joins at one input, relative, fp32 (theorem 3.1).",
+        ),
+    ),
 }

@@ -130,6 +130,14 @@ class FusedStage(Frozen):
     num_devices: int
 
 
+class FusionReportStage(Frozen):
+    """fusion_report; of the profile, on how many threads a model is timed."""
+
+    fusion: FusionConfig
+    measurement: MeasurementConfig
+    num_threads: int
+
+
 class ToggleDatasetStage(Frozen):
     """reasoning_toggle_dataset."""
 

@@ -119,6 +119,14 @@ def _fused(recipe: Recipe, _: str) -> Frozen:
     )
 
 
+def _fusion_report(recipe: Recipe, _: str) -> Frozen:
+    return configs.FusionReportStage(
+        fusion=recipe.fusion,
+        measurement=recipe.baselines.measurement,
+        num_threads=recipe.block_profile.num_threads,
+    )
+
+
 def _speed(recipe: Recipe, target: str) -> Frozen:
     return configs.SpeedStage(
         profile=recipe.block_profile,
@@ -375,6 +383,19 @@ STAGES: tuple[Stage, ...] = (
         trains=True,
         runs_on_all_ranks=True,
         checks=CHECKS["kd_checkpoint"],
+    ),
+    Stage(
+        name="fusion_report",
+        group="results",
+        module="pipeline.stages.fusion_report",
+        version=1,
+        inputs=("parent_checkpoint", "child_checkpoint", "fused_checkpoint", "kd_checkpoint", "distillation_mix"),
+        config=_fusion_report,
+        description="What fusion cost, beside reversed and deleted FFNs at equal latency, and after distillation.",
+        per_target=True,
+        in_child=True,
+        measures_hardware=lambda _: True,
+        checks=CHECKS["fusion_report"],
     ),
     Stage(
         name="cpt_checkpoint",

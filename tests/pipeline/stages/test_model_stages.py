@@ -1,5 +1,6 @@
-"""parent_checkpoint, dependency_matrix, fused_checkpoint and exported_model, run as the pipeline runs them."""
+"""The stages that read and write whole models, fusion among them, run as the pipeline runs them."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -13,10 +14,18 @@ from pipeline.data.packed import PackedTokens, save_packed
 from pipeline.errors import CheckpointError
 from pipeline.fingerprint import canonical_json
 from pipeline.model.checkpoint import load_model, read_architecture, save_checkpoint
-from pipeline.recipe import DependencyConfig, FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
+from pipeline.recipe import (
+    DependencyConfig,
+    FusionConfig,
+    HubParent,
+    LocalParent,
+    MeasurementConfig,
+    RandomParent,
+    WheelParent,
+)
 from pipeline.stage import StageInputs, StageResult
-from pipeline.stages import dependency_matrix, exported_model, fused_checkpoint, parent_checkpoint
-from pipeline.stages.configs import FusedStage, NoOptions, ParentStage
+from pipeline.stages import dependency_matrix, exported_model, fused_checkpoint, fusion_report, parent_checkpoint
+from pipeline.stages.configs import FusedStage, FusionReportStage, NoOptions, ParentStage
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_llama, make_model, make_tokenizer_dir
 from tests.pipeline.model.test_gguf_import import ARCHITECTURE, write_gguf
 from tests.pipeline.model.test_hf_import import saved_llama
@@ -232,6 +241,50 @@ def test_dependency_matrix_is_a_table_a_heat_map_and_groups(tmp_path: Path):
     assert [row[0] for row in result.tables["layers"].rows] == [0, 1, 2, 3, 4, 5]
     svg = (tmp_path / "dependency" / "view" / result.figures["dependencies"]).read_text(encoding="utf-8")
     assert "Dependency of blocks" in svg
+
+
+REPORT = FusionReportStage(fusion=FUSION.fusion, measurement=MeasurementConfig(rounds=2, warmups=1), num_threads=1)
+
+
+def run_fusion_report(tmp_path: Path, blocks: tuple[BlockSpec, ...]) -> StageResult:
+    """The report of a child that stands for its own parent, and whose distillation undid the fusion."""
+    run_fusion(tmp_path, blocks)
+    inputs = stage_inputs(
+        tmp_path,
+        parent_checkpoint=tmp_path / "child",
+        child_checkpoint=tmp_path / "child",
+        fused_checkpoint=tmp_path / "fused",
+        kd_checkpoint=tmp_path / "child",
+        distillation_mix=tmp_path / "mix",
+    )
+    return fusion_report.run(REPORT, inputs, tmp_path / "report")
+
+
+@torch.no_grad()
+def test_fusion_report_compares_both_norm_rules_reversal_and_deletion(tmp_path: Path):
+    blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
+    result = run_fusion_report(tmp_path, blocks)
+    rows = {row["model"]: row for row in json.loads((tmp_path / "report" / "fusion.json").read_text())}
+    assert list(rows)[:4] == ["child", "fused, fold_each", "fused, last", "runs in reverse order"]
+    assert rows["child"]["kl_to_child_nats"] == rows["fused, after distillation"]["kl_to_child_nats"] == 0.0
+    assert any(name.startswith("2 FFNs deleted: ") for name in rows)
+    child, fused = (load_model(tmp_path / name, dtype=torch.float32) for name in ("child", "fused"))
+    tokens_NT = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))[:3]
+    log_p, log_q = (model(tokens_NT).logits.log_softmax(-1) for model in (child, fused))
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert result.metrics["kl_fold_each_nats"] == pytest.approx(kl, rel=1e-4)
+    assert result.metrics["kl_to_parent_fused_nats"] == pytest.approx(kl, rel=1e-4)
+    assert result.metrics["kl_to_parent_after_kd_nats"] == pytest.approx(0.0, abs=1e-7)
+    for name in ("kl_last_nats", "kl_reversed_nats", "kl_deleted_nats"):
+        assert result.metrics[name] > 0
+    assert 0 < result.metrics["max_identity_error"] <= 1e-5
+    assert [row[0] for row in result.tables["latency"].rows] == ["child", "fused", "without"]
+
+
+def test_fusion_report_of_a_child_without_a_run_says_so(tmp_path: Path):
+    result = run_fusion_report(tmp_path, make_blocks(PARENT_LAYER, PARENT_LAYER))
+    assert result.metrics == {"num_runs": 0, "max_identity_error": 0.0}
+    assert "no run" in result.facts["outcome"]
 
 
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
