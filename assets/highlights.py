@@ -151,12 +151,30 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "num_recalibrations": ("Searches repeated", ""),
         },
     ),
+    "dependency_matrix": Highlight(
+        look_at="dark squares on the diagonal: successive blocks that hardly need each other.",
+        numbers={
+            "min_dependency": ("Smallest dependency", ""),
+            "max_dependency": ("Largest dependency", ""),
+            "num_tokens": ("Measured on", "tokens"),
+        },
+    ),
     "fused_checkpoint": Highlight(
         look_at="how many layers were saved, and what that cost before any training.",
         numbers={
             "num_layers_before": ("Layers before", ""),
             "num_layers_after": ("Layers after", ""),
             "kl_to_unfused_nats": ("KL to the unfused child", "nats/token"),
+        },
+    ),
+    "fusion_report": Highlight(
+        look_at="fusion beside deletion at equal latency, and both norm rules.",
+        numbers={
+            "kl_fold_each_nats": ("KL to the unfused child, norms folded", "nats/token"),
+            "kl_last_nats": ("KL to the unfused child, last norm", "nats/token"),
+            "kl_deleted_nats": ("KL to the unfused child, FFNs deleted instead", "nats/token"),
+            "num_deleted_at_equal_latency": ("FFNs deleted for the same latency", ""),
+            "decode_speedup": ("Decode speed-up by fusion", "x"),
         },
     ),
     "kd_checkpoint": Highlight(

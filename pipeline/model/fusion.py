@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.architecture import NO_ATTENTION, Architecture, BlockSpec, swiglu
+from pipeline.model.fusion_runs import FusionRun
 
 NormRule = Literal["fold_each", "last"]
 
@@ -41,69 +42,33 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FusionRun:
-    """Layers that become one: `layers` are replaced, `ffn_layers` among them have an FFN, the rest are identities."""
-
-    layers: tuple[int, ...]
-    ffn_layers: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FusedModel:
-    """The architecture after fusion and its tensors, read and joined one layer at a time."""
+class ArrangedModel:
+    """An architecture and its tensors, read and joined one layer at a time."""
 
     architecture: Architecture
     tensors: Iterator[tuple[str, Tensor]]
 
 
-def find_runs(
-    architecture: Architecture, *, min_run_layers: int, max_run_layers: int, keep_last_ffn: bool
-) -> list[FusionRun]:
-    """Return the runs to fuse, first layer first.
-
-    A stretch is a longest succession of layers without attention whose FFNs are gated or absent; a linear FFN ends it.
-    A stretch of more than `max_run_layers` FFNs becomes several runs, as in the paper's Ultra (section 4): each run
-    reads the output of the one before it, so the longer the runs, the coarser the approximation.
-
-    Args:
-        architecture: the model.
-        min_run_layers: the fewest FFNs worth joining.
-        max_run_layers: the most FFNs to join into one.
-        keep_last_ffn: leave the last FFN of each stretch as it is, as the paper's ablation recommends (table 5).
-    """
-    runs, stretch = [], []
-    for layer, block in enumerate((*architecture.blocks, None)):
-        if block is not None and block.attention.kind == "no_op" and block.ffn.kind != "linear":
-            stretch.append(layer)
-            continue
-        ffn_layers = [index for index in stretch if architecture.blocks[index].ffn.kind == "swiglu"]
-        if keep_last_ffn:
-            ffn_layers = ffn_layers[:-1]
-        for start in range(0, len(ffn_layers), max_run_layers):
-            joined = ffn_layers[start : start + max_run_layers]
-            if len(joined) >= min_run_layers:
-                runs.append(FusionRun(layers=tuple(range(joined[0], joined[-1] + 1)), ffn_layers=tuple(joined)))
-        stretch = []
-    return runs
-
-
 def fuse(
     architecture: Architecture, *, source: TensorSource, runs: Sequence[FusionRun], norm_rule: NormRule
-) -> FusedModel:
+) -> ArrangedModel:
     """Return the model with each run joined into one layer, everything else in its order."""
     run_at = {run.layers[0]: run for run in runs}
-    inside = {layer for run in runs for layer in run.layers}
-    blocks: list[BlockSpec] = []
-    origins: list[FusionRun | int] = []
-    for layer, block in enumerate(architecture.blocks):
-        if layer in run_at:
-            blocks.append(_joined_block(architecture, run_at[layer]))
-            origins.append(run_at[layer])
-        elif layer not in inside:
-            blocks.append(block)
-            origins.append(layer)
-    return FusedModel(
-        architecture=architecture.with_blocks(blocks), tensors=_tensors(source, origins=origins, norm_rule=norm_rule)
+    inside = {layer for run in runs for layer in run.layers[1:]}
+    order = [run_at.get(layer, layer) for layer in range(architecture.num_hidden_layers) if layer not in inside]
+    return arrange(architecture, source=source, order=order, norm_rule=norm_rule)
+
+
+def arrange(
+    architecture: Architecture, *, source: TensorSource, order: Sequence[FusionRun | int], norm_rule: NormRule
+) -> ArrangedModel:
+    """Return the model whose layers are these, in this order: layers of the source, or runs of them joined."""
+    blocks = [
+        _joined_block(architecture, origin) if isinstance(origin, FusionRun) else architecture.blocks[origin]
+        for origin in order
+    ]
+    return ArrangedModel(
+        architecture=architecture.with_blocks(blocks), tensors=_tensors(source, origins=order, norm_rule=norm_rule)
     )
 
 

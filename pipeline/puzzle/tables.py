@@ -14,6 +14,7 @@ MEMORY = "memory.parquet"
 LOSSES = "losses.parquet"
 CHILDREN = "children.parquet"
 PARETO = "pareto.parquet"
+DEPENDENCIES = "dependencies.parquet"
 
 SCHEMAS: dict[str, Schema] = {
     # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
@@ -80,6 +81,13 @@ SCHEMAS: dict[str, Schema] = {
         "kl_high": pl.Float64,
         "num_parameters": pl.Int64,
         "is_on_frontier": pl.Boolean,
+    },
+    # One row per pair of blocks that add something: the cosine distance of the later one's update with and without the
+    # earlier one (M_ij, i removed).
+    DEPENDENCIES: {
+        "removed_layer": pl.Int64,
+        "layer": pl.Int64,
+        "cosine_distance": pl.Float64,
     },
     LOSSES: {
         "layer": pl.Int64,

@@ -12,6 +12,7 @@ from pipeline.recipe.parent import ParentConfig
 from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
     BlockScoresConfig,
+    DependencyConfig,
     FusionConfig,
     ImportanceConfig,
     ProfileConfig,
@@ -51,6 +52,7 @@ class Recipe(Frozen):
     targets: Annotated[dict[Name, Target], Field(min_length=1)]
     default_target: Name
     baselines: BaselinesConfig
+    dependency_matrix: DependencyConfig
     fusion: FusionConfig
     kd: DistillationConfig
     cpt: PretrainingConfig
@@ -89,6 +91,8 @@ class Recipe(Frozen):
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
             ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
             ("search.refinement.tokens", self.search.refinement.tokens, self.distillation_mix.validation_tokens),
+            ("dependency_matrix.tokens", self.dependency_matrix.tokens, self.distillation_mix.validation_tokens),
+            ("fusion.calibration_tokens", self.fusion.calibration_tokens, self.distillation_mix.validation_tokens),
             ("kd.tokens", self.kd.tokens, self.distillation_mix.tokens),
             ("cpt.tokens", self.cpt.tokens, self.pretraining_mix.tokens),
         ):

@@ -243,6 +243,37 @@ def score_heat_map(
         return _svg(figure, "scores")
 
 
+def dependency_heat_map(
+    *, layers: Sequence[int], values: Mapping[tuple[int, int], float], highlighted: Sequence[int]
+) -> str:
+    """Draw M_ij on a log scale, the removed block i across and the later block j downwards.
+
+    The numbers of `highlighted` layers, those without attention, stand out.
+    """
+    grid = [[values.get((removed, layer), float("nan")) or float("nan") for removed in layers] for layer in layers]
+    positive = [value for value in values.values() if value > 0]
+    side = max(4.5, 0.2 * len(layers) + 1.5)
+    with mpl.rc_context(_STYLE):
+        figure = _figure(width=side + 1.2, height=side)
+        axes = figure.subplots()
+        norm = LogNorm(vmin=min(positive), vmax=max(positive)) if positive else None
+        image = axes.pcolormesh(grid, cmap="cividis", norm=norm, edgecolors=PAPER, linewidth=0.4)
+        ticks, labels = [index + 0.5 for index in range(len(layers))], [str(layer) for layer in layers]
+        axes.set_xticks(ticks, labels, fontsize=7, rotation=90)
+        axes.set_yticks(ticks, labels, fontsize=7)
+        for layer, across, down in zip(layers, axes.get_xticklabels(), axes.get_yticklabels(), strict=True):
+            if layer in highlighted:
+                across.set(color=VERMILION, weight="bold")
+                down.set(color=VERMILION, weight="bold")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set_xlabel("layer removed (without attention: red)")
+        axes.set_ylabel("later layer")
+        axes.set_title("Dependency of blocks")
+        figure.colorbar(image, ax=axes, label="cosine distance of the later layer's update")
+        return _svg(figure, "dependencies")
+
+
 def toggle_bars(points: Sequence[TogglePoint]) -> str:
     """Draw the share of answers that obey the switch, per checkpoint and mode, with Wilson intervals."""
     with mpl.rc_context(_STYLE):

@@ -354,6 +354,16 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="A model hub finds licence, base model, library and task in the card.",
         ),
     ),
+    "dependency_matrix": (
+        Check(
+            name="dependencies_are_distances",
+            metric="num_invalid_pairs",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="Every entry is a cosine distance, between 0 and 2.",
+        ),
+    ),
     "fused_checkpoint": (
         Check(
             name="fusion_stays_close",
@@ -362,6 +372,16 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             bound=lambda thresholds: thresholds.max_fusion_kl,
             blocking=True,
             description="KL of the fused child to the unfused one before any training, nats per token.",
+        ),
+    ),
+    "fusion_report": (
+        Check(
+            name="wide_ffn_is_exact",
+            metric="max_identity_error",
+            comparison="<=",
+            bound=1e-5,
+            blocking=True,
+            description="A fused FFN against the sum of the FFNs it joins at one input, relative, fp32 (theorem 3.1).",
         ),
     ),
 }

@@ -9,6 +9,7 @@ from pipeline.recipe import (
     EvaluationConfig,
     EvaluationSetsConfig,
     ExportConfig,
+    FusionConfig,
     ImportanceConfig,
     Limit,
     MeasurementConfig,
@@ -21,6 +22,7 @@ from pipeline.recipe import (
     RLPromptsConfig,
     SearchConfig,
     SearchSpaceConfig,
+    ServedPrecision,
     SpeedReportConfig,
     Target,
     ToggleDatasetConfig,
@@ -119,6 +121,22 @@ class ChildStage(Frozen):
     search: SearchConfig
     profile: ProfileConfig
     measurement: MeasurementConfig
+
+
+class FusedStage(Frozen):
+    """fused_checkpoint; of the profile, what one device holds of a layer's weights."""
+
+    fusion: FusionConfig
+    served_precision: ServedPrecision
+    num_devices: int
+
+
+class FusionReportStage(Frozen):
+    """fusion_report; of the profile, on how many threads a model is timed."""
+
+    fusion: FusionConfig
+    measurement: MeasurementConfig
+    num_threads: int
 
 
 class ToggleDatasetStage(Frozen):

@@ -118,6 +118,22 @@ def _child(recipe: Recipe, target: str) -> Frozen:
     )
 
 
+def _fused(recipe: Recipe, _: str) -> Frozen:
+    return configs.FusedStage(
+        fusion=recipe.fusion,
+        served_precision=recipe.block_profile.served_precision,
+        num_devices=recipe.block_profile.tensor_parallel_size or 1,
+    )
+
+
+def _fusion_report(recipe: Recipe, _: str) -> Frozen:
+    return configs.FusionReportStage(
+        fusion=recipe.fusion,
+        measurement=recipe.baselines.measurement,
+        num_threads=recipe.block_profile.num_threads,
+    )
+
+
 def _speed(recipe: Recipe, target: str) -> Frozen:
     return configs.SpeedStage(
         profile=recipe.block_profile,
@@ -345,12 +361,24 @@ STAGES: tuple[Stage, ...] = (
         checks=CHECKS["child_checkpoint"],
     ),
     Stage(
+        name="dependency_matrix",
+        group="target",
+        module="pipeline.stages.dependency_matrix",
+        version=1,
+        inputs=("child_checkpoint", "distillation_mix"),
+        config=lambda recipe, _: recipe.dependency_matrix,
+        description="How much each block of the child needs the blocks before it; groups that could run side by side.",
+        in_child=True,
+        per_target=True,
+        checks=CHECKS["dependency_matrix"],
+    ),
+    Stage(
         name="fused_checkpoint",
         group="target",
         module="pipeline.stages.fused_checkpoint",
-        version=1,
-        inputs=("child_checkpoint", "distillation_mix"),
-        config=lambda recipe, _: recipe.fusion,
+        version=2,
+        inputs=("child_checkpoint", "dependency_matrix", "distillation_mix"),
+        config=_fused,
         description="Runs of attention-free layers joined into wide FFNs; the child itself where it has none.",
         in_child=True,
         per_target=True,
@@ -369,6 +397,19 @@ STAGES: tuple[Stage, ...] = (
         trains=True,
         runs_on_all_ranks=True,
         checks=CHECKS["kd_checkpoint"],
+    ),
+    Stage(
+        name="fusion_report",
+        group="results",
+        module="pipeline.stages.fusion_report",
+        version=1,
+        inputs=("parent_checkpoint", "child_checkpoint", "fused_checkpoint", "kd_checkpoint", "distillation_mix"),
+        config=_fusion_report,
+        description="What fusion cost, beside reversed and deleted FFNs at equal latency, and after distillation.",
+        per_target=True,
+        in_child=True,
+        measures_hardware=lambda _: True,
+        checks=CHECKS["fusion_report"],
     ),
     Stage(
         name="cpt_checkpoint",

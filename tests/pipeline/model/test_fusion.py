@@ -1,14 +1,15 @@
-"""Fused FFNs against the sum of the FFNs they join, and runs against hand-drawn ones."""
+"""Fused FFNs against the sum of the FFNs they join, and arranged models against layers applied one by one."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, NO_FFN, Architecture, gqa, swiglu
-from pipeline.model.checkpoint import tensor_shapes
-from pipeline.model.fusion import NormRule, find_runs, fuse, fuse_ffns
-from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, empty_model
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, gqa, swiglu
+from pipeline.model.checkpoint import model_from_tensors, tensor_shapes
+from pipeline.model.fusion import NormRule, arrange, fuse, fuse_ffns
+from pipeline.model.fusion_runs import FusionRun
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, attention_inputs, empty_model
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_model, random_ids
 
 A, F = gqa(2), swiglu(48)
@@ -28,51 +29,6 @@ class Tensors:
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         return self._tensors[name]
-
-
-def runs_of(
-    letters: str, *, min_run_layers: int, keep_last_ffn: bool, max_run_layers: int = 99
-) -> list[tuple[int, ...]]:
-    """Runs of layers written as P parent, F FFN alone, I identity, L linear FFN alone, A attention alone."""
-    kinds = {
-        "P": (A, F),
-        "F": (NO_ATTENTION, F),
-        "I": (NO_ATTENTION, NO_FFN),
-        "L": (NO_ATTENTION, LINEAR_FFN),
-        "A": (A, NO_FFN),
-    }
-    architecture = make_architecture(blocks=make_blocks(*(kinds[letter] for letter in letters)))
-    runs = find_runs(
-        architecture, min_run_layers=min_run_layers, max_run_layers=max_run_layers, keep_last_ffn=keep_last_ffn
-    )
-    return [run.layers for run in runs]
-
-
-def test_find_runs_splits_a_long_stretch_and_leaves_a_rest_that_is_too_short():
-    assert runs_of("PFFFFFP", min_run_layers=2, max_run_layers=2, keep_last_ffn=False) == [(1, 2), (3, 4)]
-    assert runs_of("PFFFFFP", min_run_layers=2, max_run_layers=3, keep_last_ffn=True) == [(1, 2, 3)]
-    assert runs_of("PFIFFFFP", min_run_layers=2, max_run_layers=2, keep_last_ffn=True) == [(1, 2, 3), (4, 5)]
-
-
-@pytest.mark.parametrize(
-    ("letters", "min_run_layers", "keep_last_ffn", "expected"),
-    [
-        ("PFFFP", 2, False, [(1, 2, 3)]),
-        ("PFFFP", 2, True, [(1, 2)]),
-        ("PFFFP", 3, True, []),
-        ("FFPFF", 2, False, [(0, 1), (3, 4)]),
-        ("FFAFF", 2, True, []),
-        ("FFLFF", 2, False, [(0, 1), (3, 4)]),
-        ("PIFIFFI", 2, False, [(2, 3, 4, 5)]),
-        ("PIFIFFI", 2, True, [(2, 3, 4)]),
-        ("PPP", 2, False, []),
-        ("III", 2, False, []),
-    ],
-)
-def test_runs_are_the_hand_drawn_ones(
-    letters: str, min_run_layers: int, keep_last_ffn: bool, expected: list[tuple[int, ...]]
-):
-    assert runs_of(letters, min_run_layers=min_run_layers, max_run_layers=99, keep_last_ffn=keep_last_ffn) == expected
 
 
 def make_ffns(*, dtype: torch.dtype, biased: bool) -> list[dict[str, Tensor]]:
@@ -117,11 +73,13 @@ def test_wide_ffn_equals_the_sum_at_the_shared_input(
     assert float((got_BD - expected_BD).norm() / expected_BD.norm()) <= tolerance
 
 
+SHORT, LONG = FusionRun(layers=(1, 2, 3), ffn_layers=(1, 3)), FusionRun(layers=(1, 2, 3, 4), ffn_layers=(1, 3, 4))
+
+
 def fused_model(
-    architecture: Architecture, *, norm_rule: NormRule, keep_last_ffn: bool
+    architecture: Architecture, *, norm_rule: NormRule, run: FusionRun
 ) -> tuple[HeterogeneousLlamaForCausalLM, Architecture]:
-    runs = find_runs(architecture, min_run_layers=2, max_run_layers=99, keep_last_ffn=keep_last_ffn)
-    fused = fuse(architecture, source=Tensors(make_model(architecture)), runs=runs, norm_rule=norm_rule)
+    fused = fuse(architecture, source=Tensors(make_model(architecture)), runs=[run], norm_rule=norm_rule)
     tensors = dict(fused.tensors)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(fused.architecture)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -140,7 +98,7 @@ MIXED = make_architecture(
 
 
 def test_fused_architecture_names_every_parent_layer():
-    _, architecture = fused_model(MIXED, norm_rule="last", keep_last_ffn=True)
+    _, architecture = fused_model(MIXED, norm_rule="last", run=SHORT)
     assert [block.key for block in architecture.blocks] == ["kv2+ffn48", "no_op+ffn72", "no_op+ffn48", "kv2+ffn48"]
     assert [block.parent_layers for block in architecture.blocks] == [(0,), (1, 2, 3), (4,), (5,)]
 
@@ -149,7 +107,7 @@ def test_fused_architecture_names_every_parent_layer():
 @torch.no_grad()
 def test_fused_layer_equals_equation_5_inside_the_model(norm_rule: NormRule):
     original = make_model(MIXED)
-    fused, _ = fused_model(MIXED, norm_rule=norm_rule, keep_last_ffn=False)
+    fused, _ = fused_model(MIXED, norm_rule=norm_rule, run=LONG)
     hidden_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     layers = [original.model.layers[layer] for layer in (1, 3, 4)]
     expected_BTD = hidden_BTD.clone()
@@ -162,7 +120,7 @@ def test_fused_layer_equals_equation_5_inside_the_model(norm_rule: NormRule):
 @torch.no_grad()
 def test_layers_outside_the_runs_are_untouched():
     original = make_model(MIXED)
-    fused, _ = fused_model(MIXED, norm_rule="last", keep_last_ffn=True)
+    fused, _ = fused_model(MIXED, norm_rule="last", run=SHORT)
     for new, old in ((0, 0), (2, 4), (3, 5)):
         for name, tensor in original.model.layers[old].state_dict().items():
             assert torch.equal(fused.model.layers[new].state_dict()[name], tensor)
@@ -175,10 +133,24 @@ def test_fusing_ffns_that_add_nothing_changes_nothing():
     for layer in (1, 3):
         model.model.layers[layer].mlp.down_proj.weight.zero_()
         model.model.layers[layer].mlp.down_proj.bias.zero_()
-    runs = find_runs(MIXED, min_run_layers=2, max_run_layers=99, keep_last_ffn=False)
-    fused = fuse(MIXED, source=Tensors(model), runs=runs, norm_rule="last")
+    fused = fuse(MIXED, source=Tensors(model), runs=[LONG], norm_rule="last")
     tensors = dict(fused.tensors)
     other = empty_model(fused.architecture)
     other.load_state_dict(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, assign=True)
     ids_BT = random_ids(9)
     torch.testing.assert_close(other(ids_BT).logits, model(ids_BT).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_can_be_dropped_and_put_in_another_order():
+    model = make_model(MIXED)
+    order = [0, 4, 3, 5]
+    arranged = arrange(MIXED, source=Tensors(model), order=order, norm_rule="last")
+    other = model_from_tensors(arranged.architecture, arranged.tensors, dtype=torch.float32)
+    ids_BT = random_ids(9)
+    hidden_BTD = model.model.embed_tokens(ids_BT)
+    kwargs = attention_inputs(model, batch_size=2, num_tokens=9, device="cpu", dtype=torch.float32)
+    for layer in order:
+        hidden_BTD = model.model.layers[layer](hidden_BTD, **kwargs)
+    torch.testing.assert_close(other(ids_BT).logits, model.lm_head(model.model.norm(hidden_BTD)))
+    assert [block.parent_layers for block in arranged.architecture.blocks] == [(0,), (4,), (3,), (5,)]

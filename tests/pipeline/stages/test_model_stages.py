@@ -1,21 +1,32 @@
-"""parent_checkpoint, fused_checkpoint and exported_model, run as the pipeline runs them."""
+"""The stages that read and write whole models, fusion among them, run as the pipeline runs them."""
 
+import json
 import zipfile
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
-from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, BlockSpec, FFNSpec, gqa, swiglu
+from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, NO_FFN, BlockSpec, FFNSpec, gqa, swiglu
 from pipeline.artifacts import sha256_file
 from pipeline.data.packed import PackedTokens, save_packed
 from pipeline.errors import CheckpointError
 from pipeline.fingerprint import canonical_json
 from pipeline.model.checkpoint import load_model, read_architecture, save_checkpoint
-from pipeline.recipe import ExportConfig, FusionConfig, HubParent, LocalParent, RandomParent, WheelParent
+from pipeline.recipe import (
+    DependencyConfig,
+    ExportConfig,
+    FusionConfig,
+    HubParent,
+    LocalParent,
+    MeasurementConfig,
+    RandomParent,
+    WheelParent,
+)
 from pipeline.stage import StageInputs, StageResult
-from pipeline.stages import exported_model, fused_checkpoint, parent_checkpoint
-from pipeline.stages.configs import ExportStage, ParentStage
+from pipeline.stages import dependency_matrix, exported_model, fused_checkpoint, fusion_report, parent_checkpoint
+from pipeline.stages.configs import ExportStage, FusedStage, FusionReportStage, ParentStage
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_llama, make_model, make_tokenizer_dir
 from tests.pipeline.model.test_gguf_import import ARCHITECTURE, write_gguf
 from tests.pipeline.model.test_hf_import import saved_llama
@@ -125,19 +136,37 @@ def write_mixture(directory: Path) -> Path:
     return directory
 
 
-FUSION = FusionConfig(
-    min_run_layers=2, max_run_layers=8, max_run_kl=9.0, keep_last_ffn=True, norm_rule="fold_each", calibration_tokens=48
+FUSION = FusedStage(
+    fusion=FusionConfig(
+        min_run_layers=2,
+        max_run_layers=8,
+        max_dependency=2.0,
+        max_ffn_gb_per_device=1.0,
+        max_run_kl=9.0,
+        keep_last_ffn=True,
+        norm_rule="fold_each",
+        calibration_tokens=48,
+        precision="fp32",
+    ),
+    served_precision="bf16",
+    num_devices=2,
 )
 PARENT_LAYER, FFN_LAYER = (gqa(2), swiglu(48)), (NO_ATTENTION, swiglu(48))
 
 
-def run_fusion(tmp_path: Path, blocks: tuple[BlockSpec, ...], *, config: FusionConfig = FUSION) -> StageResult:
+def with_fusion(**changes: float) -> FusedStage:
+    return FUSION.model_copy(update={"fusion": FUSION.fusion.model_copy(update=changes)})
+
+
+def run_fusion(tmp_path: Path, blocks: tuple[BlockSpec, ...], *, config: FusedStage = FUSION) -> StageResult:
     inputs = stage_inputs(
         tmp_path,
         child_checkpoint=write_checkpoint(tmp_path / "child", blocks),
         distillation_mix=write_mixture(tmp_path / "mix"),
     )
-    return fused_checkpoint.run(config, inputs, tmp_path / "fused")
+    dependency_matrix.run(DependencyConfig(tokens=32, precision="fp32"), inputs, tmp_path / "dependency")
+    both = {**inputs.artifacts, "dependency_matrix": tmp_path / "dependency"}
+    return fused_checkpoint.run(config, stage_inputs(tmp_path, **both), tmp_path / "fused")
 
 
 def test_child_without_a_run_is_passed_on_as_it_is(tmp_path: Path):
@@ -165,17 +194,98 @@ def test_fused_child_is_measured_against_the_unfused(tmp_path: Path):
     error = (fused_hidden - hidden).norm() / hidden.norm()
     assert result.metrics["relative_output_error"] == pytest.approx(float(error), rel=1e-4)
     kl_alone, error_alone = round(result.metrics["kl_to_unfused_nats"], 4), round(float(error), 4)
-    assert result.tables["runs"].rows == (("1-2", "48 + 48", kl_alone, error_alone, True),)
+    ((layers, widths, dependency, *alone),) = result.tables["runs"].rows
+    assert (layers, widths, alone) == ("1-2", "48 + 48", [kl_alone, error_alone, True])
+    matrix = pl.read_parquet(tmp_path / "dependency" / "dependencies.parquet")
+    assert dependency == round(matrix.row(by_predicate=(pl.col("removed_layer") == 1) & (pl.col("layer") == 2))[2], 4)
 
 
 def test_run_that_costs_more_than_allowed_stays_unfused(tmp_path: Path):
     blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
-    result = run_fusion(tmp_path, blocks, config=FUSION.model_copy(update={"max_run_kl": 1e-12}))
+    result = run_fusion(tmp_path, blocks, config=with_fusion(max_run_kl=1e-12))
     assert (result.metrics["num_runs"], result.metrics["num_runs_left_out"]) == (0, 1)
     assert result.tables["runs"].rows[0][-1] is False
     assert "each of 1 runs alone costs more than 1e-12 nats" in result.facts["outcome"]
     for name in ("architecture.json", "model.safetensors"):
         assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "child" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_dependency": 1e-9},
+        # Two FFNs of 48 x 32 in bf16 on two devices: 3 x 48 x 32 + 32 parameters each, half a byte short.
+        {"max_ffn_gb_per_device": (2 * (3 * 48 * 32 + 32) - 0.5) / 1e9},
+    ],
+)
+def test_stretch_that_is_dependent_or_too_large_stays_unfused(tmp_path: Path, changes: dict[str, float]):
+    blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
+    result = run_fusion(tmp_path, blocks, config=with_fusion(**changes))
+    assert (result.metrics["num_runs"], result.metrics["num_runs_left_out"]) == (0, 0)
+    assert "no stretch of attention-free layers has 2 FFNs to join" in result.facts["outcome"]
+
+
+def test_dependency_matrix_is_a_table_a_heat_map_and_groups(tmp_path: Path):
+    blocks = make_blocks(*[PARENT_LAYER] * 5, FFN_LAYER, (NO_ATTENTION, NO_FFN))
+    inputs = stage_inputs(
+        tmp_path,
+        child_checkpoint=write_checkpoint(tmp_path / "child", blocks),
+        distillation_mix=write_mixture(tmp_path / "mix"),
+    )
+    result = dependency_matrix.run(DependencyConfig(tokens=32, precision="fp32"), inputs, tmp_path / "dependency")
+    table = pl.read_parquet(tmp_path / "dependency" / "dependencies.parquet")
+    assert table.select("removed_layer", "layer").rows() == [(i, j) for i in range(6) for j in range(i + 1, 6)]
+    assert result.metrics["num_pairs"] == 15
+    assert result.metrics["num_invalid_pairs"] == 0
+    assert result.metrics["max_dependency"] == table["cosine_distance"].max()
+    assert [row[0] for row in result.tables["full_block_groups"].rows] in (["0-3"], ["1-4"])
+    assert [row[0] for row in result.tables["layers"].rows] == [0, 1, 2, 3, 4, 5]
+    svg = (tmp_path / "dependency" / "view" / result.figures["dependencies"]).read_text(encoding="utf-8")
+    assert "Dependency of blocks" in svg
+
+
+REPORT = FusionReportStage(fusion=FUSION.fusion, measurement=MeasurementConfig(rounds=2, warmups=1), num_threads=1)
+
+
+def run_fusion_report(tmp_path: Path, blocks: tuple[BlockSpec, ...]) -> StageResult:
+    """The report of a child that stands for its own parent, and whose distillation undid the fusion."""
+    run_fusion(tmp_path, blocks)
+    inputs = stage_inputs(
+        tmp_path,
+        parent_checkpoint=tmp_path / "child",
+        child_checkpoint=tmp_path / "child",
+        fused_checkpoint=tmp_path / "fused",
+        kd_checkpoint=tmp_path / "child",
+        distillation_mix=tmp_path / "mix",
+    )
+    return fusion_report.run(REPORT, inputs, tmp_path / "report")
+
+
+@torch.no_grad()
+def test_fusion_report_compares_both_norm_rules_reversal_and_deletion(tmp_path: Path):
+    blocks = make_blocks(PARENT_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, FFN_LAYER, PARENT_LAYER)
+    result = run_fusion_report(tmp_path, blocks)
+    rows = {row["model"]: row for row in json.loads((tmp_path / "report" / "fusion.json").read_text())}
+    assert list(rows)[:4] == ["child", "fused, fold_each", "fused, last", "runs in reverse order"]
+    assert rows["child"]["kl_to_child_nats"] == rows["fused, after distillation"]["kl_to_child_nats"] == 0.0
+    assert any(name.startswith("2 FFNs deleted: ") for name in rows)
+    child, fused = (load_model(tmp_path / name, dtype=torch.float32) for name in ("child", "fused"))
+    tokens_NT = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0))[:3]
+    log_p, log_q = (model(tokens_NT).logits.log_softmax(-1) for model in (child, fused))
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert result.metrics["kl_fold_each_nats"] == pytest.approx(kl, rel=1e-4)
+    assert result.metrics["kl_to_parent_fused_nats"] == pytest.approx(kl, rel=1e-4)
+    assert result.metrics["kl_to_parent_after_kd_nats"] == pytest.approx(0.0, abs=1e-7)
+    for name in ("kl_last_nats", "kl_reversed_nats", "kl_deleted_nats"):
+        assert result.metrics[name] > 0
+    assert 0 < result.metrics["max_identity_error"] <= 1e-5
+    assert [row[0] for row in result.tables["latency"].rows] == ["child", "fused", "without"]
+
+
+def test_fusion_report_of_a_child_without_a_run_says_so(tmp_path: Path):
+    result = run_fusion_report(tmp_path, make_blocks(PARENT_LAYER, PARENT_LAYER))
+    assert result.metrics == {"num_runs": 0, "max_identity_error": 0.0}
+    assert "no run" in result.facts["outcome"]
 
 
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
