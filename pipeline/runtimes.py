@@ -7,6 +7,8 @@
 make sets REFIT_RUNTIMES to a directory in REFIT_HOME. llama.cpp's programs are looked for on PATH as well.
 """
 
+import functools
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +49,21 @@ def require_llama_cpp(program: str) -> Path:
             "PATH: make install-llama-cpp builds it (docs/serving.md)"
         )
     return found
+
+
+@functools.cache
+def llama_cpp_id() -> str:
+    """Return what tells this build of llama.cpp from another: a timing taken under one is not valid under another.
+
+    Raises:
+        RuntimeMissingError: when it is not installed.
+    """
+    program = require_llama_cpp("llama-bench").resolve()
+    parts = [program, *sorted(program.parent.glob("lib*.so")), *sorted(program.parent.glob("lib*.dylib"))]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _directory(*parts: str) -> Path | None:
