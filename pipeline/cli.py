@@ -5,6 +5,7 @@
     python -m pipeline materialize STAGE
     python -m pipeline summary
     python -m pipeline chat [--thinking on|off] QUESTION
+    python -m pipeline serve [--port N] [--runtime llama.cpp|vllm]
     python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
 
 Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
@@ -16,14 +17,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.artifacts import write_atomically
 from pipeline.errors import MissingInputError, RecipeError, RefitError
 from pipeline.execution import REPOSITORY, Workspace, find_artifact, materialize, open_workspace, refit_home
+from pipeline.processes import become
 from pipeline.progress import render_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import RECIPES_DIR, load_recipe
 from pipeline.stages.registry import STAGES
+
+if TYPE_CHECKING:
+    from pipeline.serving import Runtime
 
 SUMMARY_FILE = "summary.json"
 MAX_NEW_TOKENS = 256
@@ -48,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = make(workspace, given.stage, target=target)
             case "summary":
                 text = summarise(workspace, target=target, started_at=given.started_at)
+            case "serve":
+                serve(workspace, target=target, port=given.port, runtime=given.runtime)
             case _:
                 text = answer(workspace, target=target, question=given.question, thinking=given.thinking == "on")
     except RefitError as err:
@@ -182,6 +190,27 @@ def answer(workspace: Workspace, *, target: str, question: str, thinking: bool) 
     return text if completion.has_ended else f"{text} [cut off after {MAX_NEW_TOKENS} tokens]"
 
 
+def serve(workspace: Workspace, *, target: str, port: int, runtime: "Runtime | None") -> NoReturn:
+    """Say how to ask in both modes, then become the server of the exported model, on this machine alone.
+
+    Raises:
+        MissingInputError: when the target has no exported model yet.
+        RuntimeMissingError: when no runtime that can serve it is installed.
+    """
+    from pipeline.serving import HOST, example, find_server  # reads chat templates: slow to import
+
+    exported = find_artifact(workspace, "exported_model", target)
+    if exported is None:
+        raise _not_materialized(workspace, "exported_model", target=target)
+    server = find_server(exported.path, port=port, runtime=runtime)
+    sys.stdout.write(
+        f"{server.runtime} serves {exported.path} on http://{HOST}:{port}; Ctrl-C ends it. When it is up:\n"
+    )
+    for thinking in (True, False):
+        sys.stdout.write(f"\n{example(port=port, thinking=thinking)}\n")
+    become(server.command, env=server.env)
+
+
 def _not_materialized(workspace: Workspace, stage_name: str, *, target: str) -> MissingInputError:
     recipe = workspace.recipe.name
     return MissingInputError(
@@ -209,7 +238,10 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="ask the final checkpoint one question")
     chat.add_argument("--thinking", choices=("on", "off"), default="on")
     chat.add_argument("question")
-    for command in (plan, why, doctor, one, summary, chat):
+    server = commands.add_parser("serve", help="serve the exported model as an OpenAI-compatible API on 127.0.0.1")
+    server.add_argument("--port", type=int, default=8080)
+    server.add_argument("--runtime", choices=("llama.cpp", "vllm"), help="the first installed when not given")
+    for command in (plan, why, doctor, one, summary, chat, server):
         command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

@@ -39,6 +39,7 @@ from pipeline.processes import run_group
 from pipeline.progress import JsonlReporter
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
+from pipeline.runtimes import llama_cpp_id
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, target_key
 from pipeline.stages.configs import CorporaStage, ParentStage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
@@ -195,6 +196,8 @@ class _Resolver:
         }
         if stage.measures_hardware(self._workspace.recipe):
             identity["hardware"] = hardware_id()
+            if self._workspace.recipe.block_profile.backend == "llama_cpp":
+                identity["llama.cpp"] = llama_cpp_id()
         if environment := _environment(config):
             identity["environment"] = environment
         return identity

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.errors import StageError
 
@@ -30,6 +31,12 @@ def run_checked(command: Sequence[str], *, what: str, timeout_s: float) -> str:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
         raise StageError(f"{what} failed with exit code {done.returncode}:\n{tail}")
     return done.stdout
+
+
+def become(command: Sequence[str], *, env: Mapping[str, str]) -> NoReturn:
+    """Replace this process by a command that runs until someone ends it: signals and the terminal are its own."""
+    sys.stdout.flush()
+    os.execvpe(command[0], list(command), {**os.environ, **env})
 
 
 def run_group(

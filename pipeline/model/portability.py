@@ -70,7 +70,9 @@ def _width_obstacles(architecture: Architecture) -> list[str]:
 
 
 def _vllm_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = _shape_obstacles(architecture)
+    obstacles = _head_dim_obstacles(architecture)
+    if architecture.attention_bias or architecture.mlp_bias:
+        obstacles.append("biases: its layers are built without them")
     if architecture.blocks[0].attention.kind == "no_op":
         obstacles.append("layer 0 has no attention: its first forward pass fails")
     if _layers(architecture, attention="linear"):
@@ -108,7 +110,7 @@ def _llama_cpp_refusals(architecture: Architecture) -> list[str]:
 
 
 def _mlx_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = _shape_obstacles(architecture)
+    obstacles = _head_dim_obstacles(architecture)
     if _layers(architecture, attention="linear"):
         obstacles.append(
             f"linear attention in {_layers(architecture, attention='linear')}: other tensor names expected"
@@ -118,16 +120,13 @@ def _mlx_obstacles(architecture: Architecture) -> list[str]:
     return obstacles
 
 
-def _shape_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = []
-    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
-        obstacles.append(
-            f"head_dim {architecture.head_dim} times {architecture.num_attention_heads} heads is not hidden_size "
-            f"{architecture.hidden_size}: the schema's readers assume it is"
-        )
-    if architecture.attention_bias or architecture.mlp_bias:
-        obstacles.append("biases: the schema's readers build layers without them")
-    return obstacles
+def _head_dim_obstacles(architecture: Architecture) -> list[str]:
+    if architecture.head_dim * architecture.num_attention_heads == architecture.hidden_size:
+        return []
+    return [
+        f"head_dim {architecture.head_dim} times {architecture.num_attention_heads} heads is not hidden_size "
+        f"{architecture.hidden_size}: the reader assumes it is"
+    ]
 
 
 def _layers(architecture: Architecture, *, attention: str | None = None, ffn: str | None = None) -> str:

@@ -53,11 +53,16 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Everything measured in one sitting."""
+    """Everything measured in one sitting.
+
+    `checked` holds sum and measurement of another model than the parent, where the parent's sum is its measurement by
+    construction.
+    """
 
     samples: Mapping[ProfileKey, Samples]
     parent: Mapping[tuple[str, Phase], Samples]
     sum_ms: Mapping[tuple[str, Phase], float]
+    checked: Mapping[tuple[str, Phase], tuple[float, float]] | None = None
 
     @property
     def calibration(self) -> Calibration:
@@ -67,7 +72,12 @@ class Profile:
 
     @property
     def residuals(self) -> dict[tuple[str, Phase], float]:
-        """|sum of blocks - measured parent| / measured parent, before calibration."""
+        """|sum of blocks - measured| / measured, before calibration, of the parent or of `checked` if there."""
+        if self.checked is not None:
+            return relative_residuals(
+                sum_ms={key: sum_ms for key, (sum_ms, _) in self.checked.items()},
+                measured_ms={key: measured_ms for key, (_, measured_ms) in self.checked.items()},
+            )
         measured_ms = {key: samples.median_ms for key, samples in self.parent.items()}
         return relative_residuals(sum_ms=self.sum_ms, measured_ms=measured_ms)
 
@@ -98,7 +108,7 @@ def profile_blocks(
     """
     parent = place(build_model(architecture, dtype=dtype, seed=0), device)
     mixed_architecture = architecture.with_blocks(
-        _mixed_blocks(space.distinct_attention, space.distinct_ffn, num_layers=architecture.num_hidden_layers)
+        mixed_blocks(space.distinct_attention, space.distinct_ffn, num_layers=architecture.num_hidden_layers)
     )
     mixed = place(build_model(mixed_architecture, dtype=dtype, seed=1), device)
     times: defaultdict[ProfileKey, list[float]] = defaultdict(list)
@@ -214,7 +224,7 @@ def _clocked_generation(
     return timing, calls
 
 
-def _mixed_blocks(attention: Sequence[AttentionSpec], ffn: Sequence[FFNSpec], *, num_layers: int) -> list[BlockSpec]:
+def mixed_blocks(attention: Sequence[AttentionSpec], ffn: Sequence[FFNSpec], *, num_layers: int) -> list[BlockSpec]:
     """Return layers that take the variants in turn, each at least twice, no shallower than the parent."""
     count = max(num_layers, 2 * len(attention), 2 * len(ffn))
     return [

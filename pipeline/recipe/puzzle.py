@@ -144,14 +144,17 @@ class Scenario(Frozen):
 
 
 class ProfileConfig(Frozen):
-    """What blocks cost in time: measured where the stage runs (`torch`), or computed for a named device (`roofline`).
+    """What blocks cost in time, by `backend`.
+
+    `torch` and `llama_cpp` measure where the stage runs; `roofline` computes for a named device.
 
     Times are measured in `precision`, the median over `repeats` kept and `warmups` runs thrown away; whole models are
-    always measured so. Weights and cached values are counted, and a roofline computes, in `served_precision`, the one
-    the child will be deployed in. A roofline may split the model over `tensor_parallel_size` such devices.
+    always measured so, in llama.cpp with that backend and in torch with the others. Weights and cached values are
+    counted, and a roofline computes, in `served_precision`, the one the child will be deployed in. A roofline may split
+    the model over `tensor_parallel_size` such devices.
     """
 
-    backend: Literal["torch", "roofline"]
+    backend: Literal["torch", "llama_cpp", "roofline"]
     device: Name | None = None
     tensor_parallel_size: Positive | None = None
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)]
@@ -163,13 +166,19 @@ class ProfileConfig(Frozen):
 
     @model_validator(mode="after")
     def _device_belongs_to_roofline(self) -> Self:
-        if self.backend == "torch":
+        if self.backend != "roofline":
             for name, value in (("device", self.device), ("tensor_parallel_size", self.tensor_parallel_size)):
                 if value is not None:
                     raise ValueError(
-                        f"block_profile.{name} is {value!r} with backend 'torch', which measures the machine it runs "
-                        "on: take it out, or set backend: roofline"
+                        f"block_profile.{name} is {value!r} with backend {self.backend!r}, which measures the "
+                        "machine it runs on: take it out, or set backend: roofline"
                     )
+            batched = [scenario.name for scenario in self.scenarios if scenario.batch_size > 1]
+            if self.backend == "llama_cpp" and batched:
+                raise ValueError(
+                    f"block_profile.scenarios: {batched[0]} has a batch_size above 1, and llama-bench times one "
+                    "sequence; set it to 1, or backend: torch"
+                )
             return self
         if self.device not in DEVICES:
             raise ValueError(

@@ -18,6 +18,7 @@ from pipeline.data.packed import load_packed
 from pipeline.errors import InfeasibleError
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture
 from pipeline.model.heterogeneous import build_model
+from pipeline.puzzle.backends import measure_as_profiled
 from pipeline.puzzle.baselines import (
     drop_layers,
     dropped,
@@ -33,7 +34,7 @@ from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.importance import block_influence, load_importance
 from pipeline.puzzle.initial import library_variants, untrained_variants
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.measure import Interval, measure_models
+from pipeline.puzzle.measure import Interval
 from pipeline.puzzle.mip import Problem
 from pipeline.puzzle.predictions import CostModel, compared_phase, linear_limits
 from pipeline.puzzle.score_table import read_scores
@@ -42,7 +43,7 @@ from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.tables import CHILDREN, SCHEMAS, write_table
 from pipeline.puzzle.verification import CHILD, PARENT
 from pipeline.puzzle.whole_models import score_models
-from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BaselinesStage
 
 PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
@@ -97,7 +98,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
         }
     children: dict[str, Blocks] = {**from_library, **cut}
     del parent
-    speeds = _measure(architecture, children, config, inputs, device=device)
+    speeds = _measure(architecture, children, config, inputs, device=device, work_dir=out_dir / WORK_DIR)
     out_dir.mkdir(parents=True, exist_ok=True)
     table = _table(scored, children, speeds, costs=costs, config=config)
     write_table(out_dir, CHILDREN, table)
@@ -179,6 +180,7 @@ def _measure(
     inputs: StageInputs,
     *,
     device: torch.device,
+    work_dir: Path,
 ) -> dict[str, Interval]:
     """Return every child's measured speed-up; time does not depend on the values of weights, so they are random."""
     scenario, phase = compared_phase(config.requirements.limits, profile=config.profile)
@@ -191,11 +193,12 @@ def _measure(
         if key not in found:
             inputs.reporter.note(f"measuring {name}")
             child = place(build_model(architecture.with_blocks(blocks), dtype=dtype, seed=0), device)
-            found[key] = measure_models(
+            found[key] = measure_as_profiled(
                 {PARENT: timed, CHILD: child},
-                [one for one in config.profile.scenarios if one.name == scenario],
+                profile=config.profile,
+                scenarios=[one for one in config.profile.scenarios if one.name == scenario],
                 measurement=config.baselines.measurement,
-                threads=config.profile.num_threads,
+                work_dir=work_dir,
                 reporter=inputs.reporter,
             ).speedup(CHILD, scenario, phase, over=PARENT)
         speeds[name] = found[key]

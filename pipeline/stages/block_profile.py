@@ -16,8 +16,10 @@ from pipeline.costs import (
 )
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, read_architecture
+from pipeline.puzzle.backends import runtime_name
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks
+from pipeline.puzzle.llama_cpp import profile_in_llama_cpp
 from pipeline.puzzle.predictions import FIXED
 from pipeline.puzzle.profiling import Profile, Samples, profile_blocks
 from pipeline.puzzle.roofline import parent_times_ms, roofline_times
@@ -25,7 +27,7 @@ from pipeline.puzzle.search import ARCHITECTURE_FILE, CALIBRATION_FILE
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.tables import MEMORY, PROFILE, SCHEMAS, write_table
 from pipeline.recipe import ProfileConfig
-from pipeline.stage import StageInputs, StageResult, Table
+from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockProfileStage
 
 
@@ -36,20 +38,16 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
     if config.profile.backend == "roofline":
         profile, num_repeats, facts = _roofline(architecture, space, profile=config.profile), 0, _where(config.profile)
     else:
-        profile = profile_blocks(
-            architecture,
-            space,
-            profile=config.profile,
-            device=Ranks().device,
-            dtype=TORCH_DTYPES[config.profile.precision],
-            reporter=inputs.reporter,
-        )
+        profile = _measured(architecture, space, config=config, inputs=inputs, out_dir=out_dir)
         num_repeats = config.profile.repeats
         facts = {
-            "runtime": "torch eager",
+            "runtime": runtime_name(config.profile),
             "dtype": config.profile.precision,
             "threads": str(config.profile.num_threads),
             "hardware": describe_hardware(),
+            "residual": "of the parent"
+            if profile.checked is None
+            else "of a model whose layers take all variants in turn",
         }
     out_dir.mkdir(parents=True, exist_ok=True)
     times = _times(profile, num_repeats=num_repeats)
@@ -71,6 +69,23 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
             "parent": _parent_table(profile),
             "memory": _shown(memory),
         },
+    )
+
+
+def _measured(
+    architecture: Architecture, space: SearchSpace, *, config: BlockProfileStage, inputs: StageInputs, out_dir: Path
+) -> Profile:
+    if config.profile.backend == "llama_cpp":
+        return profile_in_llama_cpp(
+            architecture, space, profile=config.profile, work_dir=out_dir / WORK_DIR, reporter=inputs.reporter
+        )
+    return profile_blocks(
+        architecture,
+        space,
+        profile=config.profile,
+        device=Ranks().device,
+        dtype=TORCH_DTYPES[config.profile.precision],
+        reporter=inputs.reporter,
     )
 
 

@@ -14,10 +14,11 @@ from pipeline.errors import InfeasibleError
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.puzzle.assemble import assemble_child
+from pipeline.puzzle.backends import measure_as_profiled, runtime_name
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.measure import Measurements, measure_models
+from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
 from pipeline.puzzle.score_table import read_scores
 from pipeline.puzzle.search import (
@@ -32,7 +33,7 @@ from pipeline.puzzle.verification import CHILD, PARENT, CheckedLimit, check_limi
 from pipeline.recipe import PoolConfig
 from pipeline.report.drawings import save_figures
 from pipeline.report.figures import architecture_strip
-from pipeline.stage import VIEW_DIR, Number, StageInputs, StageResult, Table
+from pipeline.stage import VIEW_DIR, WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import ChildStage
 
 SEARCH_LOG = "search_log.json"
@@ -52,11 +53,12 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         assemble_child(
             out_dir, record.blocks, parent_dir=parent_dir, index=index, store=ArtifactStore(inputs.store_root)
         )
-        measurements = measure_models(
+        measurements = measure_as_profiled(
             {PARENT: parent, CHILD: place(load_model(out_dir, dtype=dtype), device)},
-            config.profile.scenarios,
+            profile=config.profile,
+            scenarios=config.profile.scenarios,
             measurement=config.measurement,
-            threads=config.profile.num_threads,
+            work_dir=out_dir / WORK_DIR,
             reporter=inputs.reporter,
         )
         checked = check_limits(record, measurements, costs=costs, tolerance=config.search.speed_tolerance)
@@ -111,7 +113,7 @@ def _result(
     return StageResult(
         metrics=metrics,
         facts={
-            "runtime": "torch eager",
+            "runtime": runtime_name(config.profile),
             "dtype": config.profile.precision,
             "threads": str(config.profile.num_threads),
             "hardware": describe_hardware(),

@@ -20,11 +20,11 @@ from pipeline.model.export_decilm import export_decilm
 from pipeline.model.export_gguf import export_gguf
 from pipeline.model.gguf_tokenizer import tokenizer_obstacle
 from pipeline.model.portability import runtime_support
+from pipeline.runtimes import GGUF_FILE
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import ExportStage
 from pipeline.training.distributed import use_threads
 
-GGUF_FILE = "model.gguf"
 _COMPARED_BATCH, _COMPARED_TOKENS = 2, 64
 _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
 

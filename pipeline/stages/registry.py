@@ -253,7 +253,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         description="Prefill and decode time of every variant, measured or computed, with exact weight and KV memory.",
         in_child=True,
-        measures_hardware=lambda recipe: recipe.block_profile.backend == "torch",
+        measures_hardware=lambda recipe: recipe.block_profile.backend != "roofline",
         checks=CHECKS["block_profile"],
     ),
     Stage(

@@ -15,12 +15,13 @@ from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_par
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.puzzle.backends import measure_as_profiled, runtime_name
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
-from pipeline.puzzle.measure import Measurements, measure_models
+from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
 from pipeline.puzzle.verification import MeasuredLimit, check_model
-from pipeline.stage import Number, StageInputs, StageResult, Table
+from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import SpeedStage
 
 MODELS = {"parent": "parent_checkpoint", "child": "child_checkpoint", "final": "rl_checkpoint"}
@@ -31,11 +32,12 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write speed.json: every median with its interval, the memory of each model, and the limits of the target."""
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
-    measurements = measure_models(
+    measurements = measure_as_profiled(
         models,
-        config.profile.scenarios,
+        profile=config.profile,
+        scenarios=config.profile.scenarios,
         measurement=config.speed,
-        threads=config.profile.num_threads,
+        work_dir=out_dir / WORK_DIR,
         reporter=inputs.reporter,
     )
     speed_rows = _speed_rows(config, measurements)
@@ -74,7 +76,7 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     return StageResult(
         metrics=metrics,
         facts={
-            "runtime": "torch eager",
+            "runtime": runtime_name(config.profile),
             "dtype": config.profile.precision,
             "threads": str(config.profile.num_threads),
             "hardware": describe_hardware(),

@@ -86,7 +86,10 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["limit cached_tokens is relative to the parent", "relative_to: absolute"],
     ),
-    "profile without a backend": ({"block_profile.backend": None}, ["block_profile.backend", "'torch' or 'roofline'"]),
+    "profile without a backend": (
+        {"block_profile.backend": None},
+        ["block_profile.backend", "'torch', 'llama_cpp' or 'roofline'"],
+    ),
     "roofline of no device": (
         {"block_profile.backend": "roofline"},
         ["block_profile.device is None", "h100-80gb, h200-141gb"],
@@ -110,6 +113,15 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "devices of a measured profile": (
         {"block_profile.tensor_parallel_size": 8},
         ["block_profile.tensor_parallel_size is 8 with backend 'torch'"],
+    ),
+    "batch for llama-bench": (
+        {
+            "block_profile.backend": "llama_cpp",
+            "block_profile.scenarios": [
+                {"name": "chat", "batch_size": 8, "prompt_tokens": 64, "generation_tokens": 32}
+            ],
+        },
+        ["chat has a batch_size above 1, and llama-bench times one sequence", "backend: torch"],
     ),
     "limit in an unknown scenario": (
         {"targets.light.limits": [{"quantity": "memory_mib", "scenario": "x", "bound": 2, "relative_to": "parent"}]},

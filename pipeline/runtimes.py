@@ -1,0 +1,71 @@
+"""Where the runtimes that serve children are; each is installed apart, for none shares an environment with training.
+
+    REFIT_RUNTIMES/llama.cpp/bin/llama-server, llama-bench, ...     make install-llama-cpp
+    REFIT_RUNTIMES/vllm/bin/python                                  make install-vllm
+    REFIT_RUNTIMES/mlx/bin/python                                   make install-mlx
+
+make sets REFIT_RUNTIMES to a directory in REFIT_HOME. llama.cpp's programs are looked for on PATH as well.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+GGUF_FILE = "model.gguf"  # in an exported directory, what llama.cpp reads
+
+
+class RuntimeMissingError(UserError):
+    """A runtime that is asked for and not installed."""
+
+
+def find_llama_cpp(program: str) -> Path | None:
+    """Return one of llama.cpp's programs (`llama-server`), or None where it is not installed."""
+    own = _directory("llama.cpp", "bin")
+    found = shutil.which(program, path=own) if own is not None else None
+    found = found or shutil.which(program)
+    return None if found is None else Path(found)
+
+
+def find_python(runtime: str) -> Path | None:
+    """Return the Python of a runtime's environment (`vllm`, `mlx`), or None where it is not installed."""
+    own = _directory(runtime, "bin", "python")
+    return own if own is not None and own.is_file() else None
+
+
+def require_llama_cpp(program: str) -> Path:
+    """Return one of llama.cpp's programs.
+
+    Raises:
+        RuntimeMissingError: with where it was looked for and how to install it.
+    """
+    found = find_llama_cpp(program)
+    if found is None:
+        raise RuntimeMissingError(
+            f"{program} is neither in {_directory('llama.cpp', 'bin') or 'REFIT_RUNTIMES, which is not set,'} nor on "
+            "PATH: make install-llama-cpp builds it (docs/serving.md)"
+        )
+    return found
+
+
+@functools.cache
+def llama_cpp_id() -> str:
+    """Return what tells this build of llama.cpp from another: a timing taken under one is not valid under another.
+
+    Raises:
+        RuntimeMissingError: when it is not installed.
+    """
+    program = require_llama_cpp("llama-bench").resolve()
+    parts = [program, *sorted(program.parent.glob("lib*.so")), *sorted(program.parent.glob("lib*.dylib"))]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _directory(*parts: str) -> Path | None:
+    root = os.environ.get("REFIT_RUNTIMES")
+    return Path(root, *parts) if root else None

@@ -1,0 +1,73 @@
+"""Which server is chosen, that it listens on loopback alone, and what it is asked."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtimes import RuntimeMissingError, find_python, require_llama_cpp
+from pipeline.serving import example, find_server
+
+
+def install(root: Path, *names: str) -> None:
+    for name in names:
+        program = root / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+
+
+@pytest.fixture
+def runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for runtimes, and nothing on PATH."""
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "runtimes"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    return tmp_path / "runtimes"
+
+
+@pytest.fixture
+def export_dir(tmp_path: Path) -> Path:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.gguf").write_bytes(b"GGUF")
+    return tmp_path / "export"
+
+
+def test_llama_cpp_comes_first_and_vllm_where_there_is_no_gguf(runtimes: Path, export_dir: Path):
+    install(runtimes, "llama.cpp/bin/llama-server", "vllm/bin/python")
+    assert find_server(export_dir, port=8080, runtime=None).runtime == "llama.cpp"
+    assert find_server(export_dir, port=8080, runtime="vllm").runtime == "vllm"
+    (export_dir / "model.gguf").unlink()
+    assert find_server(export_dir, port=8080, runtime=None).runtime == "vllm"
+    with pytest.raises(RuntimeMissingError, match=r"model\.gguf is not there"):
+        find_server(export_dir, port=8080, runtime="llama.cpp")
+
+
+@pytest.mark.parametrize("runtime", ["llama.cpp", "vllm"])
+def test_servers_listen_on_loopback_alone(runtimes: Path, export_dir: Path, runtime: str):
+    install(runtimes, "llama.cpp/bin/llama-server", "vllm/bin/python")
+    command = find_server(export_dir, port=8123, runtime=runtime).command
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--port") + 1] == "8123"
+
+
+def test_nothing_installed_says_how_to_install_each(runtimes: Path, export_dir: Path):
+    with pytest.raises(RuntimeMissingError, match=r"make install-llama-cpp.*make install-vllm"):
+        find_server(export_dir, port=8080, runtime=None)
+    with pytest.raises(RuntimeMissingError, match=r"llama-bench is neither in .* nor on PATH: make install-llama-cpp"):
+        require_llama_cpp("llama-bench")
+    assert find_python("mlx") is None
+
+
+def test_programs_on_path_are_found_too(runtimes: Path, tmp_path: Path):
+    install(tmp_path, "empty/llama-bench")
+    assert require_llama_cpp("llama-bench") == tmp_path / "empty" / "llama-bench"
+
+
+@pytest.mark.parametrize(("thinking", "system"), [(True, "detailed thinking on"), (False, "detailed thinking off")])
+def test_example_is_a_shell_command_with_the_mode_as_system_message(thinking: bool, system: str):
+    words = shlex.split(example(port=8080, thinking=thinking))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8080/v1/chat/completions"]
+    messages = json.loads(words[-1])["messages"]
+    assert messages[0] == {"role": "system", "content": system}
+    assert messages[1]["role"] == "user"

@@ -1,0 +1,1 @@
+"""Scripts that other environments run: they import nothing of this project."""
