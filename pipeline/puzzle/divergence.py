@@ -19,7 +19,7 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 
 # Logits are held for this many tokens at a time: 128 x 49,152 float32 values are 24 MiB.
 SLICE_TOKENS = 128
-# e^80 is just below the largest float32; a model whose logits moved further than this takes the slower, safe sum.
+# e^80 is just below the largest float32; a model whose logits moved further apart takes the slower, safe sum.
 LARGEST_CHANGE = 80.0
 
 
@@ -66,12 +66,12 @@ def add_divergences(
 ) -> None:
     """Add what each model's states behind its last layer (`finals`, before the norm) say about the same rows.
 
-    With logits z and their difference d = z_q - z_p,
+    With logits z, their difference d = z_q - z_p and its mean m = sum_v p d,
 
-        g = log sum_v p e^d = log(1 + sum_v p (e^d - 1))    KL(P || Q) = g - sum_v p d    log q = log p + d - g
+        KL(P || Q) = log sum_v p e^(d - m) = log(1 + sum_v p (e^(d - m) - 1))    log q = log p + d - m - KL
 
-    Both terms of KL are as small as it is, so nothing cancels, and one exponential over the vocabulary is all a model
-    costs beyond its logits.
+    The sum is never below 0 and as small as KL itself, so nothing cancels, whatever all logits moved by together; one
+    exponential over the vocabulary is all that a model costs beyond its logits.
     """
     next_BT = torch.full_like(labels_BT, IGNORED_LABEL)
     next_BT[:, :-1] = labels_BT[:, 1:]
@@ -96,11 +96,11 @@ def add_divergences(
             change_SV = model.lm_head(final[part]).float()
             one.num_disagreements += int((change_SV.max(dim=-1).indices != parent_top_S).sum())
             change_SV -= parent_SV
+            change_SV -= torch.linalg.vecdot(probability_SV, change_SV)[:, None]
             target_S = _at(change_SV, next_S) + parent_target_S
-            mean_change_S = torch.linalg.vecdot(probability_SV, change_SV)
-            growth_S = _log_mean_exp(change_SV, probability_SV, log_probability_SV)
-            one.kl += (growth_S - mean_change_S).double().sum().item()
-            one.lm_loss += (growth_S - target_S)[is_predicted_S].double().sum().item()
+            kl_S = _log_mean_exp(change_SV, probability_SV, log_probability_SV)
+            one.kl += kl_S.double().sum().item()
+            one.lm_loss += (kl_S - target_S)[is_predicted_S].double().sum().item()
             one.num_tokens += len(next_S)
             one.num_predicted += int(is_predicted_S.sum())
 

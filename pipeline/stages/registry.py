@@ -233,7 +233,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=2,
+        version=3,
         inputs=("parent_checkpoint", "distillation_mix", "block_library"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores

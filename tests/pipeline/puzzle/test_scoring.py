@@ -211,3 +211,26 @@ def test_divergence_of_logits_that_moved_beyond_the_exponents_range_is_exact(wor
         loss = torch.nn.functional.nll_loss(child[0, :-1], packed.labels_NT[0, 1:])
         assert sums.means.kl == pytest.approx(kl.item(), rel=1e-5)
         assert sums.means.lm_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_divergence_is_exact_where_all_logits_moved_together(workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(divergence, "SLICE_TOKENS", 1)  # or the tokens that moved up would take the others' sum
+    model, packed = workplace.model(), workplace.packed("validation").take(16)
+    generator = torch.Generator().manual_seed(0)
+    parent_BTD, child_BTD = (torch.randn(1, 16, model.config.hidden_size, generator=generator) for _ in range(2))
+    sums = DivergenceSums()
+    with torch.no_grad():
+        # Adding one vector to every row moves all logits of a token alike, here by tens of nats, and no distribution.
+        model.lm_head.weight += 10 * torch.randn(model.config.hidden_size, generator=generator)
+        add_divergences([sums], model, [child_BTD], parent_BTD, packed.labels_NT[:1])
+        parent_TV, child_TV = (
+            model.lm_head(model.model.norm(states)).double()[0] for states in (parent_BTD, child_BTD)
+        )
+    moved_T = (child_TV - parent_TV).mean(dim=-1)
+    assert moved_T.min() < -50
+    assert moved_T.max() > 50
+    parent_TV, child_TV = parent_TV.log_softmax(dim=-1), child_TV.log_softmax(dim=-1)
+    kl = torch.nn.functional.kl_div(child_TV, parent_TV, log_target=True, reduction="sum") / 16
+    loss = torch.nn.functional.nll_loss(child_TV[:-1], packed.labels_NT[0, 1:])
+    assert sums.means.kl == pytest.approx(kl.item(), rel=1e-4)
+    assert sums.means.lm_loss == pytest.approx(loss.item(), rel=1e-5)
