@@ -31,6 +31,7 @@ from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
     BlockLoss,
     BlockScoresConfig,
+    CoupledSpace,
     FFNOption,
     FusionConfig,
     ImportanceConfig,
@@ -46,7 +47,9 @@ from pipeline.recipe.puzzle import (
     Scenario,
     SearchConfig,
     SearchSpaceConfig,
+    Subblock,
     Target,
+    VariantOverride,
 )
 from pipeline.recipe.training import (
     ChatConfig,
@@ -70,6 +73,7 @@ __all__ = [
     "BlockScoresConfig",
     "ChatConfig",
     "CorporaConfig",
+    "CoupledSpace",
     "DatasetSource",
     "DistillationConfig",
     "EmbeddedSource",
@@ -118,8 +122,10 @@ __all__ = [
     "ServedPrecision",
     "SourceConfig",
     "SpeedReportConfig",
+    "Subblock",
     "Target",
     "Thresholds",
     "ToggleDatasetConfig",
+    "VariantOverride",
     "WheelParent",
 ]

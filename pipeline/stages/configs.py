@@ -56,6 +56,7 @@ class ImportanceStage(Frozen):
     """channel_importance."""
 
     importance: ImportanceConfig
+    with_output_curvature: bool
 
 
 class BlockLibraryStage(Frozen):
