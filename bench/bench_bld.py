@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.architecture import Architecture, AttentionSpec
-from pipeline.costs import attention_parameters, ffn_parameters
+from pipeline.architecture import Architecture
 from pipeline.data.packed import PackedTokens
 from pipeline.hardware import describe_hardware
 from pipeline.model.architecture_files import load_architecture
@@ -21,9 +20,11 @@ from pipeline.model.checkpoint import TensorReader, load_model, save_checkpoint
 from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
+from pipeline.puzzle.bld_cost import matmul_peak, parent_flops_per_token, training_flops_per_token
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.library import BlockKey, trainable_keys
-from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.parent_layers import ParentLayers
+from pipeline.puzzle.search_space import resolve
 from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
 
 NUM_LAYERS = 6
@@ -32,6 +33,8 @@ NUM_STEPS = 4
 BATCH_SIZE, WINDOW_TOKENS = 2, 512
 SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 1024, 512, 256), overrides=(), portable=True)
 SETTINGS = BlockLibraryConfig(
+    mode="decoupled",
+    coupled_space=None,
     tokens=NUM_STEPS * BATCH_SIZE * WINDOW_TOKENS,
     closed_form_tokens=0,
     loss="token",
@@ -43,6 +46,7 @@ SETTINGS = BlockLibraryConfig(
     weight_decay=0.0,
     betas=(0.9, 0.95),
     max_grad_norm=1.0,
+    overrides=(),
     precision="bf16",
 )
 
@@ -67,8 +71,12 @@ def main() -> None:
         by_variant_s = sum(train(group) for group in by_variant.values())
         # One run for each block: the middle layer of every variant stands for all of them.
         by_block_s = sum(len(group) * train([group[len(group) // 2]]) for group in by_variant.values())
-    flops = NUM_STEPS * BATCH_SIZE * WINDOW_TOKENS * library_flops(architecture, space)
-    peak = matmul_peak(architecture)
+    per_token = parent_flops_per_token(architecture, num_layers=NUM_LAYERS, context_tokens=WINDOW_TOKENS)
+    per_token += training_flops_per_token(architecture, keys, context_tokens=WINDOW_TOKENS)
+    flops = SETTINGS.tokens * per_token
+    peak = matmul_peak(
+        architecture, num_tokens=BATCH_SIZE * WINDOW_TOKENS, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     print(f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each: {together_s:.1f} s at once")
     print(f"one run per variant over all layers: {by_variant_s:.1f} s, {by_variant_s / together_s:.2f} times as long")
     print(f"one run per block: {by_block_s:.1f} s, {by_block_s / together_s:.2f} times as long (wanted >= 5)")
@@ -101,8 +109,8 @@ def make_trainer(
     def train(keys: list[BlockKey] | tuple[BlockKey, ...]) -> float:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as work_dir:
-            outcomes = train_blocks(
-                load_model(parent_dir, dtype=torch.bfloat16),
+            training = train_blocks(
+                ParentLayers.whole(load_model(parent_dir, dtype=torch.bfloat16)),
                 {key: str(key) for key in keys},
                 parent_tensors=TensorReader(parent_dir),
                 importance=importance,
@@ -113,44 +121,10 @@ def make_trainer(
                 checkpoint_interval_steps=NUM_STEPS,
                 reporter=SilentReporter(),
             )
-        assert all(isinstance(outcome, TrainedBlock) for outcome in outcomes)
+        assert all(isinstance(outcome, TrainedBlock) for outcome in training.outcomes)
         return time.perf_counter() - began
 
     return train
-
-
-def library_flops(architecture: Architecture, space: SearchSpace) -> float:
-    """Return the FLOPs per token of the parent's pass and of every block's forward and backward pass.
-
-    Two per weight forward, four backward; a frozen FFN behind an attention variant takes two forward and two backward.
-    Attention's scores and sums take 4 * heads * head_dim * context / 2 forward (causal) and twice that backward.
-    """
-    parent = space.parent
-    per_layer = attention_parameters(architecture, parent.attention) + ffn_parameters(architecture, parent.ffn)
-    products = 4.0 * architecture.num_attention_heads * architecture.head_dim * WINDOW_TOKENS / 2
-    flops = len(space.layers) * (2.0 * per_layer + products)
-    for key in trainable_keys(space):
-        if isinstance(key.spec, AttentionSpec):
-            flops += 6.0 * attention_parameters(architecture, key.spec) + 3 * products
-            flops += 4.0 * ffn_parameters(architecture, parent.ffn)
-        else:
-            flops += 6.0 * ffn_parameters(architecture, key.spec)
-    return flops
-
-
-def matmul_peak(architecture: Architecture) -> float:
-    """Return the best FLOP/s of bf16 matrix products of the FFN's two shapes."""
-    width = architecture.homogeneous_block().ffn.intermediate_size
-    assert width is not None
-    best = 0.0
-    for inner, outer in ((architecture.hidden_size, width), (width, architecture.hidden_size)):
-        left = torch.randn(BATCH_SIZE * WINDOW_TOKENS, inner, dtype=torch.bfloat16)
-        right = torch.randn(outer, inner, dtype=torch.bfloat16)
-        for _ in range(30):
-            began = time.perf_counter()
-            torch.nn.functional.linear(left, right)
-            best = max(best, 2.0 * left.shape[0] * inner * outer / (time.perf_counter() - began))
-    return best
 
 
 if __name__ == "__main__":

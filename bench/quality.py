@@ -134,7 +134,7 @@ def assemble(
     cpu, reader = torch.device("cpu"), TensorReader(parent_dir)
     if weights == "library":
         index = read_index(artifacts["block_library"])
-        load = library_variants(space, parent, index=index, store=workspace.store, dtype=torch.float32, device=cpu)
+        load = library_variants(parent, index=index, store=workspace.store, dtype=torch.float32, device=cpu)
     else:
         importance = load_importance(artifacts["channel_importance"])
         load = untrained_variants(

@@ -33,6 +33,9 @@ class ExecutionSettings(Frozen):
     micro_batch_size: int = Field(default=4, ge=1)
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
     checkpoint_interval_steps: int = Field(default=10, ge=1)
+    block_memory_gib: float | None = Field(
+        default=None, gt=0, description="GiB per rank for blocks in distillation; more are trained in rounds; None: all"
+    )
     grace_seconds: float = Field(default=15.0, gt=0)
 
 

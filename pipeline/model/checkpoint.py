@@ -207,6 +207,28 @@ def load_model(directory: Path, *, dtype: torch.dtype) -> HeterogeneousLlamaForC
     return model_from_tensors(architecture, checked, dtype=dtype)
 
 
+def load_layers(
+    directory: Path, layers: range, *, dtype: torch.dtype, device: torch.device
+) -> HeterogeneousLlamaForCausalLM:
+    """Return the checkpoint's model with the weights of some layers alone, and the embedding if layer 0 is among them.
+
+    Everything else stays on the meta device: a rank's share of a model that fits none.
+
+    Raises:
+        CheckpointError: when a tensor is missing, cut off or of the wrong shape.
+    """
+    architecture = read_architecture(directory)
+    prefixes = (*(f"model.layers.{layer}." for layer in layers), *((_EMBEDDING,) if 0 in layers else ()))
+    expected = {name: shape for name, shape in tensor_shapes(architecture).items() if name.startswith(prefixes)}
+    reader = TensorReader(directory)
+    named = ((name, reader.read(name)) for name in reader.names if name.startswith(prefixes))
+    tensors = {name: tensor.to(device, dtype) for name, tensor in _checked(named, expected, where=str(directory))}
+    model = empty_model(architecture)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.model.rotary_emb.to(device)
+    return model
+
+
 def model_from_tensors(
     architecture: Architecture, named: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
 ) -> HeterogeneousLlamaForCausalLM:

@@ -251,18 +251,27 @@ def build_subblock_attention(
     seed: int = 0,
 ) -> HeterogeneousDecoderLayer:
     """Return one attention subblock with its norm, randomly initialised; `layer_idx` is its slot in a KV cache."""
-    return _build_subblock(
-        architecture, BlockSpec(attention=spec, ffn=NO_FFN, parent_layers=(0,)), layer_idx, dtype, seed
-    )
+    block = BlockSpec(attention=spec, ffn=NO_FFN, parent_layers=(0,))
+    return build_layer(architecture, block, layer_idx=layer_idx, dtype=dtype, seed=seed)
 
 
 def build_subblock_ffn(
     architecture: Architecture, spec: FFNSpec, *, dtype: torch.dtype, seed: int = 0
 ) -> HeterogeneousDecoderLayer:
     """Return one FFN subblock with its norm, randomly initialised."""
-    return _build_subblock(
-        architecture, BlockSpec(attention=NO_ATTENTION, ffn=spec, parent_layers=(0,)), 0, dtype, seed
-    )
+    block = BlockSpec(attention=NO_ATTENTION, ffn=spec, parent_layers=(0,))
+    return build_layer(architecture, block, dtype=dtype, seed=seed)
+
+
+def build_layer(
+    architecture: Architecture, block: BlockSpec, *, layer_idx: int = 0, dtype: torch.dtype, seed: int = 0
+) -> HeterogeneousDecoderLayer:
+    """Return one layer, randomly initialised; `layer_idx` is its slot in a KV cache."""
+    config = HeterogeneousLlamaConfig(architecture=architecture)
+    with torch.device("meta"):
+        layer = HeterogeneousDecoderLayer(config, block=block, cache_index=layer_idx)
+    _materialize(layer, dtype=dtype, generator=torch.Generator().manual_seed(seed), initializer_range=0.02)
+    return layer.eval()
 
 
 def attention_inputs(
@@ -295,16 +304,6 @@ def attention_inputs(
         "cache": None,
         "use_cache": False,
     }
-
-
-def _build_subblock(
-    architecture: Architecture, block: BlockSpec, cache_index: int, dtype: torch.dtype, seed: int
-) -> HeterogeneousDecoderLayer:
-    config = HeterogeneousLlamaConfig(architecture=architecture)
-    with torch.device("meta"):
-        layer = HeterogeneousDecoderLayer(config, block=block, cache_index=cache_index)
-    _materialize(layer, dtype=dtype, generator=torch.Generator().manual_seed(seed), initializer_range=0.02)
-    return layer.eval()
 
 
 def _materialize(

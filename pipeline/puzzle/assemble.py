@@ -3,18 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.architecture import Architecture, AttentionSpec, BlockSpec, FFNSpec
+from pipeline.architecture import Architecture, BlockSpec
 from pipeline.artifacts import ArtifactStore
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import TensorReader, read_architecture
 from pipeline.model.shards import DTYPE_BYTES, checkpoint_shapes, plan_shards
 from pipeline.model.streaming import StoredTensor, read_chunks, stored_tensors, stream_checkpoint
-from pipeline.puzzle.library import BlockKey, LibraryIndex, Subblock, block_weights
+from pipeline.puzzle.library import LibraryIndex, block_weights
 
 Source = tuple[StoredTensor, str]
 """Where a tensor of the child lies, and the dtype that the child holds it in."""
 
-PREFIXES: Mapping[Subblock, tuple[str, ...]] = {
+PREFIXES: Mapping[str, tuple[str, ...]] = {
     "attention": ("self_attn.", "input_layernorm."),
     "ffn": ("mlp.", "post_attention_layernorm."),
 }
@@ -68,17 +68,15 @@ def _child_sources(
     for layer, block in enumerate(blocks):
         prefix = f"model.layers.{layer}."
         dtype = _stored_dtype(held, f"{prefix}input_layernorm.weight", reader=reader)
-        chosen: tuple[tuple[Subblock, AttentionSpec | FFNSpec, AttentionSpec | FFNSpec], ...] = (
-            ("attention", block.attention, parent_block.attention),
-            ("ffn", block.ffn, parent_block.ffn),
-        )
-        for subblock, spec, parent_spec in chosen:
-            if spec == parent_spec:
+        parts = index.parts(block, layer=layer, parent=parent_block)
+        for key in parts:
+            tensors = stored_tensors(block_weights(store, index, key))
+            yield from ((prefix + name, (tensor, dtype)) for name, tensor in tensors.items())
+        taken = {key.subblock for key in parts}
+        for subblock, spec in (("attention", block.attention), ("ffn", block.ffn)):
+            if spec.kind != "no_op" and not taken & {subblock, "pair"}:
                 wanted = tuple(prefix + start for start in PREFIXES[subblock])
                 yield from ((name, (held[name], held[name].dtype)) for name in held if name.startswith(wanted))
-            elif spec.kind != "no_op":
-                weights = block_weights(store, index, BlockKey(layer=layer, subblock=subblock, variant=spec.key))
-                yield from ((prefix + name, (tensor, dtype)) for name, tensor in stored_tensors(weights).items())
 
 
 def _stored_dtype(held: Mapping[str, StoredTensor], name: str, *, reader: TensorReader) -> str:

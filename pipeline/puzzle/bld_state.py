@@ -1,14 +1,16 @@
-"""One variant under training, and its progress on disk so that a killed run continues bit for bit.
+"""One variant under training, and the progress of many on disk so that a killed run continues bit for bit.
 
-    work_dir/bld-{0,1}/{layer}-{subblock}-{variant}.safetensors    weights, exp_avg, exp_avg_sq
-    work_dir/bld-{0,1}/marker.json                                 step, fingerprints, losses; renamed into place last
+    directory/step-{step}/{fingerprint}.safetensors    weights, exp_avg, exp_avg_sq of one variant after that step
+    directory/step-{step}/{fingerprint}.json           its losses, or why it failed; renamed into place last
 
-Two slots are written in turn: a kill while one is written leaves the other. A slot counts for the blocks it names by
-fingerprint, so progress of other settings is not continued.
+A step counts for a set of variants when it holds the record of each, whichever rank wrote it; older steps are removed
+once a newer one is whole. Fingerprints name everything that decides the weights, so progress of other settings is never
+continued.
 """
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,6 @@ from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.puzzle.library import BlockKey, LossPoint
 from pipeline.recipe import OptimizerConfig
 
-MARKER = "marker.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -29,41 +30,44 @@ class Trainee:
     """One variant under training: weights, optimiser, losses so far, and why it failed if it did."""
 
     def __init__(
-        self, *, key: BlockKey, fingerprint: str, module: HeterogeneousDecoderLayer, optimizer: OptimizerConfig
+        self, *, key: BlockKey, fingerprint: str, module: HeterogeneousDecoderLayer, settings: OptimizerConfig
     ) -> None:
         self.key = key
         self.fingerprint = fingerprint
         self.module = module.train()
+        self.settings = settings
         self.curve: list[LossPoint] = []
         self.initial_loss: float | None = None
         self.final_loss: float | None = None
         self.failure: str | None = None
-        self._max_grad_norm = optimizer.max_grad_norm
         matrices = [tensor for tensor in module.parameters() if tensor.ndim > 1]
         vectors = [tensor for tensor in module.parameters() if tensor.ndim == 1]
         self.optimizer = torch.optim.AdamW(
             # Norms and biases are not decayed.
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
             fused=True,
         )
 
-    def update(self, loss: Tensor, *, learning_rate: float, step: int) -> float | None:
-        """Take one optimiser step and return the loss; None, and `failure`, when it or the gradient is not finite."""
+    def update(self, loss: Tensor, *, factor: float, step: int) -> float | None:
+        """Take one optimiser step at `factor` of the learning rate and return the loss.
+
+        None, and `failure`, when the loss or its gradient is not finite.
+        """
         value = loss.item()
         if not math.isfinite(value):
             self.failure = f"its loss is {value} at step {step}"
             return None
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm).item()
         if not math.isfinite(norm):
             self.failure = f"its gradient norm is {norm} at step {step}"
             self.optimizer.zero_grad()
             return None
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = factor * self.settings.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return value
@@ -90,73 +94,56 @@ class Trainee:
 
 
 class SavedTrainee(Frozen):
-    """What the marker keeps of one variant beside its tensors."""
+    """What is kept of one variant beside its tensors."""
 
-    fingerprint: str
     initial_loss: float | None
     failure: str | None
     curve: tuple[LossPoint, ...]
 
 
-class Marker(Frozen):
-    """A complete slot: after which step, and of which variants."""
-
-    step: int
-    trainees: dict[str, SavedTrainee]
-
-
-def save_progress(work_dir: Path, trainees: Sequence[Trainee], *, step: int) -> None:
-    """Write every variant's state into the slot that does not hold the newest one."""
-    newest = _newest(work_dir)
-    slot = work_dir / ("bld-1" if newest is not None and newest[0].name == "bld-0" else "bld-0")
-    slot.mkdir(parents=True, exist_ok=True)
-    (slot / MARKER).unlink(missing_ok=True)
+def save_progress(directory: Path, trainees: Sequence[Trainee], *, step: int, company: Iterable[str]) -> None:
+    """Write these variants' state, and remove the steps before the newest that holds all of `company`."""
+    folder = _folder(directory, step)
+    folder.mkdir(parents=True, exist_ok=True)
     for trainee in trainees:
+        record = folder / f"{trainee.fingerprint}.json"
+        record.unlink(missing_ok=True)  # an earlier run's, whose tensors are about to be replaced
         if trainee.failure is None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in trainee.tensors().items()}
-            save_file(tensors, slot / _file_name(trainee.key))
-    marker = Marker(
-        step=step,
-        trainees={
-            str(trainee.key): SavedTrainee(
-                fingerprint=trainee.fingerprint,
-                initial_loss=trainee.initial_loss,
-                failure=trainee.failure,
-                curve=tuple(trainee.curve),
-            )
-            for trainee in trainees
-        },
+            save_file(tensors, folder / f"{trainee.fingerprint}.safetensors")
+        saved = SavedTrainee(initial_loss=trainee.initial_loss, failure=trainee.failure, curve=tuple(trainee.curve))
+        write_atomically(record, saved.model_dump_json().encode())
+    newest = saved_step(directory, company)
+    for other in _steps(directory):
+        if newest is not None and other < newest:
+            shutil.rmtree(_folder(directory, other), ignore_errors=True)  # another rank may be removing it too
+
+
+def saved_step(directory: Path, company: Iterable[str]) -> int | None:
+    """Return the newest step whose state of every variant of `company`, given by fingerprint, is on disk."""
+    wanted = tuple(company)
+    whole = (
+        step
+        for step in _steps(directory)
+        if all((_folder(directory, step) / f"{fingerprint}.json").is_file() for fingerprint in wanted)
     )
-    write_atomically(slot / MARKER, marker.model_dump_json().encode())
+    return max(whole, default=None)
 
 
-def resume(work_dir: Path, trainees: Sequence[Trainee]) -> int:
-    """Restore every variant from the newest complete slot and return its step; 0, and nothing, when none fits.
-
-    A slot fits when it holds all these variants under the same fingerprints; it may hold others, whose training ended.
-    """
-    newest = _newest(work_dir)
-    if newest is None:
-        return 0
-    slot, marker = newest
-    saved = marker.trainees
+def load_progress(directory: Path, trainees: Sequence[Trainee], *, step: int) -> None:
+    """Give every variant the state that it had after that step."""
+    folder = _folder(directory, step)
     for trainee in trainees:
-        if str(trainee.key) not in saved or saved[str(trainee.key)].fingerprint != trainee.fingerprint:
-            return 0
-    for trainee in trainees:
-        record = saved[str(trainee.key)]
-        trainee.initial_loss, trainee.failure = record.initial_loss, record.failure
-        trainee.curve = list(record.curve)
-        if record.failure is None:
-            trainee.restore(load_file(slot / _file_name(trainee.key)), step=marker.step)
-    return marker.step
+        saved = SavedTrainee.model_validate_json((folder / f"{trainee.fingerprint}.json").read_bytes())
+        trainee.initial_loss, trainee.failure = saved.initial_loss, saved.failure
+        trainee.curve = list(saved.curve)
+        if saved.failure is None:
+            trainee.restore(load_file(folder / f"{trainee.fingerprint}.safetensors"), step=step)
 
 
-def _newest(work_dir: Path) -> tuple[Path, Marker] | None:
-    slots = [slot for slot in (work_dir / "bld-0", work_dir / "bld-1") if (slot / MARKER).is_file()]
-    found = [(slot, Marker.model_validate_json((slot / MARKER).read_bytes())) for slot in slots]
-    return max(found, key=lambda pair: pair[1].step, default=None)
+def _steps(directory: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in directory.glob("step-*")]
 
 
-def _file_name(key: BlockKey) -> str:
-    return f"{key.layer:03d}-{key.subblock}-{key.variant}.safetensors"
+def _folder(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.architecture import BlockSpec
 from pipeline.data.packed import PackedTokens
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, HeterogeneousLlamaForCausalLM, attention_inputs
-from pipeline.puzzle.library import Subblock
+from pipeline.recipe import Subblock
 
 # Windows are batched up to this many tokens: enough that Python's share vanishes, few enough to stay in cache.
 MAX_BATCH_TOKENS = 2048
@@ -47,7 +47,12 @@ class ComposedLayer:
 def compose(
     model: HeterogeneousLlamaForCausalLM, layer: int, block: BlockSpec, variants: LayerVariants
 ) -> ComposedLayer:
-    """Return one layer as `block` has it: from the parent `model` where the parent's own is asked, else a variant's."""
+    """Return one layer as `block` has it: the pair trained as one where there is one, else half by half.
+
+    A half is from the parent `model` where the parent's own is asked, else a variant's.
+    """
+    if pair := variants.get(("pair", block.key)):
+        return ComposedLayer(attention=pair, ffn=pair)
     own: Any = model.model.layers[layer]
     parent = own.block
     return ComposedLayer(

@@ -42,6 +42,7 @@ from pipeline.recipe import ImportanceConfig, KVHeadMode
 
 IMPORTANCE_FILE = "importance.safetensors"
 _FFN, _KV, _ORDER, _MODE = "ffn_contribution_F", "kv_contribution_K", "channel_order_F", "kv_heads"
+_CURVATURE = "output_curvature_D"
 
 _Hook = tuple[nn.Module, Callable[[Any, tuple[Tensor]], None]]
 
@@ -51,13 +52,15 @@ class Importance:
     """Statistics of every layer, and how variants are cut by them.
 
     `ffn_contribution` is each channel's when it is removed alone and `kv_contribution` each head's, float32;
-    `channel_order` lists the channels from the last to be removed to the first.
+    `channel_order` lists the channels from the last to be removed to the first. `output_curvature` weighs the channels
+    of a layer's output in the block loss "kl" (pipeline.puzzle.block_loss); None where nothing asks for it.
     """
 
     ffn_contribution: tuple[Tensor, ...]
     kv_contribution: tuple[Tensor, ...]
     channel_order: tuple[Tensor, ...]
     kv_heads: KVHeadMode
+    output_curvature: tuple[Tensor, ...] | None = None
 
     def head_order(self, layer: int) -> Tensor | None:
         """Return the layer's key/value heads, most contributing first, or None where heads are averaged."""
@@ -133,13 +136,14 @@ def block_influence(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) 
 
 
 def save_importance(importance: Importance, directory: Path) -> None:
-    """Write the statistics as `layers.{i}.ffn_contribution_F`, `.kv_contribution_K` and `.channel_order_F`."""
+    """Write the statistics as `layers.{i}.{name}`, with the letter of what they count."""
     tensors = {
         f"layers.{layer}.{name}": tensor
         for name, by_layer in (
             (_FFN, importance.ffn_contribution),
             (_KV, importance.kv_contribution),
             (_ORDER, importance.channel_order),
+            (_CURVATURE, importance.output_curvature or ()),
         )
         for layer, tensor in enumerate(by_layer)
     }
@@ -164,13 +168,17 @@ def load_importance(directory: Path) -> Importance:
             return tuple(file.get_tensor(f"layers.{layer}.{name}") for layer in range(num_layers))
 
         return Importance(
-            ffn_contribution=read(_FFN), kv_contribution=read(_KV), channel_order=read(_ORDER), kv_heads=mode
+            ffn_contribution=read(_FFN),
+            kv_contribution=read(_KV),
+            channel_order=read(_ORDER),
+            kv_heads=mode,
+            output_curvature=read(_CURVATURE) if f"layers.0.{_CURVATURE}" in names else None,
         )
 
 
 def count_non_finite(importance: Importance) -> int:
     """Return how many statistics are NaN or infinite."""
-    everything = (*importance.ffn_contribution, *importance.kv_contribution)
+    everything = (*importance.ffn_contribution, *importance.kv_contribution, *(importance.output_curvature or ()))
     return sum(int((~torch.isfinite(tensor)).sum()) for tensor in everything)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pipeline.architecture import Architecture, AttentionSpec
+from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TensorReader
-from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_subblock_attention, build_subblock_ffn
+from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_layer
 from pipeline.model.surgery import initial_attention, initial_ffn
 from pipeline.puzzle.composition import LayerVariants, LoadVariants
 from pipeline.puzzle.importance import Importance
@@ -25,45 +25,38 @@ def build_variant(
     dtype: torch.dtype,
 ) -> HeterogeneousDecoderLayer:
     """Return a variant as block distillation finds it: cut from the parent by surgery, in float32, then cast."""
-    parent = architecture.homogeneous_block()
-    prefix = f"model.layers.{key.layer}."
+    parent, block = architecture.homogeneous_block(), key.block
     # In float32, so that pooled heads and products of matrices are not rounded to a bf16 checkpoint's grain.
-    tensors = {name: tensor.float() for name, tensor in parent_tensors.read_prefix(prefix).items()}
-    spec = key.spec
-    if isinstance(spec, AttentionSpec):
-        initial = initial_attention(
-            tensors,
-            architecture=architecture,
-            parent_spec=parent.attention,
-            spec=spec,
-            head_order_K=importance.head_order(key.layer),
-        )
-    else:
-        initial = initial_ffn(
-            tensors,
-            architecture=architecture,
-            parent_spec=parent.ffn,
-            spec=spec,
-            channel_order_F=importance.channel_order[key.layer],
-        )
-    return module_with(key, architecture, initial, dtype=dtype)
+    tensors = {
+        name: tensor.float() for name, tensor in parent_tensors.read_prefix(f"model.layers.{key.layer}.").items()
+    }
+    attention = initial_attention(
+        tensors,
+        architecture=architecture,
+        parent_spec=parent.attention,
+        spec=block.attention,
+        head_order_K=importance.head_order(key.layer),
+    )
+    ffn = initial_ffn(
+        tensors,
+        architecture=architecture,
+        parent_spec=parent.ffn,
+        spec=block.ffn,
+        channel_order_F=importance.channel_order[key.layer],
+    )
+    return module_with(key, architecture, attention | ffn, dtype=dtype)
 
 
 def module_with(
     key: BlockKey, architecture: Architecture, tensors: Mapping[str, Tensor], *, dtype: torch.dtype
 ) -> HeterogeneousDecoderLayer:
     """Return a variant's module holding these tensors."""
-    spec = key.spec
-    if isinstance(spec, AttentionSpec):
-        module = build_subblock_attention(architecture, spec, dtype=dtype)
-    else:
-        module = build_subblock_ffn(architecture, spec, dtype=dtype)
+    module = build_layer(architecture, key.block, dtype=dtype)
     module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True)
     return module
 
 
 def library_variants(
-    space: SearchSpace,
     architecture: Architecture,
     *,
     index: LibraryIndex,
@@ -78,8 +71,7 @@ def library_variants(
             (key.subblock, key.variant): module_with(key, architecture, load_block(store, index, key), dtype=dtype).to(
                 device
             )
-            for key in trainable_keys(space)
-            if key.layer == layer
+            for key in index.keys_of(layer)
         }
 
     return load

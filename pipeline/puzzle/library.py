@@ -4,12 +4,14 @@
     <store>/bld_block/<fingerprint>/block.json         what it is, its losses on the validation batch, its loss curve
     <block_library artifact>/index.json                layer -> subblock -> variant -> entry; refers to blocks by hash
 
+A block is a subblock, or the pair of both that was trained as one; where a layer's pair is there, it is what the pair
+stands for, and its two subblocks by themselves are not used for it.
 So a block is trained once for every search space that asks for it, and the library's own content hash covers weights
 it does not hold. Parent and no-op variants have an entry and no artifact.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +20,18 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.architecture import AttentionSpec, FFNSpec, Frozen
+from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, Frozen
 from pipeline.artifacts import MANIFEST, Artifact, ArtifactStore, Manifest, write_atomically
 from pipeline.errors import ArtifactError, MissingInputError
 from pipeline.fingerprint import fingerprint
-from pipeline.puzzle.search_space import SearchSpace, attention_from_key, ffn_from_key
-from pipeline.recipe import BlockLibraryConfig
+from pipeline.puzzle.search_space import (
+    SearchSpace,
+    attention_from_key,
+    ffn_from_key,
+    resolve_attention,
+    resolve_ffn,
+)
+from pipeline.recipe import BlockLibraryConfig, CoupledSpace, Subblock
 from pipeline.stage import StageResult
 
 BLOCK_ASSET = "bld_block"
@@ -34,21 +42,24 @@ INDEX = "index.json"
 # Raised by hand when block distillation computes something else for the same inputs.
 BLD_VERSION = 1
 
-Subblock = Literal["attention", "ffn"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class BlockKey:
-    """One variant of one layer's attention or FFN."""
+    """One variant of one layer's attention or FFN, or one pair of both (`kv1+ffn256`)."""
 
     layer: int
     subblock: Subblock
     variant: str
 
     @property
-    def spec(self) -> AttentionSpec | FFNSpec:
-        """What the variant is."""
-        return attention_from_key(self.variant) if self.subblock == "attention" else ffn_from_key(self.variant)
+    def block(self) -> BlockSpec:
+        """What the variant is: a layer whose other subblock, where it has none of its own, is a no-op."""
+        attention, ffn = {
+            "attention": (self.variant, NO_FFN.key),
+            "ffn": (NO_ATTENTION.key, self.variant),
+            "pair": self.variant.partition("+")[::2],
+        }[self.subblock]
+        return BlockSpec(attention=attention_from_key(attention), ffn=ffn_from_key(ffn), parent_layers=(self.layer,))
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.subblock} {self.variant}"
@@ -62,7 +73,7 @@ class LossPoint(Frozen):
 
 
 class BlockRecord(Frozen):
-    """What one trained block is and how its training went; losses are normalised MSE of the whole layer's output."""
+    """What one trained block is and how its training went; losses are as the recipe's `loss` defines them."""
 
     layer: int
     subblock: Subblock
@@ -87,6 +98,27 @@ class LibraryIndex(Frozen):
 
     layers: dict[str, dict[Subblock, dict[str, LibraryEntry]]] = Field(min_length=1)
 
+    def parts(self, block: BlockSpec, *, layer: int, parent: BlockSpec) -> tuple[BlockKey, ...]:
+        """Return which blocks of the library a layer of the child is made of; none where the parent's own stay."""
+        pair = BlockKey(layer=layer, subblock="pair", variant=block.key)
+        if pair.variant in self.layers.get(str(layer), {}).get("pair", {}):
+            return (pair,)
+        singles: list[BlockKey] = []
+        if block.attention.kind != "no_op" and block.attention != parent.attention:
+            singles.append(BlockKey(layer=layer, subblock="attention", variant=block.attention.key))
+        if block.ffn.kind != "no_op" and block.ffn != parent.ffn:
+            singles.append(BlockKey(layer=layer, subblock="ffn", variant=block.ffn.key))
+        return tuple(singles)
+
+    def keys_of(self, layer: int) -> tuple[BlockKey, ...]:
+        """Return everything of one layer that was to be trained."""
+        return tuple(
+            BlockKey(layer=layer, subblock=subblock, variant=variant)
+            for subblock, variants in self.layers.get(str(layer), {}).items()
+            for variant, entry in variants.items()
+            if entry.kind in ("trained", "failed")
+        )
+
     def entry(self, key: BlockKey) -> LibraryEntry:
         """Return the entry of one variant.
 
@@ -106,25 +138,43 @@ def content_hash_of(artifact_dir: Path) -> str:
 
 def trainable_keys(space: SearchSpace) -> tuple[BlockKey, ...]:
     """Return every variant of the space that has weights of its own: neither the parent's nor a no-op."""
-    return tuple(
-        key
+    return tuple(key for key in _single_keys(space) if _untrained(key, space) is None)
+
+
+def pair_keys(space: SearchSpace, coupled_space: CoupledSpace | None) -> tuple[BlockKey, ...]:
+    """Return every pair of the space with something to train; with a coupled space, those of its options alone.
+
+    The parent's own subblock is trained in company: beside no attention it can learn to make up for it.
+    """
+    attention = ffn = None
+    if coupled_space is not None:
+        attention = [resolve_attention(option, parent=space.parent.attention) for option in coupled_space.attention]
+        ffn = [resolve_ffn(option, parent=space.parent.ffn) for option in coupled_space.ffn]
+    keys = (
+        BlockKey(layer=layer, subblock="pair", variant=block.key)
         for layer, options in enumerate(space.layers)
-        for key, spec in (
-            *((BlockKey(layer=layer, subblock="attention", variant=one.key), one) for one in options.attention),
-            *((BlockKey(layer=layer, subblock="ffn", variant=one.key), one) for one in options.ffn),
-        )
-        if spec.kind != "no_op" and spec not in (space.parent.attention, space.parent.ffn)
+        for block in options.blocks
+        if (attention is None or block.attention in attention) and (ffn is None or block.ffn in ffn)
     )
+    return tuple(key for key in keys if _untrained(key, space) is None)
+
+
+def library_keys(space: SearchSpace, settings: BlockLibraryConfig) -> tuple[BlockKey, ...]:
+    """Return everything that the library trains."""
+    singles = trainable_keys(space) if settings.mode != "coupled" else ()
+    pairs = pair_keys(space, settings.coupled_space) if settings.mode != "decoupled" else ()
+    return (*singles, *pairs)
 
 
 def block_fingerprint(key: BlockKey, *, upstream: Mapping[str, str], settings: BlockLibraryConfig) -> str:
-    """Return the hash of everything that decides a block's weights.
+    """Return the hash of everything that decides a block's weights; what else the library trains does not.
 
     Args:
         key: the variant.
         upstream: content hashes of the parent, the mixture and the channel importance, by asset name.
         settings: the distillation's settings.
     """
+    shared = settings.model_dump(exclude={"mode", "coupled_space", "overrides"}, mode="json")
     return fingerprint(
         {
             "version": BLD_VERSION,
@@ -132,7 +182,7 @@ def block_fingerprint(key: BlockKey, *, upstream: Mapping[str, str], settings: B
             "subblock": key.subblock,
             "variant": key.variant,
             "upstream": dict(upstream),
-            "settings": settings,
+            "settings": shared | settings.optimizer(key.subblock, key.variant).model_dump(mode="json"),
         }
     )
 
@@ -170,21 +220,20 @@ def trained_entry(artifact: Artifact) -> LibraryEntry:
     )
 
 
-def build_index(space: SearchSpace, *, trained: Mapping[BlockKey, LibraryEntry]) -> LibraryIndex:
+def build_index(
+    space: SearchSpace, settings: BlockLibraryConfig, *, trained: Mapping[BlockKey, LibraryEntry]
+) -> LibraryIndex:
     """Return the index over every variant of the space; a trainable variant without an entry is one that failed."""
-    layers: dict[str, dict[Subblock, dict[str, LibraryEntry]]] = {}
-    for layer, options in enumerate(space.layers):
-        specs: dict[Subblock, Sequence[AttentionSpec | FFNSpec]] = {
-            "attention": options.attention,
-            "ffn": options.ffn,
-        }
-        layers[str(layer)] = {
-            subblock: {
-                spec.key: _entry(BlockKey(layer=layer, subblock=subblock, variant=spec.key), space, trained)
-                for spec in variants
-            }
-            for subblock, variants in specs.items()
-        }
+    layers: dict[str, dict[Subblock, dict[str, LibraryEntry]]] = {str(layer): {} for layer in range(len(space.layers))}
+    singles = _single_keys(space) if settings.mode != "coupled" else ()
+    for key in dict.fromkeys((*singles, *library_keys(space, settings))):
+        layers[str(key.layer)].setdefault(key.subblock, {})[key.variant] = trained.get(key) or LibraryEntry(
+            kind=_untrained(key, space) or "failed",
+            fingerprint=None,
+            content_hash=None,
+            initial_loss=None,
+            final_loss=None,
+        )
     return LibraryIndex(layers=layers)
 
 
@@ -233,12 +282,20 @@ def block_weights(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> P
     return artifact.path / BLOCK_WEIGHTS
 
 
-def _entry(key: BlockKey, space: SearchSpace, trained: Mapping[BlockKey, LibraryEntry]) -> LibraryEntry:
-    if key in trained:
-        return trained[key]
-    kind: Literal["parent", "no_op", "failed"] = "failed"
-    if key.spec.kind == "no_op":
-        kind = "no_op"
-    elif key.spec in (space.parent.attention, space.parent.ffn):
-        kind = "parent"
-    return LibraryEntry(kind=kind, fingerprint=None, content_hash=None, initial_loss=None, final_loss=None)
+def _single_keys(space: SearchSpace) -> tuple[BlockKey, ...]:
+    found: list[BlockKey] = []
+    for layer, options in enumerate(space.layers):
+        found += [BlockKey(layer=layer, subblock="attention", variant=spec.key) for spec in options.attention]
+        found += [BlockKey(layer=layer, subblock="ffn", variant=spec.key) for spec in options.ffn]
+    return tuple(found)
+
+
+def _untrained(key: BlockKey, space: SearchSpace) -> Literal["parent", "no_op"] | None:
+    """Return why a variant has no weights of its own; None for one that is trained."""
+    block, parent = key.block, space.parent
+    own = [spec for spec in (block.attention, block.ffn) if spec.kind != "no_op"]
+    if not own:
+        return "no_op"
+    if key.subblock == "pair":
+        return "parent" if own == [parent.attention, parent.ffn] else None
+    return "parent" if own[0] in (parent.attention, parent.ffn) else None

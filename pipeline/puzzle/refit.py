@@ -1,11 +1,15 @@
 """A closed-form start for block distillation: the last matrix of a variant refitted to its parent's output.
 
-A variant ends in one matrix W (down_proj, o_proj, or all of a linear one). With z_t what enters it, y_t what the
-parent's subblock adds at token t, and W_0 the matrix that surgery cut,
+A subblock ends in one matrix W (down_proj, o_proj, or all of a linear one). With z_t what enters it, y_t what it is to
+add at token t, and W_0 the matrix that surgery cut,
 
     min over W   sum_t w_t |W z_t - y_t|^2 + r |W - W_0|^2        w_t = 1 (loss "tensor") or 1 / |parent output_t|^2
 
     W = W_0 + (sum_t w_t (y_t - W_0 z_t) z_t^T) (sum_t w_t z_t z_t^T + r I)^-1
+
+The curvature of the loss "kl" weighs the rows of W, each of which is a problem by itself: it changes nothing here.
+y_t is what the parent's subblock adds. Of a pair, attention is refitted first and then the FFN to what is missing
+behind it; a pair without an FFN owes the layer's whole output by its attention.
 
 No gradient and one pass over the tokens. (Ours; the paper starts from surgery's weights, appendix A.)
 
@@ -14,90 +18,111 @@ Letters: N windows, B rows, T tokens, D hidden_size, I what the matrix reads, S 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.packed import PackedTokens
-from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.progress import Reporter
 from pipeline.puzzle.bld_state import Trainee
-from pipeline.puzzle.composition import attention_kwargs, compose, embed, run_layers
+from pipeline.puzzle.composition import ComposedLayer, run_layers
 from pipeline.puzzle.devices import autocast
+from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.recipe import BlockLibraryConfig
 
 # r as a share of the mean diagonal of sum_t w_t z_t z_t^T: channels that hardly fire keep what surgery gave them.
 RIDGE = 1e-2
 
+Half = Literal["attention", "ffn"]
+
 
 @torch.no_grad()
 def refit_blocks(
-    model: HeterogeneousLlamaForCausalLM,
+    parent: ParentLayers,
     by_layer: Mapping[int, Sequence[Trainee]],
     packed: PackedTokens,
     *,
+    stop: int,
     settings: BlockLibraryConfig,
     reporter: Reporter,
 ) -> None:
-    """Refit the last matrix of every variant in place, layer by layer, so that one layer's sums are held at a time.
+    """Refit the last matrices of every variant in place, layer by layer, so that one layer's sums are held at a time.
 
     Args:
-        model: the parent.
+        parent: this rank's layers.
         by_layer: the variants.
         packed: windows to fit on.
+        stop: no rank has a variant in this layer or behind it.
         settings: the recipe's; `loss` decides what tokens weigh.
         reporter: who listens.
     """
-    hidden_NTD, num_layers = embed(model, packed), max(by_layer, default=-1) + 1
-    for layer in range(num_layers):
-        layers: Any = model.model.layers
-        own = compose(model, layer, layers[layer].block, {})
+    hidden_NTD, layers = parent.receive(packed.tokens_NT), parent.until(stop)
+    for number, layer in enumerate(layers, start=1):
+        own = parent.layer(layer)
         for trainee in by_layer.get(layer, ()):
-            _refit(model, trainee, hidden_NTD, packed, settings=settings)
-        hidden_NTD = run_layers(model, [own], hidden_NTD, packed)
-        reporter.step(layer + 1, num_layers, what="layers with a closed-form start")
+            for half in halves(trainee):
+                _refit(parent, trainee, half, hidden_NTD, packed, settings=settings)
+        hidden_NTD = run_layers(parent.model, [ComposedLayer(attention=own, ffn=own)], hidden_NTD, packed)
+        reporter.step(number, len(layers), what="layers with a closed-form start")
+    parent.send(hidden_NTD, stop=stop)
 
 
-def last_matrix(trainee: Trainee) -> nn.Linear:
-    """Return the matrix that writes a variant's output."""
-    module: Any = trainee.module
-    if trainee.key.subblock == "ffn":
-        return module.mlp.linear_mlp if trainee.key.spec.kind == "linear" else module.mlp.down_proj
-    return module.self_attn.linear_attn if trainee.key.spec.kind == "linear" else module.self_attn.o_proj
+def halves(trainee: Trainee) -> tuple[Half, ...]:
+    """Return the halves that a variant has, in the order in which they run."""
+    block = trainee.key.block
+    found: list[Half] = []
+    if block.attention.kind != "no_op":
+        found.append("attention")
+    if block.ffn.kind != "no_op":
+        found.append("ffn")
+    return tuple(found)
+
+
+def last_matrix(module: HeterogeneousDecoderLayer, half: Half) -> nn.Linear:
+    """Return the matrix that writes the output of one half of a variant."""
+    layer: Any = module
+    if half == "ffn":
+        return layer.mlp.linear_mlp if module.block.ffn.kind == "linear" else layer.mlp.down_proj
+    return layer.self_attn.linear_attn if module.block.attention.kind == "linear" else layer.self_attn.o_proj
 
 
 def _refit(
-    model: HeterogeneousLlamaForCausalLM,
+    parent: ParentLayers,
     trainee: Trainee,
+    half: Half,
     hidden_NTD: Tensor,
     packed: PackedTokens,
     *,
     settings: BlockLibraryConfig,
 ) -> None:
-    layers: Any = model.model.layers
-    parent, matrix = layers[trainee.key.layer], last_matrix(trainee)
+    own, module, matrix = parent.layer(trainee.key.layer), trainee.module, last_matrix(trainee.module, half)
     width = matrix.in_features
     gram_II = torch.zeros(width, width, dtype=torch.float32, device=matrix.weight.device)
     cross_DI = torch.zeros_like(matrix.weight)
     for start in range(0, len(packed), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
         input_BTD = hidden_NTD[rows]
-        kwargs = attention_kwargs(model, input_BTD, packed.position_ids_NT[rows])
-        middle_BTD = parent.attend(input_BTD, **kwargs)
-        output_BTD = parent.feed_forward(middle_BTD)
+        kwargs = parent.attention_kwargs(input_BTD, packed.position_ids_NT[rows])
+        middle_BTD = own.attend(input_BTD, **kwargs)
+        output_BTD = own.feed_forward(middle_BTD)
         with _reading(matrix) as seen, autocast(input_BTD.device, settings.precision):
-            if trainee.key.subblock == "ffn":
-                before_BTD, after_BTD = middle_BTD, output_BTD
-                trainee.module.feed_forward(middle_BTD)
+            if half == "attention":
+                before_BTD = input_BTD
+                owes_output = trainee.key.subblock == "pair" and trainee.key.block.ffn.kind == "no_op"
+                after_BTD = output_BTD if owes_output else middle_BTD
+                module.attend(input_BTD, **kwargs)
             else:
-                before_BTD, after_BTD = input_BTD, middle_BTD
-                trainee.module.attend(input_BTD, **kwargs)
+                # Beside the parent's attention, or behind the pair's own, which may be none.
+                before_BTD = module.attend(input_BTD, **kwargs) if trainee.key.subblock == "pair" else middle_BTD
+                after_BTD = output_BTD
+                module.feed_forward(before_BTD)
         read_SI = seen[0].float().flatten(0, 1)
         wanted_SD = (after_BTD.float() - before_BTD.float()).flatten(0, 1)
         missing_SD = wanted_SD - nn.functional.linear(read_SI, matrix.weight, matrix.bias)
         weighted_SI = read_SI
-        if settings.loss == "token":
+        if settings.loss != "tensor":
             weighted_SI = read_SI / output_BTD.float().square().mean(dim=-1).flatten()[:, None]
         gram_II += weighted_SI.T @ read_SI
         cross_DI += missing_SD.T @ weighted_SI

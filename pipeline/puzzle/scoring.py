@@ -157,13 +157,13 @@ def _candidate_outputs(
     layer: int,
     candidates: Sequence[BlockSpec],
 ) -> Iterator[Tensor]:
-    """Give the layer's output under each candidate; each attention variant runs once for all FFNs behind it."""
+    """Give the layer's output under each candidate; each attention module runs once for all FFNs behind it."""
     kwargs = attention_kwargs(model, hidden_BTD, packed.position_ids_NT[rows])
-    attended_key, attended_BTD = "", hidden_BTD
+    attention, attended_BTD = None, hidden_BTD
     for block in candidates:
         composed = compose(model, layer, block, variants)
-        if block.attention.key != attended_key:  # blocks come attention by attention
-            attended_key, attended_BTD = block.attention.key, composed.attend(hidden_BTD, **kwargs)
+        if composed.attention is not attention:  # blocks come attention by attention
+            attention, attended_BTD = composed.attention, composed.attend(hidden_BTD, **kwargs)
         yield composed.feed_forward(attended_BTD)
 
 

@@ -32,6 +32,7 @@ from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
     BlockLoss,
     BlockScoresConfig,
+    CoupledSpace,
     DependencyConfig,
     FFNOption,
     FusionConfig,
@@ -48,7 +49,9 @@ from pipeline.recipe.puzzle import (
     Scenario,
     SearchConfig,
     SearchSpaceConfig,
+    Subblock,
     Target,
+    VariantOverride,
 )
 from pipeline.recipe.training import (
     ChatConfig,
@@ -72,6 +75,7 @@ __all__ = [
     "BlockScoresConfig",
     "ChatConfig",
     "CorporaConfig",
+    "CoupledSpace",
     "DatasetSource",
     "DependencyConfig",
     "DistillationConfig",
@@ -123,8 +127,10 @@ __all__ = [
     "ServedPrecision",
     "SourceConfig",
     "SpeedReportConfig",
+    "Subblock",
     "Target",
     "Thresholds",
     "ToggleDatasetConfig",
+    "VariantOverride",
     "WheelParent",
 ]

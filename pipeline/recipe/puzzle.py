@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.devices import DEVICES
+from pipeline.recipe.training import OptimizerConfig
 from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -86,16 +87,40 @@ class ImportanceConfig(Frozen):
     precision: Precision
 
 
-BlockLoss = Literal["tensor", "token"]
+BlockLoss = Literal["tensor", "token", "kl"]
+Subblock = Literal["attention", "ffn", "pair"]
+"""What is trained as one: a subblock by itself, or both of a layer."""
+
+
+class VariantOverride(Frozen):
+    """Other training settings for some variants: `kv1`, `ffn256`, `linear`, a pair as `kv1+ffn256`; None keeps them."""
+
+    subblock: Subblock
+    variants: Annotated[tuple[str, ...], Field(min_length=1)]
+    learning_rate: PositiveFloat | None = None
+    warmup_ratio: Ratio | None = None
+    max_grad_norm: PositiveFloat | None = None
+
+
+class CoupledSpace(Frozen):
+    """The options whose pairs the hybrid trains together."""
+
+    attention: Annotated[tuple[AttentionOption, ...], Field(min_length=1)]
+    ffn: Annotated[tuple[FFNOption, ...], Field(min_length=1)]
 
 
 class BlockLibraryConfig(Frozen):
-    """Decoupled block-wise local distillation (Puzzle, section 3).
+    """Block-wise local distillation (Puzzle, section 3).
 
-    `loss` divides the squared error by the squared output of the whole batch (`tensor`, the paper's) or token by token.
-    The first `closed_form_tokens` of `tokens` give each variant's last matrix a least-squares start; 0: the paper's.
+    `mode` trains every variant beside the parent's other subblock (`decoupled`), every attention x FFN pair of a layer
+    as one block (`coupled`), or every variant and the pairs of `coupled_space` besides (`hybrid`). `loss` divides the
+    squared error by the squared output of the whole batch (`tensor`, the paper's) or token by token, or estimates the
+    final KL from the gradient of the parent's log-probabilities (`kl`). The first `closed_form_tokens` of `tokens` give
+    each variant's last matrix a least-squares start; 0: the paper's.
     """
 
+    mode: Literal["decoupled", "coupled", "hybrid"]
+    coupled_space: CoupledSpace | None
     tokens: Positive
     closed_form_tokens: Annotated[int, Field(ge=0)]
     loss: BlockLoss
@@ -107,6 +132,7 @@ class BlockLibraryConfig(Frozen):
     weight_decay: NonNegativeFloat
     betas: tuple[Ratio, Ratio]
     max_grad_norm: PositiveFloat
+    overrides: tuple[VariantOverride, ...]
     precision: Precision
 
     @model_validator(mode="after")
@@ -117,6 +143,24 @@ class BlockLibraryConfig(Frozen):
                 "most block_library.tokens"
             )
         return self
+
+    @model_validator(mode="after")
+    def _coupled_space_belongs_to_hybrid(self) -> Self:
+        if (self.mode == "hybrid") != (self.coupled_space is not None):
+            needs = "needs one" if self.mode == "hybrid" else "takes none: give null"
+            raise ValueError(
+                f"block_library.coupled_space is {'null' if self.coupled_space is None else 'given'}; mode "
+                f"{self.mode!r} {needs}"
+            )
+        return self
+
+    def optimizer(self, subblock: Subblock, variant: str) -> OptimizerConfig:
+        """Return one variant's optimiser settings; of several overrides that name it the last counts."""
+        settings = {name: getattr(self, name) for name in OptimizerConfig.model_fields}
+        for override in self.overrides:
+            if override.subblock == subblock and variant in override.variants:
+                settings |= override.model_dump(include=set(settings), exclude_none=True)
+        return OptimizerConfig.model_validate(settings)
 
 
 class BlockScoresConfig(Frozen):

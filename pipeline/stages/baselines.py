@@ -62,7 +62,6 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     costs = read_costs(inputs["block_profile"], profile=config.profile)
     chosen = read_solution(inputs["refined_solution"]).blocks
     library = library_variants(
-        space,
         architecture,
         index=read_index(inputs["block_library"]),
         store=ArtifactStore(inputs.store_root),

@@ -29,7 +29,7 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
         scores = score_blocks(
             place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
             space,
-            library_variants(space, architecture, index=index, store=store, dtype=dtype, device=device),
+            library_variants(architecture, index=index, store=store, dtype=dtype, device=device),
             load_packed(inputs["distillation_mix"], "validation").take(config.block_scores.tokens),
             work_dir=out_dir / WORK_DIR,
             reporter=inputs.reporter,

@@ -1,9 +1,11 @@
 """channel_importance: contribution of every FFN channel and key/value head of the parent, over calibration tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.packed import load_packed
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
+from pipeline.puzzle.block_loss import output_curvature
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.importance import count_non_finite, measure_importance, save_importance
 from pipeline.stage import StageInputs, StageResult, Table
@@ -17,6 +19,9 @@ def run(config: ImportanceStage, inputs: StageInputs, out_dir: Path) -> StageRes
     model = place(load_model(inputs["parent_checkpoint"], dtype=TORCH_DTYPES[settings.precision]), Ranks().device)
     with num_threads(inputs.execution.num_threads):
         importance = measure_importance(model, packed, settings=settings, reporter=inputs.reporter)
+        if config.with_output_curvature:
+            curvature = output_curvature(model, packed, batch_size=settings.batch_size, reporter=inputs.reporter)
+            importance = replace(importance, output_curvature=curvature)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_importance(importance, out_dir)
     rows = []

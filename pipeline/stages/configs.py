@@ -59,6 +59,7 @@ class ImportanceStage(Frozen):
     """channel_importance."""
 
     importance: ImportanceConfig
+    with_output_curvature: bool
 
 
 class BlockLibraryStage(Frozen):

@@ -33,7 +33,6 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
     load_variants = library_variants(
-        space,
         architecture,
         index=read_index(inputs["block_library"]),
         store=ArtifactStore(inputs.store_root),

@@ -209,7 +209,9 @@ STAGES: tuple[Stage, ...] = (
         module="pipeline.stages.channel_importance",
         version=2,
         inputs=("parent_checkpoint", "distillation_mix"),
-        config=lambda recipe, _: configs.ImportanceStage(importance=recipe.channel_importance),
+        config=lambda recipe, _: configs.ImportanceStage(
+            importance=recipe.channel_importance, with_output_curvature=recipe.block_library.loss == "kl"
+        ),
         description="FFN channel contribution and KV-head statistics over calibration tokens.",
         in_child=True,
         checks=CHECKS["channel_importance"],

@@ -89,7 +89,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     )
     publish(store, "parent_checkpoint", "p", StageResult())
     publish(store, "distillation_mix", "m", StageResult())
-    config = ImportanceStage(importance=IMPORTANCE)
+    config = ImportanceStage(importance=IMPORTANCE, with_output_curvature=True)
     result = channel_importance.run(config, place.inputs(), importance_dir)
     assert result.metrics == {"num_non_finite_values": 0, "num_tokens": 64}
     publish(store, "channel_importance", "i", result)

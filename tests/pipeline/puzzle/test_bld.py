@@ -8,14 +8,18 @@ import torch
 from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter, SilentReporter
-from pipeline.puzzle.bld import FailedBlock, TrainedBlock, block_loss, layer_activations, train_blocks
+from pipeline.puzzle.bld import FailedBlock, TrainedBlock, train_blocks
+from pipeline.puzzle.block_loss import block_loss
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey
+from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.recipe import BlockLibraryConfig
 from tests.pipeline.puzzle.conftest import Workplace
 
 SETTINGS = BlockLibraryConfig(
+    mode="decoupled",
+    coupled_space=None,
     tokens=192,
     closed_form_tokens=0,
     loss="tensor",
@@ -27,6 +31,7 @@ SETTINGS = BlockLibraryConfig(
     weight_decay=0.01,
     betas=(0.9, 0.95),
     max_grad_norm=1.0,
+    overrides=(),
     precision="fp32",
 )
 NARROW = BlockKey(layer=1, subblock="ffn", variant="ffn16")
@@ -62,8 +67,8 @@ def train(
     model: HeterogeneousLlamaForCausalLM | None = None,
 ) -> list[TrainedBlock | FailedBlock]:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    return train_blocks(
-        model or workplace.model(dtype),
+    training = train_blocks(
+        ParentLayers.whole(model or workplace.model(dtype)),
         {key: f"fingerprint of {key} {settings.learning_rate}" for key in keys},
         parent_tensors=TensorReader(workplace.parent_dir),
         importance=load_importance(workplace.importance_dir),
@@ -74,6 +79,7 @@ def train(
         checkpoint_interval_steps=2,
         reporter=reporter or SilentReporter(),
     )
+    return list(training.outcomes)
 
 
 def assert_bitwise_equal(one: TrainedBlock | FailedBlock, other: TrainedBlock | FailedBlock):
@@ -115,7 +121,8 @@ def test_initial_loss_equals_the_swapped_layer_computed_whole(workplace: Workpla
     model, packed = workplace.model(), workplace.packed("validation")
     importance = load_importance(workplace.importance_dir)
     rows = slice(0, SETTINGS.batch_size)
-    for activations in layer_activations(model, packed.tokens_NT[rows], packed.position_ids_NT[rows]):
+    teachers = ParentLayers.whole(model)
+    for activations in teachers.activations(packed.tokens_NT[rows], packed.position_ids_NT[rows], stop=3):
         layer = model.model.layers[activations.layer]
         whole = layer(activations.input_BTD, **activations.attention_kwargs)
         torch.testing.assert_close(activations.output_BTD, whole, rtol=0, atol=0)
@@ -154,7 +161,7 @@ def test_train_blocks_killed_and_run_again_gives_the_same_bits(workplace: Workpl
         assert_bitwise_equal(one, other)
 
 
-def test_train_blocks_ignores_progress_of_other_settings_and_half_written_slots(workplace: Workplace, tmp_path: Path):
+def test_train_blocks_ignores_progress_of_other_settings_and_half_written_steps(workplace: Workplace, tmp_path: Path):
     fresh = train(workplace, (NARROW,), tmp_path / "fresh")
     other = BlockLibraryConfig.model_validate(SETTINGS.model_dump() | {"learning_rate": 1e-2})
     with pytest.raises(KilledError):
@@ -163,8 +170,10 @@ def test_train_blocks_ignores_progress_of_other_settings_and_half_written_slots(
 
     with pytest.raises(KilledError):
         train(workplace, (NARROW,), tmp_path / "half", reporter=KillingReporter(5))
-    (tmp_path / "half/bld-1/marker.json").unlink()
-    (tmp_path / "half/bld-1/001-ffn-ffn16.safetensors").write_bytes(b"cut off")
+    (folder,) = (tmp_path / "half").iterdir()
+    assert folder.name == "step-00000004"  # the one before is gone
+    next(folder.glob("*.json")).unlink()
+    next(folder.glob("*.safetensors")).write_bytes(b"cut off")
     assert_bitwise_equal(fresh[0], train(workplace, (NARROW,), tmp_path / "half")[0])
 
 

@@ -9,15 +9,15 @@ import torch
 from pipeline.errors import RecipeError
 from pipeline.model.heterogeneous import attention_inputs
 from pipeline.progress import SilentReporter
-from pipeline.puzzle.bld import layer_activations
 from pipeline.puzzle.importance import count_non_finite, load_importance, measure_importance, save_importance
+from pipeline.puzzle.parent_layers import ParentLayers
 from tests.pipeline.puzzle.conftest import IMPORTANCE, Workplace
 
 
 def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed(workplace: Workplace):
     model, packed = workplace.model(torch.float64), workplace.packed().take(48)
     importance = measure_importance(model, packed, settings=IMPORTANCE, reporter=SilentReporter())
-    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+    for activations in ParentLayers.whole(model).activations(packed.tokens_NT, packed.position_ids_NT, stop=3):
         layer = model.model.layers[activations.layer]
         down = layer.mlp.down_proj
         for channel in (0, 7, 47):
@@ -37,7 +37,7 @@ def test_kv_contribution_equals_norm_of_what_one_head_adds(workplace: Workplace)
     model, packed = workplace.model(torch.float64), workplace.packed().take(32)
     importance = measure_importance(model, packed, settings=IMPORTANCE, reporter=SilentReporter())
     kwargs = attention_inputs(model, batch_size=2, num_tokens=16, device="cpu", dtype=torch.float64)
-    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+    for activations in ParentLayers.whole(model).activations(packed.tokens_NT, packed.position_ids_NT, stop=3):
         layer = model.model.layers[activations.layer]
         output = layer.self_attn.o_proj.weight
         whole_DX = output.detach().clone()
@@ -73,7 +73,7 @@ def test_channel_order_in_rounds_equals_brute_force_that_zeroes_channels(workpla
     model, packed = workplace.model(torch.float64), workplace.packed().take(48)
     settings = IMPORTANCE.model_copy(update={"channel_rounds": num_rounds})
     importance = measure_importance(model, packed, settings=settings, reporter=SilentReporter())
-    for activations in layer_activations(model, packed.tokens_NT, packed.position_ids_NT):
+    for activations in ParentLayers.whole(model).activations(packed.tokens_NT, packed.position_ids_NT, stop=3):
         layer = model.model.layers[activations.layer]
         whole_DF = layer.mlp.down_proj.weight.detach().clone()
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from pipeline.model.checkpoint import TensorReader
 from pipeline.progress import SilentReporter
-from pipeline.puzzle.bld import TrainedBlock, layer_activations, train_blocks
+from pipeline.puzzle.bld import TrainedBlock, train_blocks
 from pipeline.puzzle.bld_state import Trainee
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey
-from pipeline.puzzle.refit import RIDGE, last_matrix, refit_blocks
+from pipeline.puzzle.parent_layers import ParentLayers
+from pipeline.puzzle.refit import RIDGE, halves, last_matrix, refit_blocks
 from pipeline.recipe import BlockLoss, OptimizerConfig
 from tests.pipeline.puzzle.conftest import Workplace
 from tests.pipeline.puzzle.test_bld import ALL, LINEAR, LINEAR_FFN, NARROW, ONE_HEAD, SETTINGS
@@ -32,7 +33,7 @@ OPTIMIZER = OptimizerConfig(
 def make_trainee(workplace: Workplace, key: BlockKey) -> Trainee:
     reader, importance = TensorReader(workplace.parent_dir), load_importance(workplace.importance_dir)
     module = build_variant(key, workplace.architecture, reader, importance, dtype=torch.float32)
-    return Trainee(key=key, fingerprint="f", module=module, optimizer=OPTIMIZER)
+    return Trainee(key=key, fingerprint="f", module=module, settings=OPTIMIZER)
 
 
 def objective(workplace: Workplace, trainee: Trainee, start_DI: Tensor, *, loss: BlockLoss) -> tuple[Tensor, Tensor]:
@@ -40,10 +41,10 @@ def objective(workplace: Workplace, trainee: Trainee, start_DI: Tensor, *, loss:
     model, packed = workplace.model().double(), workplace.packed()
     (activations,) = (
         one
-        for one in layer_activations(model, packed.tokens_NT, packed.position_ids_NT)
+        for one in ParentLayers.whole(model).activations(packed.tokens_NT, packed.position_ids_NT, stop=3)
         if one.layer == trainee.key.layer
     )
-    matrix, read = last_matrix(trainee), []
+    matrix, read = last_matrix(trainee.module, halves(trainee)[-1]), []
     module = trainee.module.double()
     handle = matrix.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     if trainee.key.subblock == "ffn":
@@ -66,13 +67,14 @@ def objective(workplace: Workplace, trainee: Trainee, start_DI: Tensor, *, loss:
 @pytest.mark.parametrize("key", [NARROW, ONE_HEAD, LINEAR, LINEAR_FFN], ids=str)
 def test_refit_ends_where_the_objective_has_no_gradient(workplace: Workplace, key: BlockKey, loss: BlockLoss):
     trainee = make_trainee(workplace, key)
-    start_DI = last_matrix(trainee).weight.detach().double().clone()
+    start_DI = last_matrix(trainee.module, halves(trainee)[-1]).weight.detach().double().clone()
     before, _ = objective(workplace, trainee, start_DI, loss=loss)
     trainee.module.float()
     refit_blocks(
-        workplace.model(),
+        ParentLayers.whole(workplace.model()),
         {key.layer: [trainee]},
         workplace.packed(),
+        stop=key.layer + 1,
         settings=SETTINGS.model_copy(update={"loss": loss}),
         reporter=SilentReporter(),
     )
@@ -88,17 +90,18 @@ def test_refit_ends_where_the_objective_has_no_gradient(workplace: Workplace, ke
 def test_refit_of_a_variant_equal_to_its_parent_changes_nothing(workplace: Workplace):
     key = BlockKey(layer=1, subblock="ffn", variant="ffn48")
     trainee = make_trainee(workplace, key)
-    before_DI = last_matrix(trainee).weight.detach().clone()
-    refit_blocks(workplace.model(), {1: [trainee]}, workplace.packed(), settings=SETTINGS, reporter=SilentReporter())
-    assert torch.allclose(last_matrix(trainee).weight, before_DI, atol=1e-6)
+    before_DI = last_matrix(trainee.module, halves(trainee)[-1]).weight.detach().clone()
+    parent = ParentLayers.whole(workplace.model())
+    refit_blocks(parent, {1: [trainee]}, workplace.packed(), stop=2, settings=SETTINGS, reporter=SilentReporter())
+    assert torch.allclose(last_matrix(trainee.module, halves(trainee)[-1]).weight, before_DI, atol=1e-6)
 
 
 def test_training_from_the_closed_form_start_begins_lower_and_is_the_same_alone_and_in_company(
     workplace: Workplace, tmp_path: Path
 ):
     def run(keys: tuple[BlockKey, ...], closed_form_tokens: int, name: str) -> dict[BlockKey, TrainedBlock]:
-        outcomes = train_blocks(
-            workplace.model(),
+        training = train_blocks(
+            ParentLayers.whole(workplace.model()),
             {key: str(key) for key in keys},
             parent_tensors=TensorReader(workplace.parent_dir),
             importance=load_importance(workplace.importance_dir),
@@ -109,8 +112,8 @@ def test_training_from_the_closed_form_start_begins_lower_and_is_the_same_alone_
             checkpoint_interval_steps=100,
             reporter=SilentReporter(),
         )
-        assert all(isinstance(outcome, TrainedBlock) for outcome in outcomes)
-        return {outcome.key: outcome for outcome in outcomes if isinstance(outcome, TrainedBlock)}
+        assert all(isinstance(outcome, TrainedBlock) for outcome in training.outcomes)
+        return {outcome.key: outcome for outcome in training.outcomes if isinstance(outcome, TrainedBlock)}
 
     plain, fitted, alone = run(ALL, 0, "plain"), run(ALL, 128, "fitted"), run((NARROW,), 128, "alone")
     for key in ALL:

@@ -56,6 +56,8 @@ from tests.pipeline.puzzle.conftest import Workplace, publish
 
 SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 16, "no_op"), overrides=(), portable=False)
 BLD = BlockLibraryConfig(
+    mode="decoupled",
+    coupled_space=None,
     tokens=96,
     closed_form_tokens=0,
     loss="tensor",
@@ -67,6 +69,7 @@ BLD = BlockLibraryConfig(
     weight_decay=0.0,
     betas=(0.9, 0.95),
     max_grad_norm=1.0,
+    overrides=(),
     precision="fp32",
 )
 PROFILE = ProfileConfig(
