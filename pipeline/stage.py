@@ -33,6 +33,9 @@ class ExecutionSettings(Frozen):
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     grace_seconds: float = Field(default=15.0, gt=0)
+    requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
+    requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
+    request_timeout_s: float = Field(default=600.0, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from pipeline.recipe import (
     SpeedReportConfig,
     Target,
     ToggleDatasetConfig,
+    TracesConfig,
 )
 
 
@@ -120,11 +121,19 @@ class ChildStage(Frozen):
     measurement: MeasurementConfig
 
 
+class TracesStage(Frozen):
+    """reasoning_traces."""
+
+    traces: TracesConfig
+    reasoning_tasks: tuple[ReasoningTask, ...]
+    parent_licence: str
+
+
 class ToggleDatasetStage(Frozen):
     """reasoning_toggle_dataset."""
 
+    recipe_name: str
     dataset: ToggleDatasetConfig
-    reasoning_tasks: tuple[ReasoningTask, ...]
     ngram_tokens: int
 
 
