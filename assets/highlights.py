@@ -90,9 +90,20 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "num_variants": ("Variants measured", ""),
         },
     ),
-    "reasoning_toggle_dataset": Highlight(
-        look_at="a few samples of either mode, with the trained tokens in bold.",
+    "reasoning_traces": Highlight(
+        look_at="rows and tokens of every source, before anything is filtered.",
         numbers={
+            "num_rows": ("Rows", ""),
+            "num_sources": ("Sources", ""),
+            "num_prompt_tokens": ("Sent to endpoints", "tokens"),
+            "num_completion_tokens": ("Written by endpoints", "tokens"),
+        },
+    ),
+    "reasoning_toggle_dataset": Highlight(
+        look_at="rows in and out of every filter, and a few samples of either mode, with the trained tokens in bold.",
+        numbers={
+            "num_rows": ("Rows before the filters", ""),
+            "num_samples": ("Samples kept", ""),
             "num_pairs": ("Pairs, thinking on and off", ""),
             "num_chat": ("Chat samples", ""),
             "num_trained_tokens": ("Trained", "tokens"),

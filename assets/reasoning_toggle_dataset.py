@@ -1,4 +1,4 @@
-"""reasoning_toggle_dataset: verified tasks as pairs with detailed thinking on and off, and chat from the parent.
+"""reasoning_toggle_dataset: traces filtered and verified, paired with detailed thinking on and off, and packed.
 
 The data that teaches the switch: the same questions with a trace and without one.
 """

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -73,6 +74,84 @@ def run_group(
                     return child.returncode
         finally:
             _end_group(child, grace_s=grace_s)
+
+
+class LineServer:
+    """A child that answers each line with a line; one that takes too long, or dies, is ended and started anew."""
+
+    def __init__(self, command: Sequence[str], *, start_timeout_s: float) -> None:
+        """`command` prints one line when it is ready, which may take `start_timeout_s`."""
+        self._command = command
+        self._start_timeout_s = start_timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+
+    def __enter__(self) -> "LineServer":
+        """Return itself; the child starts with the first question."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the child."""
+        self._end()
+
+    def ask(self, line: str, *, timeout_s: float) -> str | None:
+        """Return the child's answer without its line break; None when there was none in time or the child died.
+
+        Raises:
+            StageError: when the child does not get ready.
+        """
+        child = self._child or self._start()
+        assert child.stdin is not None
+        try:
+            child.stdin.write(line.encode() + b"\n")
+            child.stdin.flush()
+            return self._read_line(child, timeout_s=timeout_s)
+        except (BrokenPipeError, TimeoutError, EOFError):
+            self._end()
+            return None
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        self._unread = b""
+        self._child = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=functools.partial(end_with_parent, parent_pid=os.getpid()),
+        )
+        try:
+            self._read_line(self._child, timeout_s=self._start_timeout_s)
+        except (TimeoutError, EOFError) as err:
+            self._end()
+            raise StageError(
+                f"{' '.join(self._command)} was not ready in {self._start_timeout_s:.0f} s: run it by hand"
+            ) from err
+        return self._child
+
+    def _read_line(self, child: "subprocess.Popen[bytes]", *, timeout_s: float) -> str:
+        assert child.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            read = os.read(child.stdout.fileno(), 2**16)
+            if not read:
+                raise EOFError
+            self._unread += read
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode()
+
+    def _end(self) -> None:
+        if self._child is None:
+            return
+        child, self._child = self._child, None
+        _end_group(child, grace_s=0.0)
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def end_with_parent(*, parent_pid: int | None = None) -> None:

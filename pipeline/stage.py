@@ -37,6 +37,9 @@ class ExecutionSettings(Frozen):
         default=None, gt=0, description="GiB per rank for blocks in distillation; more are trained in rounds; None: all"
     )
     grace_seconds: float = Field(default=15.0, gt=0)
+    requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
+    requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
+    request_timeout_s: float = Field(default=600.0, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)

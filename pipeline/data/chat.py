@@ -111,7 +111,7 @@ def tokenize_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence
     """
     ids = render_chat(tokenizer, messages)
     trained_mask = [False] * len(ids)
-    special_ids = _special_tokens(tokenizer).keys()
+    special_ids = special_tokens(tokenizer).keys()
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -152,7 +152,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
     if not tokenizer.chat_template:
         raise DataError("the checkpoint's tokenizer has no chat template: chat and reasoning data need one")
     for index, message in enumerate(messages):
-        for token in _special_tokens(tokenizer).values():
+        for token in special_tokens(tokenizer).values():
             if token in message["content"]:
                 raise DataError(f"message {index} holds the special token {token}: it would end or fake a turn")
     text = tokenizer.apply_chat_template(
@@ -162,7 +162,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         date_string=TEMPLATE_DATE,
     )
     assert isinstance(text, str)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, addspecial_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise DataError(f"the chat template starts with {tokenizer.bos_token} twice: keep one in the template")
     return ids
@@ -180,6 +180,7 @@ def _prefix_of(ids: list[int], prefix: list[int], *, turn: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens that no message may hold, by id."""
     # Not tokenizer.all_special_ids: a Llama-3 tokenizer names <|eot_id|> there only where it is also the EOS token.
     return {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -24,6 +24,11 @@ def long_context_split(sequence_length: int) -> str:
     return f"train-{sequence_length}"
 
 
+def blend_split(name: str) -> Split:
+    """Return the name of a toggle dataset's training windows for one blend."""
+    return f"train-{name}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedTokens:
     """Windows of tokens, int64, shape (N, T).

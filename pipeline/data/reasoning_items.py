@@ -79,16 +79,21 @@ def generate_items(
     return items
 
 
-def score_answer(item: ReasoningItem, answer: str, *, errors: Counter[str] | None = None) -> float:
+def score_answer(
+    item: ReasoningItem, answer: str, *, errors: Counter[str] | None = None, raises: bool = False
+) -> float:
     """Return 1.0 when the task's own scorer gives exactly 1.0, else 0.0; partial credit is what junk answers live on.
 
     A scorer that raises (some do on anything but a number) scores 0.0; `errors` counts that by `task: exception`.
+    With `raises`, what the scorer raises goes on to the caller instead.
     """
     dataset = _dataset(item.task, canonical_json(item.config), item.seed)
     entry = dataset[item.index]
     try:
         score = dataset.score_answer(answer.strip(), entry)
-    except Exception as err:  # noqa: BLE001  a scorer is third-party code fed with whatever a model wrote
+    except Exception as err:  # a scorer is third-party code fed with whatever a model wrote
+        if raises:
+            raise
         if errors is not None:
             errors[f"{item.task}: {type(err).__name__}"] += 1
         return 0.0

@@ -447,7 +447,8 @@ def _cpt(case: Case) -> Estimate:
 
 def _sft(case: Case) -> Estimate:
     config = case.recipe.sft
-    phases = [(config.tokens, case.recipe.reasoning_toggle_dataset.sequence_length, config.global_batch_size)]
+    window = case.recipe.reasoning_toggle_dataset.sequence_length
+    phases = [(part.tokens, window, part.global_batch_size) for part in config.stages]
     return _training(case, phases=phases, precision=config.precision, with_teacher=False)
 
 
@@ -515,8 +516,8 @@ def _rl(case: Case) -> Estimate:
     )
 
 
-def _toggle_dataset(case: Case) -> Estimate:
-    config = case.recipe.reasoning_toggle_dataset
+def _traces(case: Case) -> Estimate:
+    config = case.recipe.reasoning_traces
     chat = config.chat
     num_items = len(case.recipe.reasoning_tasks) * config.items_per_task
     flops = case.sizes.parent_flops(context_tokens=chat.max_new_tokens)
@@ -524,15 +525,26 @@ def _toggle_dataset(case: Case) -> Estimate:
     new = Range(low=0.3, expected=1.2, high=2.0).times(chat.num_samples * chat.max_new_tokens)
     num_steps = new.times(1 / max(1, min(chat.batch_size, chat.num_samples)))
     weights = case.model_bytes("bf16")
-    packed = Range(low=100, expected=300, high=1500).times(2 * num_items) + new
     return Estimate(
         tokens=new,
         work=((new.times(flops), devices.FORWARD),),
         read_bytes=num_steps.times(weights),
         memory=Range(low=weights, expected=1.2 * weights, high=1.6 * weights),
         memory_parts={"parent": weights},
-        disk=packed.times(2 * PACKED_BYTES_PER_TOKEN),
-        extra_s=START_S + Range(low=0.0002, expected=0.002, high=0.02).times(num_items),
+        disk=Range.of(400.0 * 2 * num_items),
+        extra_s=START_S + Range(low=0.0002, expected=0.001, high=0.01).times(num_items),
+    )
+
+
+def _toggle_dataset(case: Case) -> Estimate:
+    config, traces = case.recipe.reasoning_toggle_dataset, case.recipe.reasoning_traces
+    num_rows = 2 * len(case.recipe.reasoning_tasks) * traces.items_per_task + traces.chat.num_samples
+    tokens = Range(low=50, expected=150, high=750).times(num_rows)
+    return Estimate(
+        tokens=tokens,
+        disk=tokens.times(2 * PACKED_BYTES_PER_TOKEN * len(config.blends)),
+        # Two processes that start, then every row tokenised and judged.
+        extra_s=START_S.times(2) + Range(low=0.0005, expected=0.001, high=0.01).times(num_rows),
     )
 
 
@@ -630,6 +642,7 @@ _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {
     "block_library": _block_library,
     "block_scores": _block_scores,
     "block_profile": _block_profile,
+    "reasoning_traces": _traces,
     "reasoning_toggle_dataset": _toggle_dataset,
     "rl_prompts": _rl_prompts,
     "parent_evaluation": _evaluations(1, 0),

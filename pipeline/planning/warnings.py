@@ -98,14 +98,10 @@ def training_batches(recipe: Recipe) -> list[tuple[str, str, int, int, int]]:
     found = [
         ("kd", "kd", recipe.kd.global_batch_size, recipe.distillation_mix.sequence_length, recipe.kd.tokens),
         ("cpt", "cpt", recipe.cpt.global_batch_size, recipe.pretraining_mix.sequence_length, recipe.cpt.tokens),
-        (
-            "sft",
-            "sft",
-            recipe.sft.global_batch_size,
-            recipe.reasoning_toggle_dataset.sequence_length,
-            recipe.sft.tokens,
-        ),
     ]
+    for index, part in enumerate(recipe.sft.stages):
+        window = recipe.reasoning_toggle_dataset.sequence_length
+        found.append(("sft", f"sft.stages[{index}]", part.global_batch_size, window, part.tokens))
     for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt)):
         for index, phase in enumerate(config.long_context):
             key = f"{stage}.long_context[{index}]"
@@ -154,14 +150,17 @@ def data_warnings(case: Case) -> list[str]:
     """Return trainings whose tokens their data can hardly hold."""
     recipe = case.recipe
     found = []
-    num_items = len(recipe.reasoning_tasks) * recipe.reasoning_toggle_dataset.items_per_task
-    most_tokens = 2 * num_items * 1000 + recipe.reasoning_toggle_dataset.chat.num_samples * 1000
-    if recipe.sft.tokens > 5 * most_tokens:
-        found.append(
-            f"data: sft.tokens is {recipe.sft.tokens:,}, the toggle dataset of {num_items:,} pairs holds about "
-            f"{most_tokens:,} at most, which makes {recipe.sft.tokens / most_tokens:.0f} epochs: raise items_per_task "
-            "or lower the tokens"
-        )
+    traces = recipe.reasoning_traces
+    num_items = len(recipe.reasoning_tasks) * traces.items_per_task
+    most_tokens = 2 * num_items * 1000 + traces.chat.num_samples * 1000
+    has_more = bool(traces.endpoints or traces.imports)  # whose size is not known before they are read
+    for index, part in enumerate(recipe.sft.stages):
+        if part.tokens > 5 * most_tokens and not has_more:
+            found.append(
+                f"data: sft.stages[{index}].tokens is {part.tokens:,}, the toggle dataset of {num_items:,} pairs holds "
+                f"about {most_tokens:,} at most, which makes {part.tokens / most_tokens:.0f} epochs: raise "
+                "reasoning_traces.items_per_task, import a set, or lower the tokens"
+            )
     for name in ("distillation_mix", "pretraining_mix"):
         mixture = getattr(recipe, name)
         num_documents = {source.name: source.max_documents for source in recipe.corpora.sources}

@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import TEMPLATE_DATE, THINK_CLOSE, THINK_OPEN, generation_prompt_ids, stop_token_ids
-from pipeline.data.decontamination import NgramSet
 from pipeline.errors import DataError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
@@ -47,7 +46,6 @@ def sample_self_chat(
     *,
     config: ChatConfig,
     seed: int,
-    evaluation_ngrams: NgramSet,
     reporter: Reporter,
 ) -> SelfChat:
     """Sample `config.num_samples` conversations and keep the sound ones.
@@ -90,8 +88,6 @@ def sample_self_chat(
         for question, completion in zip(questions, answered, strict=True):
             answer = _text(completion, tokenizer)
             flaw = find_flaw(answer)
-            if flaw is None and evaluation_ngrams.shares_ngram(f"{question}\n{answer}"):
-                flaw = "shares an n-gram with an evaluation set"
             if flaw is None:
                 turns.append(ChatTurn(question=question, answer=answer, is_complete=completion.is_terminated))
             else:

@@ -1,4 +1,4 @@
-"""The reasoning-toggle dataset: every verified task in both modes, and chat. No files.
+"""The reasoning-toggle dataset: filtered rows as trained conversations, blended, ordered and split. No files.
 
 With thinking on the reply is `<think>` trace `</think>` answer, with thinking off the answer alone, to the same
 question: the system prompt is all that differs. Source: Llama-Nemotron, sections 3 and 4.
@@ -6,190 +6,180 @@ question: the system prompt is all that differs. Source: Llama-Nemotron, section
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.chat import (
-    THINKING_OFF,
-    THINKING_ON,
-    ChatSample,
-    format_thinking,
-    reasoning_messages,
-    split_thinking,
-    tokenize_conversation,
+from pipeline.data.chat import ChatSample, split_thinking
+from pipeline.data.reasoning_items import score_answer
+from pipeline.errors import DataError
+from pipeline.reasoning.filtering import (
+    EvaluationGuard,
+    Filtered,
+    Step,
+    TokenisedRows,
+    each,
+    exact_duplicates_step,
+    form_step,
+    licence_step,
+    pairs_step,
+    run_steps,
 )
-from pipeline.data.decontamination import NgramSet
-from pipeline.data.reasoning_items import ReasoningItem, generate_items, score_answer
-from pipeline.reasoning.self_chat import ChatTurn
-from pipeline.reasoning.solvers.trace import Trace
-from pipeline.reasoning.traces import verifies, write_trace
-from pipeline.recipe import ReasoningTask
+from pipeline.reasoning.grading import Grader
+from pipeline.reasoning.near_duplicates import near_duplicates_flaws
+from pipeline.reasoning.rows import Mode, TraceRow
+from pipeline.reasoning.text_filters import check_languages, code_flaw, language_flaw, repetition_flaw
+from pipeline.reasoning.verification import verification_step, vote_step
+from pipeline.recipe import BlendConfig, FiltersConfig
 
-CHAT = "chat"
 VALIDATION_SHARE = 0.05
 
-Mode = Literal["on", "off", "none"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SolvedItem:
-    """A question with a trace that its verifier accepts; `prompt_id` is unique in the dataset."""
-
-    prompt_id: str
-    item: ReasoningItem
-    trace: Trace
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SolvedItems:
-    """The items that were kept, and how many were dropped for each reason."""
-
-    kept: tuple[SolvedItem, ...]
-    num_dropped: Mapping[str, int]
+_MODE_NAMES: Mapping[Mode, str] = {"on": "thinking_on", "off": "thinking_off", "none": "unset"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToggleSample:
-    """One conversation of the dataset; samples of one prompt share `prompt_id`."""
+    """One row and its tokens."""
 
-    prompt_id: str
-    task: str
-    mode: Mode
-    system: str | None
-    question: str
-    answer: str
-    completion: str
+    row: TraceRow
     chat: ChatSample
 
     @property
-    def sample_id(self) -> str:
-        """The prompt and the mode."""
-        return f"{self.prompt_id}/{self.mode}"
+    def num_trained_tokens(self) -> int:
+        """Tokens of the reply."""
+        return self.chat.num_trained_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Samples in training order; no prompt stands on both sides."""
+    """Samples in an order that depends on the seed alone; no prompt stands on both sides."""
 
     train: tuple[ToggleSample, ...]
     validation: tuple[ToggleSample, ...]
 
 
-def solve_tasks(
-    tasks: Iterable[ReasoningTask],
+def filter_rows(
+    rows: Sequence[TraceRow],
     *,
-    items_per_task: int,
-    seed: int,
-    evaluation_questions: Set[str],
-    evaluation_ngrams: NgramSet,
-) -> SolvedItems:
-    """Generate items that no evaluation asks, and write their traces.
+    config: FiltersConfig,
+    tokens: TokenisedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    guard: EvaluationGuard,
+    grader: Grader,
+    max_tokens: int,
+    on_verified: Callable[[], None],
+) -> Filtered:
+    """Run every filter: what is cheap first, what looks at several rows last."""
+    check_languages(config.languages)
+    repetition, near = config.repetition, config.near_duplicates
 
-    `evaluation_ngrams` are those of text and multiple-choice sets. Questions of one task share their wording with the
-    task's evaluation questions by construction: those are told apart as whole questions.
-    """
-    kept: list[SolvedItem] = []
-    num_dropped = Counter({reason: 0 for reason in ("no_trace", "unverified", "contaminated")})
-    known_questions = set(evaluation_questions)
-    for task in tasks:
-        items = generate_items(task, num_items=items_per_task, seed=seed, exclude_questions=known_questions)
-        known_questions.update(item.question for item in items)
-        for item in items:
-            trace = write_trace(item)
-            if trace is None:
-                num_dropped["no_trace"] += 1
-            elif not verifies(trace, item):
-                num_dropped["unverified"] += 1
-            elif evaluation_ngrams.shares_ngram(item.question):
-                num_dropped["contaminated"] += 1
-            else:
-                kept.append(SolvedItem(prompt_id=f"{task.name}/{len(kept):05d}", item=item, trace=trace))
-    return SolvedItems(kept=tuple(kept), num_dropped=num_dropped)
+    def near_duplicates(found: Sequence[TraceRow]) -> list[str | None]:
+        return near_duplicates_flaws(found, shingle_words=near.shingle_words, min_jaccard=near.min_jaccard)
 
-
-def paired_samples(solved: SolvedItem, *, tokenizer: PreTrainedTokenizerBase) -> tuple[ToggleSample, ToggleSample]:
-    """Return one item in both modes, on first."""
-    forms: tuple[tuple[Mode, str, str], ...] = (
-        ("on", THINKING_ON, format_thinking(solved.trace.text, solved.trace.answer)),
-        ("off", THINKING_OFF, solved.trace.answer),
-    )
-    on, off = (
-        _sample(
-            tokenizer,
-            prompt_id=solved.prompt_id,
-            task=solved.item.task,
-            mode=mode,
-            system=system,
-            question=solved.item.question,
-            answer=solved.trace.answer,
-            completion=completion,
-        )
-        for mode, system, completion in forms
-    )
-    return on, off
-
-
-def chat_samples(turns: Sequence[ChatTurn], *, tokenizer: PreTrainedTokenizerBase) -> list[ToggleSample]:
-    """Return chat turns, every other one with thinking off and without a system prompt of ours."""
-    samples = []
-    for index, turn in enumerate(turns):
-        mode: Mode = "off" if index % 2 == 0 else "none"
-        sample = _sample(
-            tokenizer,
-            prompt_id=f"{CHAT}/{index:05d}",
-            task=CHAT,
-            mode=mode,
-            system=THINKING_OFF if mode == "off" else None,
-            question=turn.question,
-            answer=turn.answer,
-            completion=turn.answer,
-        )
-        samples.append(sample if turn.is_complete else replace(sample, chat=_without_end(sample.chat)))
-    return samples
+    steps: list[tuple[str, Step]] = [
+        ("licence", licence_step(config.licences)),
+        ("form", form_step(tokenizer)),
+        (
+            "length",
+            tokens.length_step(
+                max_prompt_tokens=config.max_prompt_tokens,
+                max_output_tokens=config.max_output_tokens,
+                max_tokens=max_tokens,
+            ),
+        ),
+        ("language", each(lambda row: language_flaw(row, languages=config.languages))),
+        (
+            "repetition",
+            each(lambda row: repetition_flaw(row, num_words=repetition.ngram_words, max_share=repetition.max_share)),
+        ),
+        ("code", each(code_flaw)),
+        ("exact duplicates", exact_duplicates_step),
+        ("near duplicates", near_duplicates),
+        ("decontamination", guard.step()),
+        ("verification", verification_step(grader, on_row=on_verified)),
+        ("vote", vote_step(grader, min_samples=config.vote.min_samples, min_share=config.vote.min_share)),
+    ]
+    if config.require_pairs:
+        steps.append(("pairs", pairs_step))
+    return run_steps(rows, steps)
 
 
 def split_samples(samples: Sequence[ToggleSample], *, seed: int) -> Split:
     """Shuffle, and set aside VALIDATION_SHARE of the prompts, at least one, with all their modes."""
     generator = random.Random(f"toggle/{seed}")
-    prompts = list(dict.fromkeys(sample.prompt_id for sample in samples))
+    prompts = list(dict.fromkeys(sample.row.prompt_id for sample in samples))
     num_validation = max(1, round(VALIDATION_SHARE * len(prompts)))
-    validation_prompts = set(generator.sample(prompts, num_validation))
+    validation_prompts = set(generator.sample(prompts, min(num_validation, len(prompts))))
     shuffled = generator.sample(samples, len(samples))
     return Split(
-        train=tuple(sample for sample in shuffled if sample.prompt_id not in validation_prompts),
-        validation=tuple(sample for sample in shuffled if sample.prompt_id in validation_prompts),
+        train=tuple(sample for sample in shuffled if sample.row.prompt_id not in validation_prompts),
+        validation=tuple(sample for sample in shuffled if sample.row.prompt_id in validation_prompts),
     )
 
 
-def without_long_prompts(samples: Sequence[ToggleSample], *, max_tokens: int) -> list[ToggleSample]:
-    """Return the samples of prompts that fit in every mode, so that leaving one out never breaks a pair."""
-    long = {sample.prompt_id for sample in samples if len(sample.chat.ids) > max_tokens}
-    return [sample for sample in samples if sample.prompt_id not in long]
+def blend_samples(samples: Sequence[ToggleSample], *, config: BlendConfig) -> list[ToggleSample]:
+    """Return the samples of one blend in training order.
+
+    With weights w_c and N_c prompts of category c, floor(w_c min_k(N_k / w_k)) prompts of each are taken, the first in
+    the order given: the largest set with these shares in which nothing is repeated.
+
+    Raises:
+        DataError: when a category of the weights has no prompts in these modes.
+    """
+    chosen = [sample for sample in samples if _MODE_NAMES[sample.row.mode] in config.modes]
+    if config.weights:
+        prompts: dict[str, dict[str, None]] = {category: {} for category in config.weights}
+        for sample in chosen:
+            prompts.get(sample.row.category, {})[sample.row.prompt_id] = None
+        empty = sorted(category for category, found in prompts.items() if not found)
+        if empty:
+            raise DataError(
+                f"blend {config.name} has no prompts of {', '.join(empty)} after filtering; there are "
+                f"{', '.join(sorted({sample.row.category for sample in chosen}))}: correct its weights or modes"
+            )
+        unit = min(len(found) / config.weights[category] for category, found in prompts.items())
+        taken = {
+            prompt
+            for category, found in prompts.items()
+            for prompt in list(found)[: int(config.weights[category] * unit + 1e-9)]
+        }
+        chosen = [sample for sample in chosen if sample.row.category in prompts and sample.row.prompt_id in taken]
+    return _short_first(chosen) if config.order == "short_first" else chosen
 
 
-def num_unverified_traces(samples: Iterable[ToggleSample], *, items: Mapping[str, ReasoningItem]) -> int:
-    """Return how many reasoning replies, read as a verifier reads them, do not end in the right answer."""
+def _short_first(samples: Sequence[ToggleSample]) -> list[ToggleSample]:
+    """Order by the reply's length within each mode, the modes interleaved in proportion: sample i of n goes to i/n."""
+    keyed: list[tuple[float, str, ToggleSample]] = []
+    for mode in _MODE_NAMES:
+        of_mode = sorted(
+            (sample for sample in samples if sample.row.mode == mode), key=lambda sample: sample.num_trained_tokens
+        )
+        keyed += [((place + 0.5) / len(of_mode), mode, sample) for place, sample in enumerate(of_mode)]
+    return [sample for _, _, sample in sorted(keyed, key=lambda entry: entry[:2])]
+
+
+def num_unverified(rows: Iterable[TraceRow]) -> int:
+    """Return how many replies to tasks do not end in the right answer: the filter's claim, checked once more."""
     return sum(
-        score_answer(items[sample.prompt_id], split_thinking(sample.completion).answer) != 1.0
-        for sample in samples
-        if sample.task != CHAT
+        row.item is not None and score_answer(row.item, split_thinking(row.output).answer) != 1.0 for row in rows
     )
 
 
-def num_unpaired_prompts(samples: Iterable[ToggleSample]) -> int:
-    """Return how many reasoning prompts are not there exactly once in each mode with the same question and answer."""
-    found: dict[str, list[ToggleSample]] = {}
+def counts_by_category(samples: Iterable[ToggleSample]) -> list[tuple[str, int, int, int, int, float, int, int]]:
+    """Return per category: all, on, off and unset samples, share of all, tokens, trained tokens (paper, table 2)."""
+    modes, tokens, trained = Counter[tuple[str, Mode]](), Counter[str](), Counter[str]()
     for sample in samples:
-        if sample.task != CHAT:
-            found.setdefault(sample.prompt_id, []).append(sample)
-    return sum(
-        sorted(sample.mode for sample in group) != ["off", "on"]
-        or len({(sample.question, sample.answer) for sample in group}) != 1
-        for group in found.values()
-    )
+        category = sample.row.category
+        modes[category, sample.row.mode] += 1
+        tokens[category] += len(sample.chat.ids)
+        trained[category] += sample.num_trained_tokens
+    rows = []
+    for category in sorted(tokens):
+        on, off, unset = (modes[category, mode] for mode in _MODE_NAMES)
+        num = on + off + unset
+        rows.append((category, num, on, off, unset, num / modes.total(), tokens[category], trained[category]))
+    return rows
 
 
 def mask_preview(sample: ToggleSample, *, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -204,36 +194,3 @@ def mask_preview(sample: ToggleSample, *, tokenizer: PreTrainedTokenizerBase) ->
         text = str(tokenizer.decode(ids)).replace("\n", "\\n").replace("`", "'")
         shown.append(f"**`{text}`**" if is_trained else f"`{text}`")
     return " ".join(shown)
-
-
-def _sample(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_id: str,
-    task: str,
-    mode: Mode,
-    system: str | None,
-    question: str,
-    answer: str,
-    completion: str,
-) -> ToggleSample:
-    if system is None:
-        prompt = [{"role": "user", "content": question}]
-    else:
-        prompt = reasoning_messages(question, thinking=system == THINKING_ON)
-    return ToggleSample(
-        prompt_id=prompt_id,
-        task=task,
-        mode=mode,
-        system=system,
-        question=question,
-        answer=answer,
-        completion=completion,
-        chat=tokenize_conversation(tokenizer, [*prompt, {"role": "assistant", "content": completion}]),
-    )
-
-
-def _without_end(chat: ChatSample) -> ChatSample:
-    """Return the conversation with its end token, which was never sampled, not trained."""
-    end = max(place for place, is_trained in enumerate(chat.trained_mask) if is_trained)
-    return ChatSample(ids=chat.ids, trained_mask=(*chat.trained_mask[:end], False, *chat.trained_mask[end + 1 :]))

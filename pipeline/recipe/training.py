@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.architecture import Frozen
-from pipeline.recipe.types import NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio
+from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio
 
 
 class OptimizerConfig(Frozen):
@@ -55,38 +55,24 @@ class PretrainingConfig(Frozen):
     precision: Precision
 
 
-class ChatConfig(Frozen):
-    """Chat turns sampled from the parent itself, so that reasoning data does not cost the model its conversation."""
+class SFTStage(Frozen):
+    """One stage of fine-tuning, on one blend of the toggle dataset, with an optimizer of its own.
 
-    num_samples: Annotated[int, Field(ge=0)]
-    max_new_tokens: Positive
-    temperature: PositiveFloat
-    top_p: PositiveFloat
-    batch_size: Positive
+    With `shuffle` the blend is gone through as often as the tokens ask for, reshuffled every epoch; without, it is read
+    once in its own order.
+    """
 
-
-class ToggleDatasetConfig(Frozen):
-    """Verified tasks, each in both modes, and chat."""
-
-    items_per_task: Positive
-    sequence_length: Positive
-    chat: ChatConfig
-    seed: int
-
-
-class RLPromptsConfig(Frozen):
-    """Prompts for reinforcement learning; no answer of theirs is ever trained on."""
-
-    items_per_task: Positive
-    seed: int
-
-
-class SFTConfig(Frozen):
-    """Supervised fine-tuning on the assistant's tokens, end token included."""
-
+    blend: Name
+    shuffle: bool
     tokens: Positive
     global_batch_size: Positive
     optimizer: OptimizerConfig
+
+
+class SFTConfig(Frozen):
+    """Supervised fine-tuning on the assistant's tokens, end token included; each stage starts from the one before."""
+
+    stages: Annotated[tuple[SFTStage, ...], Field(min_length=1)]
     precision: Precision
     seed: int
 

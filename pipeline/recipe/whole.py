@@ -20,14 +20,13 @@ from pipeline.recipe.puzzle import (
     SearchSpaceConfig,
     Target,
 )
+from pipeline.recipe.reasoning import RLPromptsConfig, ToggleDatasetConfig, TracesConfig
 from pipeline.recipe.training import (
     DistillationConfig,
     LongContextPhase,
     PretrainingConfig,
     RLConfig,
-    RLPromptsConfig,
     SFTConfig,
-    ToggleDatasetConfig,
 )
 from pipeline.recipe.types import Name
 
@@ -56,6 +55,7 @@ class Recipe(Frozen):
     fusion: FusionConfig
     kd: DistillationConfig
     cpt: PretrainingConfig
+    reasoning_traces: TracesConfig
     reasoning_toggle_dataset: ToggleDatasetConfig
     rl_prompts: RLPromptsConfig
     sft: SFTConfig
@@ -98,6 +98,16 @@ class Recipe(Frozen):
         ):
             if tokens > available:
                 raise ValueError(f"{stage} is {tokens:,} tokens, its mixture holds {available:,}: enlarge the mixture")
+        blends = {blend.name: blend for blend in self.reasoning_toggle_dataset.blends}
+        for stage in self.sft.stages:
+            if stage.blend not in blends:
+                raise ValueError(
+                    f"sft.stages names the blend {stage.blend!r}; reasoning_toggle_dataset.blends has {sorted(blends)}"
+                )
+            if stage.shuffle and blends[stage.blend].order == "short_first":
+                raise ValueError(
+                    f"sft.stages shuffles the blend {stage.blend!r}, whose order is short_first: change one of them"
+                )
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self

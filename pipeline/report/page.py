@@ -29,6 +29,7 @@ DATA_STAGES = (
     "evaluation_sets",
     "distillation_mix",
     "pretraining_mix",
+    "reasoning_traces",
     "reasoning_toggle_dataset",
     "rl_prompts",
 )

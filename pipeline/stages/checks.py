@@ -124,7 +124,25 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             description="The sum of block times against the measured parent, before calibration.",
         ),
     ),
+    "reasoning_traces": (
+        Check(
+            name="there_are_rows",
+            metric="num_rows",
+            comparison=">=",
+            bound=1,
+            blocking=True,
+            description="At least one source gave a row.",
+        ),
+    ),
     "reasoning_toggle_dataset": (
+        Check(
+            name="decontaminated",
+            metric="num_contaminated_kept",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="No kept row asks an evaluation question or shares an n-gram with an evaluation set.",
+        ),
         Check(
             name="every_trace_verifies",
             metric="num_unverified_traces_kept",
@@ -139,7 +157,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             comparison="==",
             bound=0,
             blocking=True,
-            description="Every reasoning prompt is there in both modes.",
+            description="Every reasoning prompt is there in both modes, where the recipe asks for pairs.",
         ),
     ),
     "rl_prompts": (

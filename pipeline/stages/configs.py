@@ -26,6 +26,7 @@ from pipeline.recipe import (
     SpeedReportConfig,
     Target,
     ToggleDatasetConfig,
+    TracesConfig,
 )
 
 
@@ -140,11 +141,19 @@ class FusionReportStage(Frozen):
     num_threads: int
 
 
+class TracesStage(Frozen):
+    """reasoning_traces."""
+
+    traces: TracesConfig
+    reasoning_tasks: tuple[ReasoningTask, ...]
+    parent_licence: str
+
+
 class ToggleDatasetStage(Frozen):
     """reasoning_toggle_dataset."""
 
+    recipe_name: str
     dataset: ToggleDatasetConfig
-    reasoning_tasks: tuple[ReasoningTask, ...]
     ngram_tokens: int
 
 

@@ -1,112 +1,146 @@
-"""reasoning_toggle_dataset: verified tasks with detailed thinking on and off, and chat sampled from the parent."""
+"""reasoning_toggle_dataset: the rows of reasoning_traces filtered, paired, blended and packed, with a dataset card."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.evaluation_sets import (
-    build_text_ngrams,
-    load_evaluation_ngrams,
-    load_reasoning_items,
-)
-from pipeline.data.packed import save_packed
+from pipeline.artifacts import write_atomically
+from pipeline.data.evaluation_sets import build_text_ngrams, load_evaluation_ngrams, load_reasoning_items
+from pipeline.data.packed import blend_split, save_packed
 from pipeline.data.packing import SamplePacking, pack_samples
 from pipeline.errors import DataError
-from pipeline.model.checkpoint import load_model, load_tokenizer
-from pipeline.reasoning.self_chat import SelfChat, sample_self_chat
+from pipeline.model.checkpoint import load_tokenizer
+from pipeline.reasoning.filtering import CHAT, EvaluationGuard, Filtered, TokenisedRows, num_unpaired_prompts
+from pipeline.reasoning.grading import Grader
+from pipeline.reasoning.rows import ROWS_FILE, read_rows
 from pipeline.reasoning.toggle_dataset import (
-    CHAT,
     Split,
     ToggleSample,
-    chat_samples,
+    blend_samples,
+    counts_by_category,
+    filter_rows,
     mask_preview,
-    num_unpaired_prompts,
-    num_unverified_traces,
-    paired_samples,
-    solve_tasks,
+    num_unverified,
     split_samples,
-    without_long_prompts,
 )
+from pipeline.reasoning.verification import VERIFIER_FAILED, WRONG
+from pipeline.report.dataset_card import CARD_FILE, render_dataset_card
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import ToggleDatasetStage
-from pipeline.training.distributed import use_threads
 
 SAMPLES_FILE = "samples.parquet"
+DROPPED_FILE = "dropped.parquet"
 _NUM_SHOWN = 12
+_CATEGORY_COLUMNS = ("category", "total", "on", "off", "unset", "share", "num_tokens", "num_trained_tokens")
 
 
 def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Solve the tasks, sample the chat, split, pack and write."""
-    use_threads(inputs.execution.num_threads)
+    """Filter, split, blend, pack and write."""
     dataset = config.dataset
     evaluation_dir = inputs["evaluation_sets"]
     tokenizer = load_tokenizer(inputs["parent_checkpoint"])
-    solved = solve_tasks(
-        config.reasoning_tasks,
-        items_per_task=dataset.items_per_task,
-        seed=dataset.seed,
-        evaluation_questions={item.question for item in load_reasoning_items(evaluation_dir)},
-        evaluation_ngrams=build_text_ngrams(evaluation_dir, num_words=config.ngram_tokens),
+    rows = read_rows(inputs["reasoning_traces"] / ROWS_FILE)
+    guard = EvaluationGuard(
+        questions=frozenset(item.question for item in load_reasoning_items(evaluation_dir)),
+        all_ngrams=load_evaluation_ngrams(evaluation_dir),
+        text_ngrams=build_text_ngrams(evaluation_dir, num_words=config.ngram_tokens),
     )
-    inputs.reporter.note(f"{len(solved.kept)} items solved and verified")
-    chat = _sample_chat(config, inputs, tokenizer)
-    made = [sample for item in solved.kept for sample in paired_samples(item, tokenizer=tokenizer)]
-    made += chat_samples(chat.turns, tokenizer=tokenizer)
-    samples = without_long_prompts(made, max_tokens=dataset.sequence_length)
-    split = split_samples(samples, seed=dataset.seed)
+    tokens = TokenisedRows(tokenizer)
+    num_verified = 0
 
-    train = _pack(split.train, tokenizer, sequence_length=dataset.sequence_length)
+    def on_verified() -> None:
+        nonlocal num_verified
+        num_verified += 1
+        if num_verified % 100 == 0:
+            inputs.reporter.step(num_verified, len(rows), what="answers verified")
+
+    with Grader(timeout_s=dataset.filters.verifier_timeout_s) as grader:
+        filtered = filter_rows(
+            rows,
+            config=dataset.filters,
+            tokens=tokens,
+            tokenizer=tokenizer,
+            guard=guard,
+            grader=grader,
+            max_tokens=dataset.sequence_length,
+            on_verified=on_verified,
+        )
+    samples = [ToggleSample(row=row, chat=tokens.chat(row)) for row in filtered.kept]
+    if not samples:
+        raise DataError(f"no row is left of {len(rows):,}: {_where_rows_went(filtered)}")
+    split = split_samples(samples, seed=dataset.seed)
+    packed: dict[str, SamplePacking] = {}
+    blends: dict[str, list[ToggleSample]] = {}
+    for blend in dataset.blends:
+        blends[blend.name] = blend_samples(split.train, config=blend)
+        packed[blend.name] = _pack(blends[blend.name], tokenizer, sequence_length=dataset.sequence_length)
+        save_packed(out_dir, blend_split(blend.name), packed[blend.name].packed)
     validation = _pack(split.validation, tokenizer, sequence_length=dataset.sequence_length)
-    save_packed(out_dir, "train", train.packed)
     save_packed(out_dir, "validation", validation.packed)
     _write_samples(out_dir / SAMPLES_FILE, split)
+    _write_dropped(out_dir / DROPPED_FILE, filtered)
 
+    tables = {
+        "filters": _filters_table(filtered),
+        "drop_reasons": _reasons_table(filtered),
+        "samples_per_category": Table.of(_CATEGORY_COLUMNS, counts_by_category(samples)),
+        "generators": _generators_table(samples),
+        "blends": Table.of(
+            ("blend", *_CATEGORY_COLUMNS),
+            [(name, *row) for name, chosen in blends.items() for row in counts_by_category(chosen)],
+        ),
+        "samples": _samples_table(split.train),
+    }
+    card = render_dataset_card(
+        languages=dataset.filters.languages,
+        name=f"{config.recipe_name}-reasoning-toggle",
+        tables={name: tables[name] for name in tables if name != "samples"},
+    )
+    write_atomically(out_dir / CARD_FILE, card.encode())
     num_tokens = sum(len(sample.chat.ids) for sample in samples)
-    num_trained_tokens = sum(sample.chat.num_trained_tokens for sample in samples)
-    items = {solved_item.prompt_id: solved_item.item for solved_item in solved.kept}
+    num_trained_tokens = sum(sample.num_trained_tokens for sample in samples)
+    reasons = Counter({reason: number for count in filtered.counts for reason, number in count.reasons.items()})
     return StageResult(
         metrics={
+            "num_rows": len(rows),
             "num_samples": len(samples),
-            "num_pairs": sum(sample.mode == "on" for sample in samples),
-            "num_chat": sum(sample.task == CHAT for sample in samples),
+            "num_pairs": _num_pairs(samples),
+            "num_chat": sum(sample.row.category == CHAT for sample in samples),
             "num_validation_samples": len(split.validation),
             "num_tokens": num_tokens,
             "num_trained_tokens": num_trained_tokens,
             "trained_token_share": num_trained_tokens / num_tokens,
-            "num_packed_tokens": train.packed.num_tokens,
-            "num_padding_tokens": train.num_padding_tokens,
-            "num_unverified_traces_kept": num_unverified_traces(samples, items=items),
-            "num_unpaired_prompts": num_unpaired_prompts(samples),
-            "num_dropped_too_long": len(made) - len(samples),
-            "num_dropped_chat": sum(chat.num_dropped.values()),
-            **{f"num_dropped_{reason}": number for reason, number in solved.num_dropped.items()},
+            "num_packed_tokens": sum(packing.packed.num_tokens for packing in packed.values()),
+            "num_padding_tokens": sum(packing.num_padding_tokens for packing in packed.values()),
+            "num_wrong_answers": reasons[WRONG],
+            "num_verifier_failures": sum(
+                number for reason, number in reasons.items() if reason.startswith(VERIFIER_FAILED)
+            ),
+            "num_unverified_traces_kept": num_unverified(filtered.kept),
+            "num_contaminated_kept": sum(verdict is not None for verdict in guard.step()(filtered.kept)),
+            "num_unpaired_prompts": num_unpaired_prompts(filtered.kept) if dataset.filters.require_pairs else 0,
         },
-        tables={
-            "samples_per_task": _counts_table(samples),
-            "samples": _samples_table(split.train),
-            "dropped_chat": Table.of(("reason", "num_conversations"), list(chat.num_dropped.items())),
-        },
-        markdown={"mask_preview": _preview(split.train, tokenizer)},
+        tables=tables,
+        markdown={"mask_preview": _preview(split.train, tokenizer), "card": card},
     )
 
 
-def _sample_chat(config: ToggleDatasetStage, inputs: StageInputs, tokenizer: PreTrainedTokenizerBase) -> SelfChat:
-    if config.dataset.chat.num_samples == 0:
-        return SelfChat(turns=(), num_dropped={})
-    model = load_model(inputs["parent_checkpoint"], dtype=torch.bfloat16)
-    torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return sample_self_chat(
-        model,
-        tokenizer,
-        config=config.dataset.chat,
-        seed=config.dataset.seed,
-        evaluation_ngrams=load_evaluation_ngrams(inputs["evaluation_sets"]),
-        reporter=inputs.reporter,
+def _where_rows_went(filtered: Filtered) -> str:
+    return "; ".join(
+        f"{count.step} dropped {count.num_in - count.num_out:,} ({', '.join(count.reasons)})"
+        for count in filtered.counts
+        if count.reasons
     )
+
+
+def _num_pairs(samples: Sequence[ToggleSample]) -> int:
+    modes: dict[str, set[str]] = {}
+    for sample in samples:
+        modes.setdefault(sample.row.prompt_id, set()).add(sample.row.mode)
+    return sum({"on", "off"} <= found for found in modes.values())
 
 
 def _pack(
@@ -114,8 +148,8 @@ def _pack(
 ) -> SamplePacking:
     if not samples:
         raise DataError(
-            "the toggle dataset has no samples left for one of its splits: raise "
-            "reasoning_toggle_dataset.items_per_task or sequence_length"
+            "the toggle dataset has no samples left for one of its blends or for validation: raise "
+            "reasoning_traces.items_per_task, or loosen reasoning_toggle_dataset.filters"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert isinstance(pad_id, int)
@@ -126,45 +160,77 @@ def _write_samples(path: Path, split: Split) -> None:
     pl.DataFrame(
         [
             {
-                "id": sample.sample_id,
+                "id": f"{sample.row.prompt_id}/{sample.row.row_id}",
                 "split": name,
-                "task": sample.task,
-                "mode": sample.mode,
-                "system": sample.system,
-                "question": sample.question,
-                "answer": sample.answer,
-                "completion": sample.completion,
+                "source": sample.row.source,
+                "category": sample.row.category,
+                "task": sample.row.task,
+                "mode": sample.row.mode,
+                "system_prompt": sample.row.system_prompt,
+                "question": sample.row.input[-1][1],
+                "output": sample.row.output,
+                "license": sample.row.license,
+                "generator": sample.row.generator,
                 "num_tokens": len(sample.chat.ids),
-                "num_trained_tokens": sample.chat.num_trained_tokens,
+                "num_trained_tokens": sample.num_trained_tokens,
             }
             for name, samples in (("train", split.train), ("validation", split.validation))
             for sample in samples
-        ],
-        schema_overrides={"system": pl.String},
+        ]
     ).write_parquet(path)
 
 
-def _counts_table(samples: Sequence[ToggleSample]) -> Table:
-    modes = Counter((sample.task, sample.mode) for sample in samples)
-    tokens = Counter[str]()
-    trained = Counter[str]()
-    for sample in samples:
-        tokens[sample.task] += len(sample.chat.ids)
-        trained[sample.task] += sample.chat.num_trained_tokens
-    return Table.of(
-        ("task", "num_on", "num_off", "num_unset", "num_tokens", "num_trained_tokens"),
+def _write_dropped(path: Path, filtered: Filtered) -> None:
+    columns = ("step", "reason", "source", "category", "question", "output")
+    pl.DataFrame(
         [
-            (task, modes[task, "on"], modes[task, "off"], modes[task, "none"], tokens[task], trained[task])
-            for task in dict.fromkeys(sample.task for sample in samples)
+            (
+                dropped.step,
+                dropped.reason,
+                dropped.row.source,
+                dropped.row.category,
+                dropped.row.prompt_text,
+                dropped.row.output,
+            )
+            for dropped in filtered.dropped
         ],
+        schema=dict.fromkeys(columns, pl.String),
+        orient="row",
+    ).write_parquet(path)
+
+
+def _filters_table(filtered: Filtered) -> Table:
+    return Table.of(
+        ("step", "num_in", "num_out", "num_dropped"),
+        [(count.step, count.num_in, count.num_out, count.num_in - count.num_out) for count in filtered.counts],
     )
+
+
+def _reasons_table(filtered: Filtered) -> Table:
+    return Table.of(
+        ("step", "reason", "num_rows"),
+        [(count.step, reason, number) for count in filtered.counts for reason, number in count.reasons.items()],
+    )
+
+
+def _generators_table(samples: Sequence[ToggleSample]) -> Table:
+    counts = Counter((sample.row.source, sample.row.generator, sample.row.license) for sample in samples)
+    return Table.of(("source", "generator", "licence", "num_samples"), [(*key, counts[key]) for key in sorted(counts)])
 
 
 def _samples_table(samples: Sequence[ToggleSample]) -> Table:
     return Table.of(
-        ("task", "mode", "question", "completion", "num_tokens"),
+        ("source", "task", "mode", "question", "output", "num_tokens", "num_trained_tokens"),
         [
-            (sample.task, sample.mode, sample.question.strip(), sample.completion, len(sample.chat.ids))
+            (
+                sample.row.source,
+                sample.row.task,
+                sample.row.mode,
+                sample.row.input[-1][1],
+                sample.row.output,
+                len(sample.chat.ids),
+                sample.num_trained_tokens,
+            )
             for sample in samples[:_NUM_SHOWN]
         ],
     )
@@ -172,8 +238,9 @@ def _samples_table(samples: Sequence[ToggleSample]) -> Table:
 
 def _preview(samples: Sequence[ToggleSample], tokenizer: PreTrainedTokenizerBase) -> str:
     """One sample of each mode; bold is what carries loss."""
-    first = {sample.mode: sample for sample in reversed(samples)}
+    first = {sample.row.mode: sample for sample in reversed(samples)}
     lines = [
-        f"{sample.task}, {mode}: {mask_preview(sample, tokenizer=tokenizer)}" for mode, sample in sorted(first.items())
+        f"{sample.row.task}, {mode}: {mask_preview(sample, tokenizer=tokenizer)}"
+        for mode, sample in sorted(first.items())
     ]
     return "Trained tokens are bold.\n\n" + "\n\n".join(lines)

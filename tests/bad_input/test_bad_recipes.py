@@ -13,7 +13,7 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "wrong type": ({"kd.tokens": "many"}, ["kd.tokens", "valid integer"]),
     "negative budget": ({"kd.tokens": -5}, ["kd.tokens", "greater than or equal to 1"]),
     "zero budget": ({"cpt.tokens": 0}, ["cpt.tokens", "greater than or equal to 1"]),
-    "NaN learning rate": ({"sft.optimizer.learning_rate": float("nan")}, ["sft.optimizer.learning_rate", "finite"]),
+    "NaN learning rate": ({"cpt.optimizer.learning_rate": float("nan")}, ["cpt.optimizer.learning_rate", "finite"]),
     "infinite bound": ({"thresholds.max_rl_kl": float("inf")}, ["thresholds.max_rl_kl", "finite"]),
     "ratio above one": ({"kd.optimizer.warmup_ratio": 1.5}, ["kd.optimizer.warmup_ratio", "less than or equal to 1"]),
     "unknown kind of parent": ({"parent.kind": "pickle"}, ["parent", "'random', 'wheel', 'local', 'hub'"]),

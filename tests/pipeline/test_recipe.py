@@ -83,12 +83,15 @@ def test_training_of_the_large_recipes_is_the_published_one():
     assert (ultra.fusion.max_run_layers, ultra.fusion.keep_last_ffn) == (15, True)
     assert (ultra.rl.prompts_per_step, ultra.rl.samples_per_prompt, ultra.rl.temperature) == (72, 16, 1.0)
     for recipe, window in ((large, 16_384), (ultra, 24_576)):
-        assert (recipe.sft.global_batch_size, recipe.reasoning_toggle_dataset.sequence_length) == (256, window)
+        assert (recipe.sft.stages[0].global_batch_size, recipe.reasoning_toggle_dataset.sequence_length) == (
+            256,
+            window,
+        )
         assert (recipe.kd.cosine_weight, recipe.kd.kl_weight) == (1.0, 1.0)
-    constant = large.sft.optimizer
+    constant = large.sft.stages[0].optimizer
     assert (constant.schedule, constant.learning_rate, constant.warmup_ratio) == ("constant", 5e-6, 0.0)
-    assert large.sft.tokens % (256 * 16_384) == ultra.sft.tokens % (256 * 24_576) == 0
-    cosine = ultra.sft.optimizer
+    assert large.sft.stages[0].tokens % (256 * 16_384) == ultra.sft.stages[0].tokens % (256 * 24_576) == 0
+    cosine = ultra.sft.stages[0].optimizer
     assert (cosine.schedule, cosine.learning_rate, cosine.warmup_ratio) == ("cosine", 1e-5, 0.1)
     assert cosine.learning_rate * cosine.min_learning_rate_ratio == pytest.approx(1e-6)
 

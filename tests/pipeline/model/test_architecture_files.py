@@ -251,8 +251,8 @@ def test_published_children_lie_in_the_spaces_of_their_recipes():
 def test_published_budgets():
     large, ultra = load_recipe("super-49b"), load_recipe("ultra-253b")
     assert (large.block_library.tokens, large.kd.tokens) == (1_000_000_000, 40_000_000_000)
-    assert large.sft.optimizer.schedule == "constant"
-    assert large.sft.optimizer.learning_rate == 5e-6
+    assert large.sft.stages[0].optimizer.schedule == "constant"
+    assert large.sft.stages[0].optimizer.learning_rate == 5e-6
     assert ultra.kd.tokens + sum(phase.tokens for phase in ultra.kd.long_context) == 64_800_000_000
     assert ultra.cpt.tokens + sum(phase.tokens for phase in ultra.cpt.long_context) == 88_000_000_000
     rl = ultra.rl

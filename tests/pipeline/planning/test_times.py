@@ -18,7 +18,7 @@ MEASURED_S = {
     ("block_library",): 259,
     ("block_scores",): 159,
     ("block_profile",): 41,
-    ("reasoning_toggle_dataset",): 25,
+    ("reasoning_traces", "reasoning_toggle_dataset"): 25,
     ("child_checkpoint",): 34,
     ("kd_checkpoint",): 206,
     ("cpt_checkpoint",): 65,

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from pipeline.architecture import NO_ATTENTION, Architecture, BlockSpec, gqa, swiglu
-from pipeline.data.packed import long_context_split, save_packed
+from pipeline.data.packed import blend_split, long_context_split, save_packed
 from pipeline.model.architecture_files import random_architecture
 from pipeline.model.checkpoint import TensorReader
 from pipeline.processes import run_checked
@@ -37,7 +37,9 @@ NUM_STEPS, NUM_LONG_STEPS = 8, 4
 
 StageConfig = DistillationConfig | PretrainingConfig | SFTConfig
 KD = TINY.kd.model_copy(update={"tokens": NUM_STEPS * 4 * NUM_TOKENS})
-SFT = TINY.sft.model_copy(update={"tokens": NUM_STEPS * 4 * NUM_TOKENS})
+SFT = TINY.sft.model_copy(
+    update={"stages": (TINY.sft.stages[0].model_copy(update={"tokens": NUM_STEPS * 4 * NUM_TOKENS}),)}
+)
 LONG = LongContextPhase(
     sequence_length=NUM_LONG_TOKENS,
     tokens=NUM_LONG_STEPS * 2 * NUM_LONG_TOKENS,
@@ -126,7 +128,7 @@ def _inputs(root: Path) -> StageInputs:
     save_packed(mixture, "validation", text_windows(4, num_tokens=NUM_TOKENS, seed=9))
     long_windows = text_windows(NUM_LONG_STEPS * 2, num_tokens=NUM_LONG_TOKENS, seed=3)
     save_packed(mixture, long_context_split(NUM_LONG_TOKENS), long_windows)
-    save_packed(toggle, "train", sample_windows(30, num_tokens=NUM_TOKENS))
+    save_packed(toggle, blend_split("all"), sample_windows(30, num_tokens=NUM_TOKENS))
     save_packed(toggle, "validation", sample_windows(4, num_tokens=NUM_TOKENS, seed=9))
     return StageInputs(
         artifacts={

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.data.packed import long_context_split, save_packed
+from pipeline.data.packed import blend_split, long_context_split, save_packed
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.progress import SilentReporter
-from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig
+from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig, SFTStage
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
 from pipeline.training.schedules import learning_rate_factor
@@ -36,7 +36,11 @@ KD = DistillationConfig(
     precision="fp32",
 )
 CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, long_context=(), optimizer=OPTIMIZER, precision="bf16")
-SFT = SFTConfig(tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER, precision="bf16", seed=0)
+SFT = SFTConfig(
+    stages=(SFTStage(blend="all", shuffle=True, tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER),),
+    precision="bf16",
+    seed=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> StageInputs:
     mixture, toggle = root / "mixture", root / "toggle"
     save_packed(mixture, "train", text_windows(80))
     save_packed(mixture, "validation", text_windows(6, seed=9))
-    save_packed(toggle, "train", sample_windows(30))
+    save_packed(toggle, blend_split("all"), sample_windows(30))
     save_packed(toggle, "validation", sample_windows(4, seed=9))
     return StageInputs(
         artifacts={
