@@ -48,31 +48,38 @@ def main() -> None:
     given = arguments()
     torch.set_num_threads(given.threads)
     results: dict[str, Any] = json.loads(given.results.read_text()) if given.results.is_file() else {}
+    searched = {}
     for speedup in given.speedups:
         target = f"decode-{speedup:g}x"
         workspace = make_workspace(given, target=target, speedup=speedup)
-        found = results.setdefault(target, {})
         artifacts = {
             name: materialize(workspace, name, target).artifact.path
             for name in upstream_of("baselines", "evaluation_sets")
         }
+        searched[target] = workspace, artifacts
         children = read_table(artifacts["baselines"], CHILDREN).sort("kl")
-        found["before"] = children.rows(named=True)
+        results.setdefault(target, {})["before"] = children.rows(named=True)
         keep(given.results, results)
-        methods = [PUZZLE, WITHOUT_BLD, *(one for one in children["method"] if one not in (PUZZLE, WITHOUT_BLD))]
-        for method in methods[: 2 + NUM_BASELINES] if given.kd_tokens else []:
+        print(f"{target}: {children.height} children compared before distillation", flush=True)
+    # Every speed's first comparison before any speed's second.
+    for place in range(2 + NUM_BASELINES if given.kd_tokens else 0):
+        for target, (workspace, artifacts) in searched.items():
+            found = results[target]
+            weights = {row["method"]: row["weights"] for row in found["before"]}
+            baselines = [name for name in weights if name not in (PUZZLE, WITHOUT_BLD)][:NUM_BASELINES]
+            method = [PUZZLE, *baselines[:1], WITHOUT_BLD, *baselines[1:]][place]
             if method in found.setdefault("after", {}):
                 continue
-            weights = children.filter(children["method"] == method)["weights"][0]
             began = time.monotonic()
             directory = given.work_dir / target / method.replace(" ", "-")
-            assemble(directory / "child", method, weights=weights, artifacts=artifacts, workspace=workspace)
+            assemble(directory / "child", method, weights=weights[method], artifacts=artifacts, workspace=workspace)
             distil(directory, artifacts=artifacts, workspace=workspace, given=given)
             found["after"][method] = measure(directory / "kd", artifacts=artifacts, recipe=workspace.recipe)
             found["after"][method]["kd_s"] = round(time.monotonic() - began, 1)
             keep(given.results, results)
             print(f"{target}: {method} distilled in {found['after'][method]['kd_s']:.0f} s", flush=True)
-        show(target, found)
+    for target in searched:
+        show(target, results[target])
     print(f"({describe_hardware()}, {given.threads} threads, recipe {given.recipe}, {given.kd_tokens:,} KD tokens)")
 
 
