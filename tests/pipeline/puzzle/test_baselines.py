@@ -6,8 +6,10 @@ import pytest
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.costs import block_parameters
+from pipeline.errors import RecipeError
 from pipeline.puzzle.baselines import (
     drop_layers,
+    dropped,
     influence_order,
     last_order,
     max_parameters,
@@ -88,3 +90,15 @@ def test_uniform_takes_the_largest_common_block_and_leaves_layers_that_may_not_b
     assert [block.key for block in found] == ["kv1+ffn64", "kv2+ffn64", "kv1+ffn64", "kv1+ffn64"]
     assert [block.parent_layers for block in found] == [(0,), (1,), (2,), (3,)]
     assert uniform(PARENT, options, is_feasible=lambda _: False) is None
+
+
+def test_a_dropped_layer_takes_no_time_where_the_space_has_no_no_op_and_an_unknown_width_is_refused():
+    parent = make_architecture(num_layers=3)
+    costs = make_costs(parent, parent.blocks, seed=0)
+    fixed_ms = costs.time_ms["chat", "decode", "fixed", "fixed"]
+    one_ms = costs.block_ms(parent.blocks[0], "chat", "decode")
+    blocks = [dropped(0), parent.blocks[1], dropped(2)]
+    assert costs.sum_ms(blocks, "chat", "decode") == pytest.approx(fixed_ms + one_ms)
+    narrow = parent.blocks[0].model_copy(update={"ffn": swiglu(8)})
+    with pytest.raises(RecipeError, match="no time for chat decode ffn ffn8: materialize block_profile again"):
+        costs.sum_ms([narrow], "chat", "decode")
