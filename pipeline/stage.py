@@ -34,6 +34,12 @@ class ExecutionSettings(Frozen):
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     grace_seconds: float = Field(default=15.0, gt=0)
+    max_activation_mib: int = Field(default=4096, ge=0, description="hidden states that scoring keeps in memory")
+
+    @property
+    def max_activation_bytes(self) -> int:
+        """The same in bytes; what is above lies in files."""
+        return self.max_activation_mib * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

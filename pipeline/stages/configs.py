@@ -12,6 +12,7 @@ from pipeline.recipe import (
     Limit,
     MeasurementConfig,
     MixtureConfig,
+    MultipleChoiceSet,
     ParentConfig,
     Precision,
     ProfileConfig,
@@ -42,6 +43,7 @@ class EvaluationSetsStage(Frozen):
     """evaluation_sets."""
 
     evaluation_sets: EvaluationSetsConfig
+    search_task: MultipleChoiceSet | None
     reasoning_tasks: tuple[ReasoningTask, ...]
 
 
@@ -96,6 +98,7 @@ class RefinedStage(Frozen):
     requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
+    task: MultipleChoiceSet | None
     precision: Precision
 
 
@@ -106,6 +109,7 @@ class BaselinesStage(Frozen):
     requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
+    task: MultipleChoiceSet | None
     precision: Precision
     baselines: BaselinesConfig
 
