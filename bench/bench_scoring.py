@@ -22,6 +22,7 @@ from pipeline.model.checkpoint import load_model, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.composition import LayerVariants, compose, embed, run_layers
+from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.recipe import SearchSpaceConfig
@@ -51,7 +52,13 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as work_dir:
         scores = score_blocks(
-            model, space, variants.__getitem__, packed, work_dir=Path(work_dir), reporter=SilentReporter()
+            model,
+            space,
+            variants.__getitem__,
+            [DivergenceScore(packed=packed)],
+            work_dir=Path(work_dir),
+            max_activation_bytes=2**30,
+            reporter=SilentReporter(),
         )
     ours_s = time.perf_counter() - began
     bound_s = suffix_flops(architecture, scores) * packed.num_tokens / rate

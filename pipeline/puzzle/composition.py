@@ -65,23 +65,30 @@ def compose(
     )
 
 
-def embed(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) -> Tensor:
-    """Return the hidden states that reach layer 0, (N, T, D)."""
-    return model.model.embed_tokens(packed.tokens_NT.to(next(model.parameters()).device))
+def embed(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, rows: slice = slice(None)) -> Tensor:
+    """Return the hidden states that reach layer 0, (B, T, D), of all windows or of some."""
+    return model.model.embed_tokens(packed.tokens_NT[rows].to(next(model.parameters()).device))
 
 
 def run_layers(
     model: HeterogeneousLlamaForCausalLM, layers: Sequence[ComposedLayer], hidden_NTD: Tensor, packed: PackedTokens
 ) -> Tensor:
     """Return the hidden states behind these layers for all windows of `packed`."""
-    finished = []
-    for rows in window_groups(packed):
-        hidden_BTD = hidden_NTD[rows]
-        kwargs = attention_kwargs(model, hidden_BTD, packed.position_ids_NT[rows])
-        for layer in layers:
-            hidden_BTD = layer(hidden_BTD, **kwargs)
-        finished.append(hidden_BTD)
-    return torch.cat(finished)
+    return torch.cat([run_group(model, layers, hidden_NTD[rows], packed, rows) for rows in window_groups(packed)])
+
+
+def run_group(
+    model: HeterogeneousLlamaForCausalLM,
+    layers: Sequence[ComposedLayer],
+    hidden_BTD: Tensor,
+    packed: PackedTokens,
+    rows: slice,
+) -> Tensor:
+    """Return the hidden states behind these layers for some windows of `packed`, which fit one batch."""
+    kwargs = attention_kwargs(model, hidden_BTD, packed.position_ids_NT[rows])
+    for layer in layers:
+        hidden_BTD = layer(hidden_BTD, **kwargs)
+    return hidden_BTD
 
 
 def attention_kwargs(

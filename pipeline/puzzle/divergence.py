@@ -4,6 +4,7 @@
     lm_loss          mean over predicted tokens of -log q(next token)
     hidden_cosine    mean over tokens of 1 - cos(h_p, h_q), h the states that the head reads
     top1_error       share of tokens at which the likeliest next token is another
+    task_error       share of wrong answers to the recipe's task, where it has one (pipeline.puzzle.score_functions)
 
 Letters: B rows, T tokens, V vocab_size, S tokens in a slice.
 """
@@ -25,13 +26,14 @@ LARGEST_CHANGE = 80.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """The four measures of one model on `num_tokens` tokens."""
+    """The measures of one model, all but the task's on `num_tokens` tokens; None where there is no task."""
 
     kl: float
     lm_loss: float
     hidden_cosine: float
     top1_error: float
     num_tokens: int
+    task_error: float | None = None
 
 
 @dataclass(slots=True)
@@ -46,15 +48,15 @@ class DivergenceSums:
     num_predicted: int = 0
 
     @property
-    def means(self) -> Divergence:
-        """The measures of the tokens added so far."""
-        return Divergence(
-            kl=self.kl / self.num_tokens,
-            lm_loss=self.lm_loss / self.num_predicted,
-            hidden_cosine=self.hidden_cosine / self.num_tokens,
-            top1_error=self.num_disagreements / self.num_tokens,
-            num_tokens=self.num_tokens,
-        )
+    def measures(self) -> dict[str, float]:
+        """The measures of the tokens added so far, by their names in Divergence."""
+        return {
+            "kl": self.kl / self.num_tokens,
+            "lm_loss": self.lm_loss / self.num_predicted,
+            "hidden_cosine": self.hidden_cosine / self.num_tokens,
+            "top1_error": self.num_disagreements / self.num_tokens,
+            "num_tokens": self.num_tokens,
+        }
 
 
 def add_divergences(

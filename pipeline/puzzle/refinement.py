@@ -23,6 +23,9 @@ from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.search import SolutionRecord, base_value, build_problem, record_solution
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
+POOL = "pool"
+"""What the origin of an answer to the programme over the parent's scores begins with."""
+
 ScoreWholeModels = Callable[[Mapping[str, Sequence[BlockSpec]]], Mapping[str, Divergence]]
 ScoreAround = Callable[[Sequence[BlockSpec], int], pl.DataFrame]
 
@@ -37,7 +40,9 @@ class ScoredSolution:
 
     def value(self, objective: Objective) -> float:
         """Return the measure that the search minimises."""
-        return getattr(self.divergence, objective)
+        value = getattr(self.divergence, objective)
+        assert value is not None, objective  # the recipe asks for the task whose error it minimises
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +86,7 @@ def refine(
             for origin, record in records.items()
         ]
 
-    scored = measure({f"pool {number}": record for number, record in enumerate(pool)})
+    scored = measure({f"{POOL} {number}": record for number, record in enumerate(pool)})
     best = min(scored, key=lambda one: one.value(objective))
     for number in range(1, settings.refinement.rounds + 1):
         reporter.note(

@@ -8,7 +8,7 @@ from pipeline.puzzle.scoring import Scores
 from pipeline.puzzle.search_space import SearchSpace
 from pipeline.puzzle.tables import SCHEMAS, SCORES, read_table, write_table
 
-MEASURES = ("kl", "lm_loss", "hidden_cosine", "top1_error")
+MEASURES = ("kl", "lm_loss", "hidden_cosine", "top1_error", "task_error")
 
 
 def score_table(scores: Scores, space: SearchSpace) -> pl.DataFrame:
@@ -22,6 +22,25 @@ def score_table(scores: Scores, space: SearchSpace) -> pl.DataFrame:
             measures = (getattr(found, name) for name in MEASURES)
             rows.append((layer, block.attention.key, block.ffn.key, divergence is None, *measures, found.num_tokens))
     return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
+
+
+def joint_against_sums(table: pl.DataFrame, space: SearchSpace) -> pl.DataFrame:
+    """Return the KL of blocks with both halves replaced beside the sum of either half replaced alone.
+
+    Columns layer, attention, ffn, joint, sum; a block of which a half was not scored alone is left out. What composes
+    by adding has joint = sum. (Puzzle scores joint blocks, section 4.2; sums would need far fewer scores.)
+    """
+    kl = {(row["layer"], row["attention"], row["ffn"]): row["kl"] for row in table.iter_rows(named=True)}
+    own_attention, own_ffn = space.parent.attention.key, space.parent.ffn.key
+    rows = []
+    for (layer, attention, ffn), joint in kl.items():
+        if attention == own_attention or ffn == own_ffn:
+            continue
+        halves = [key for key in ((layer, attention, own_ffn), (layer, own_attention, ffn)) if key in kl]
+        if len(halves) == 2:
+            rows.append((layer, attention, ffn, joint, sum(kl[key] for key in halves)))
+    schema = {"layer": pl.Int64, "attention": pl.String, "ffn": pl.String, "joint": pl.Float64, "sum": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def write_scores(directory: Path, table: pl.DataFrame) -> None:

@@ -2,38 +2,41 @@
 
 The hidden states that reach layer i are the base model's whatever stands in its place, so they are computed once; each
 candidate costs its own block, the layers behind it and the head. Several candidates of a layer run as one batch.
+What is measured is any number of functions, each on its own windows; all share one walk over the layers.
 
 The base is the parent itself, or, for scores given the layers already replaced, a child of it: scores of single blocks
 add up badly where many layers go, and are measured again around the choice they led to.
 
-Letters: N windows, B rows (candidates x windows), T tokens, D hidden_size.
+Letters: B rows (candidates x windows), T tokens, D hidden_size.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.architecture import BlockSpec
+from pipeline.architecture import Architecture, BlockSpec
 from pipeline.artifacts import write_atomically
+from pipeline.costs import forward_flops_per_token
 from pipeline.data.packed import PackedTokens
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle import composition
+from pipeline.puzzle.activations import ActivationStore, HiddenStates, embedded
 from pipeline.puzzle.composition import (
     ComposedLayer,
     LayerVariants,
     LoadVariants,
     attention_kwargs,
     compose,
-    embed,
-    run_layers,
-    window_groups,
 )
-from pipeline.puzzle.divergence import Divergence, DivergenceSums, add_divergences
+from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.score_functions import ScoreFunction, divergence_of, sums_from_json, sums_to_json
 from pipeline.puzzle.search_space import SearchSpace
 
 
@@ -59,20 +62,24 @@ def score_blocks(
     model: HeterogeneousLlamaForCausalLM,
     space: SearchSpace,
     load_variants: LoadVariants,
-    packed: PackedTokens,
+    functions: Sequence[ScoreFunction],
     *,
     work_dir: Path,
+    max_activation_bytes: int,
     reporter: Reporter,
     base: Sequence[BlockSpec] | None = None,
 ) -> Scores:
     """Score every composed block of every layer, the base's own left out.
 
+    Progress and its ETA are counted in the arithmetic behind the candidates: those of the first layers cost most.
+
     Args:
         model: the parent in the precision to score in.
         space: its candidates.
         load_variants: gives the trained modules of one layer, on the model's device and in its precision.
-        packed: validation windows.
+        functions: what is measured, each on its own windows.
         work_dir: finished layers are kept there, so a run that was killed continues with the next.
+        max_activation_bytes: hidden states beyond these lie in files below `work_dir`.
         reporter: who listens.
         base: the blocks of the model in which one is replaced at a time; None for the parent itself.
     """
@@ -83,68 +90,99 @@ def score_blocks(
         if base is None
         else [compose(model, layer, block, load_variants(layer)) for layer, block in enumerate(blocks)]
     )
-    hidden_NTD = embed(model, packed)
-    parent_NTD = run_layers(model, parent_layers, hidden_NTD, packed)
-    base_NTD = parent_NTD if base is None else run_layers(model, layers, hidden_NTD, packed)
-    base_sums = DivergenceSums()
-    for rows in window_groups(packed):
-        add_divergences([base_sums], model, [base_NTD[rows]], parent_NTD[rows], packed.labels_NT[rows])
+    store = ActivationStore(work_dir / "activations", max_bytes=max_activation_bytes)
+    reached = [embedded(store, model, function.packed) for function in functions]
+    parents = [states.behind(model, parent_layers) for states in reached]
+    base_sums = [function.sums_type() for function in functions]
+    for function, states, parent, one in zip(functions, reached, parents, base_sums, strict=True):
+        ends = parent if base is None else states.behind(model, layers)
+        for rows, end_BTD, parent_BTD in zip(ends.groups, ends, parent, strict=True):
+            function.add([one], model, [end_BTD], parent_BTD, rows)
+        if ends is not parent:
+            ends.release()
     found: list[BlockScore] = []
-    num_candidates = sum(len(_others(options.blocks, blocks[layer])) for layer, options in enumerate(space.layers))
-    for layer, options in enumerate(space.layers):
-        candidates = _others(options.blocks, blocks[layer])
-        path = work_dir / f"layer-{layer:03d}.json"
-        sums = _read_sums(path, candidates)
+    candidates = [_others(options.blocks, blocks[layer]) for layer, options in enumerate(space.layers)]
+    paths = [work_dir / f"layer-{layer:03d}.json" for layer in range(len(space.layers))]
+    finished = [_read_sums(path, ones, functions) for path, ones in zip(paths, candidates, strict=True)]
+    work = [_work(model.architecture, blocks, layer, ones, functions) for layer, ones in enumerate(candidates)]
+    done = sum(one for one, sums in zip(work, finished, strict=True) if sums is not None)
+    # What an earlier run did stands in the first report, so that no rate is taken from it.
+    reporter.step(done, sum(work), what="MFLOP of candidates")
+    for layer, ones in enumerate(candidates):
+        sums = finished[layer]
         if sums is None:
             sums = _score_layer(
                 model,
                 load_variants(layer),
-                hidden_NTD,
-                parent_NTD,
-                packed,
+                reached,
+                parents,
+                functions,
                 layer=layer,
-                candidates=candidates,
+                candidates=ones,
                 suffix=layers[layer + 1 :],
             )
-            _write_sums(path, candidates, sums)
+            _write_sums(paths[layer], ones, sums)
+            done += work[layer]
+            reporter.step(done, sum(work), what="MFLOP of candidates", num_layers_scored=layer + 1)
         found += [
-            BlockScore(layer=layer, block=block, divergence=one.means)
-            for block, one in zip(candidates, sums, strict=True)
+            BlockScore(layer=layer, block=block, divergence=divergence_of(functions, of_block))
+            for block, of_block in zip(ones, sums, strict=True)
         ]
-        hidden_NTD = run_layers(model, layers[layer : layer + 1], hidden_NTD, packed)
-        reporter.step(len(found), num_candidates, what="candidate blocks")
-    return Scores(candidates=tuple(found), base=base_sums.means)
+        for states in reached:
+            states.advance(model, layers[layer : layer + 1])
+    for states in (*reached, *parents):
+        states.release()
+    return Scores(candidates=tuple(found), base=divergence_of(functions, base_sums))
+
+
+def _work(
+    architecture: Architecture,
+    blocks: Sequence[BlockSpec],
+    layer: int,
+    candidates: Sequence[BlockSpec],
+    functions: Sequence[ScoreFunction],
+) -> int:
+    """Return the MFLOPs of one layer's candidates: their own blocks, the layers behind them and the head."""
+    total = 0.0
+    for block in candidates:
+        child = architecture.with_blocks([block, *blocks[layer + 1 :]])
+        for function in functions:
+            tokens = function.packed.num_tokens
+            total += tokens * forward_flops_per_token(child, context_tokens=function.packed.sequence_length)
+    return math.ceil(total / 1e6)
 
 
 def _score_layer(
     model: HeterogeneousLlamaForCausalLM,
     variants: LayerVariants,
-    hidden_NTD: Tensor,
-    parent_NTD: Tensor,
-    packed: PackedTokens,
+    reached: Sequence[HiddenStates],
+    parents: Sequence[HiddenStates],
+    functions: Sequence[ScoreFunction],
     *,
     layer: int,
     candidates: Sequence[BlockSpec],
     suffix: Sequence[ComposedLayer],
-) -> list[DivergenceSums]:
-    """Return the sums of every candidate of one layer."""
-    sums = [DivergenceSums() for _ in candidates]
-    for rows in window_groups(packed):
-        num_windows = len(packed.tokens_NT[rows])
-        group_size = max(1, composition.MAX_BATCH_TOKENS // (num_windows * packed.sequence_length))
-        outputs = _candidate_outputs(model, variants, hidden_NTD[rows], packed, rows, layer, candidates)
-        for start, stacked in _in_groups(outputs, size=group_size):
-            hidden_BTD = torch.cat(stacked)
-            kwargs = attention_kwargs(model, hidden_BTD, packed.position_ids_NT[rows].repeat(len(stacked), 1))
-            for behind in suffix:
-                hidden_BTD = behind(hidden_BTD, **kwargs)
-            add_divergences(
-                sums[start : start + len(stacked)],
-                model,
-                list(hidden_BTD.split(num_windows)),
-                parent_NTD[rows],
-                packed.labels_NT[rows],
-            )
+) -> list[list[Any]]:
+    """Return the sums of every candidate of one layer, function by function."""
+    sums = [[function.sums_type() for function in functions] for _ in candidates]
+    for place, (function, states, parent) in enumerate(zip(functions, reached, parents, strict=True)):
+        packed = function.packed
+        for rows, hidden_BTD, parent_BTD in zip(states.groups, states, parent, strict=True):
+            num_windows = len(hidden_BTD)
+            group_size = max(1, composition.MAX_BATCH_TOKENS // (num_windows * packed.sequence_length))
+            outputs = _candidate_outputs(model, variants, hidden_BTD, packed, rows, layer, candidates)
+            for start, stacked in _in_groups(outputs, size=group_size):
+                behind_BTD = torch.cat(stacked)
+                kwargs = attention_kwargs(model, behind_BTD, packed.position_ids_NT[rows].repeat(len(stacked), 1))
+                for module in suffix:
+                    behind_BTD = module(behind_BTD, **kwargs)
+                function.add(
+                    [of_block[place] for of_block in sums[start : start + len(stacked)]],
+                    model,
+                    list(behind_BTD.split(num_windows)),
+                    parent_BTD,
+                    rows,
+                )
     return sums
 
 
@@ -183,16 +221,16 @@ def _others(blocks: Sequence[BlockSpec], base: BlockSpec) -> list[BlockSpec]:
     return [block for block in blocks if block.key != base.key]
 
 
-def _write_sums(path: Path, blocks: Sequence[BlockSpec], sums: Sequence[DivergenceSums]) -> None:
-    rows = {block.key: asdict(one) for block, one in zip(blocks, sums, strict=True)}
+def _write_sums(path: Path, blocks: Sequence[BlockSpec], sums: Sequence[Sequence[Any]]) -> None:
+    rows = {block.key: sums_to_json(one) for block, one in zip(blocks, sums, strict=True)}
     write_atomically(path, json.dumps(rows).encode())
 
 
-def _read_sums(path: Path, blocks: Sequence[BlockSpec]) -> list[DivergenceSums] | None:
+def _read_sums(path: Path, blocks: Sequence[BlockSpec], functions: Sequence[ScoreFunction]) -> list[list[Any]] | None:
     """Return a finished layer's sums, or None when there are none for just these candidates."""
     if not path.is_file():
         return None
     rows = json.loads(path.read_text(encoding="utf-8"))
     if set(rows) != {block.key for block in blocks}:
         return None
-    return [DivergenceSums(**rows[block.key]) for block in blocks]
+    return [sums_from_json(functions, rows[block.key]) for block in blocks]

@@ -170,10 +170,10 @@ def base_value(scores: pl.DataFrame, objective: Objective) -> float:
     rows = scores.filter("is_base")
     if not rows.is_empty():
         return float(rows[objective][0])
-    if objective == "lm_loss":
+    if objective in ("lm_loss", "task_error"):
         raise ArtifactError(
-            "the score table has no row of the parent's own block, so lm_loss has nothing to be compared with: allow "
-            "'parent' in some layer of search_space, or minimise kl"
+            f"the score table has no row of the parent's own block, so {objective} has nothing to be compared with: "
+            "allow 'parent' in some layer of search_space, or minimise kl"
         )
     return 0.0  # no layer may stay as it is: scored around the parent, which is no distance from itself
 

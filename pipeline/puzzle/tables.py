@@ -18,7 +18,8 @@ DEPENDENCIES = "dependencies.parquet"
 
 SCHEMAS: dict[str, Schema] = {
     # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
-    # own blocks are rows too (is_base), all with the base's own measures. Measures as in pipeline.puzzle.divergence.
+    # own blocks are rows too (is_base), all with the base's own measures. Measures as in pipeline.puzzle.divergence; no
+    # task, no task_error.
     SCORES: {
         "layer": pl.Int64,
         "attention": pl.String,
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, Schema] = {
         "lm_loss": pl.Float64,
         "hidden_cosine": pl.Float64,
         "top1_error": pl.Float64,
+        "task_error": pl.Float64,
         "num_tokens": pl.Int64,
     },
     # part is attention, ffn or fixed (all that is outside the layers). A decode time is one step of the whole batch.

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.devices import DEVICES
+from pipeline.recipe.data import MultipleChoiceSet
 from pipeline.recipe.training import OptimizerConfig
 from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
 
@@ -164,9 +165,13 @@ class BlockLibraryConfig(Frozen):
 
 
 class BlockScoresConfig(Frozen):
-    """Replace-1-block scores on the mixture's validation tokens (Puzzle, section 4.2)."""
+    """Replace-1-block scores on the mixture's validation tokens (Puzzle, section 4.2).
+
+    `task` adds the error on multiple-choice items that evaluation never asks (Puzzle, appendix F.1.4); null: no task.
+    """
 
     tokens: Positive
+    task: MultipleChoiceSet | None
     precision: Precision
 
 
@@ -237,7 +242,7 @@ class ProfileConfig(Frozen):
         return self
 
 
-Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error"]
+Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error", "task_error"]
 
 
 class PoolConfig(Frozen):

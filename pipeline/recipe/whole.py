@@ -108,6 +108,11 @@ class Recipe(Frozen):
                 raise ValueError(
                     f"sft.stages shuffles the blend {stage.blend!r}, whose order is short_first: change one of them"
                 )
+        if self.search.objective == "task_error" and self.block_scores.task is None:
+            raise ValueError(
+                "search.objective is task_error, but block_scores.task is null: name a multiple-choice set there, such "
+                "as {name: piqa, num_items: 100}"
+            )
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self

@@ -14,7 +14,6 @@ import torch
 from pipeline.architecture import Architecture, BlockSpec
 from pipeline.artifacts import ArtifactStore, write_atomically
 from pipeline.costs import num_parameters
-from pipeline.data.packed import load_packed
 from pipeline.errors import InfeasibleError
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture
 from pipeline.model.heterogeneous import build_model
@@ -45,6 +44,7 @@ from pipeline.puzzle.verification import CHILD, PARENT
 from pipeline.puzzle.whole_models import score_models
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BaselinesStage
+from pipeline.stages.score_inputs import score_functions
 
 PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
 ARCHITECTURES = "architectures.json"
@@ -58,7 +58,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     space = resolve(config.search_space, architecture)
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
-    packed = load_packed(inputs["distillation_mix"], "validation").take(config.search.refinement.tokens)
+    functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
     costs = read_costs(inputs["block_profile"], profile=config.profile)
     chosen = read_solution(inputs["refined_solution"]).blocks
     library = library_variants(
@@ -88,12 +88,20 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
         from_parent = (
             {}
             if config.requirements.pins
-            else _from_parent(space, costs, config, influence=block_influence(parent, packed))
+            else _from_parent(space, costs, config, influence=block_influence(parent, functions[0].packed))
         )
         cut = {WITHOUT_BLD: chosen, **{name: one for name, one in from_parent.items() if one is not None}}
         scored = {
-            "library": score_models(parent, from_library, library, packed, reporter=inputs.reporter),
-            "surgery": score_models(parent, cut, untrained, packed, reporter=inputs.reporter),
+            weights: score_models(
+                parent,
+                group,
+                variants,
+                functions,
+                work_dir=out_dir / WORK_DIR / weights,
+                max_activation_bytes=inputs.execution.max_activation_bytes,
+                reporter=inputs.reporter,
+            )
+            for weights, group, variants in (("library", from_library, library), ("surgery", cut, untrained))
         }
     children: dict[str, Blocks] = {**from_library, **cut}
     del parent

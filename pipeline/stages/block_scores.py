@@ -1,21 +1,26 @@
-"""block_scores: replace-1-block KL and LM loss of every composed block on the mixture's validation tokens."""
+"""block_scores: replace-1-block measures of every composed block on the mixture's validation tokens.
+
+It also says what scores of whole blocks were worth: how far their KL is from the sum of the scores of their halves.
+"""
 
 import math
 import statistics
 from pathlib import Path
 
+import polars as pl
+
 from pipeline.artifacts import ArtifactStore
-from pipeline.data.packed import load_packed
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.score_table import score_table, write_scores
+from pipeline.puzzle.score_table import joint_against_sums, score_table, write_scores
 from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import resolve
 from pipeline.report.drawings import draw_scores, save_figures
-from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
+from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockScoresStage
+from pipeline.stages.score_inputs import score_functions
 
 
 def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageResult:
@@ -30,23 +35,31 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
             space,
             library_variants(architecture, index=index, store=store, dtype=dtype, device=device),
-            load_packed(inputs["distillation_mix"], "validation").take(config.block_scores.tokens),
+            score_functions(inputs, tokens=config.block_scores.tokens, task=config.block_scores.task),
             work_dir=out_dir / WORK_DIR,
+            max_activation_bytes=inputs.execution.max_activation_bytes,
             reporter=inputs.reporter,
         )
     table = score_table(scores, space)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_scores(out_dir, table)
     num_non_finite = sum(not math.isfinite(one.divergence.kl) for one in scores.candidates)
+    composed = joint_against_sums(table, space).filter(pl.col("joint").is_finite() & (pl.col("sum") > 0))
     return StageResult(
         metrics={
             "num_candidates": len(scores.candidates),
             "num_non_finite_scores": num_non_finite,
             "num_tokens": scores.base.num_tokens,
             "parent_lm_loss": scores.base.lm_loss,
+            **({} if scores.base.task_error is None else {"parent_task_error": scores.base.task_error}),
+            **_ratios(composed),
         },
         figures=save_figures({"scores": draw_scores(table)}, out_dir=out_dir),
-        tables={"kl_nats_per_token": _heat_map(scores), "by_block": _by_block(scores)},
+        tables={
+            "kl_nats_per_token": _heat_map(scores),
+            "by_block": _by_block(scores),
+            **({} if composed.is_empty() else {"joint_against_sums": _composition(composed)}),
+        },
     )
 
 
@@ -71,6 +84,37 @@ def _by_block(scores: Scores) -> Table:
             for key, kls in groups.items()
         ],
     )
+
+
+def _ratios(composed: pl.DataFrame) -> dict[str, Number]:
+    """Return how the KL of a block with both halves replaced stands to the sum of each alone; empty without any."""
+    if composed.is_empty():
+        return {}
+    ratio = composed["joint"] / composed["sum"]
+    return {
+        "num_joint_scores": len(ratio),
+        "joint_over_sum_median": _quantile(ratio, 0.5),
+        "joint_over_sum_p10": _quantile(ratio, 0.1),
+        "joint_over_sum_p90": _quantile(ratio, 0.9),
+    }
+
+
+def _composition(composed: pl.DataFrame) -> Table:
+    """Return the same by block, over the layers."""
+    rows = []
+    for (attention, ffn), group in composed.group_by("attention", "ffn", maintain_order=True):
+        ratio = group["joint"] / group["sum"]
+        medians = (_shown(_quantile(group[name], 0.5)) for name in ("joint", "sum"))
+        ratios = (_shown(_quantile(ratio, share)) for share in (0.1, 0.5, 0.9))
+        rows.append((f"{attention}+{ffn}", len(group), *medians, *ratios))
+    columns = ("block", "num_layers", "median_joint_kl", "median_sum_of_kl", "ratio_p10", "ratio_median", "ratio_p90")
+    return Table.of(columns, rows)
+
+
+def _quantile(values: pl.Series, share: float) -> float:
+    found = values.quantile(share, interpolation="linear")
+    assert found is not None
+    return float(found)
 
 
 def _shown(value: float | None) -> float | None:

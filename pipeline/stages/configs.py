@@ -14,6 +14,7 @@ from pipeline.recipe import (
     Limit,
     MeasurementConfig,
     MixtureConfig,
+    MultipleChoiceSet,
     ParentConfig,
     Precision,
     ProfileConfig,
@@ -46,6 +47,7 @@ class EvaluationSetsStage(Frozen):
     """evaluation_sets."""
 
     evaluation_sets: EvaluationSetsConfig
+    search_task: MultipleChoiceSet | None
     reasoning_tasks: tuple[ReasoningTask, ...]
 
 
@@ -101,6 +103,7 @@ class RefinedStage(Frozen):
     requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
+    task: MultipleChoiceSet | None
     precision: Precision
 
 
@@ -111,6 +114,7 @@ class BaselinesStage(Frozen):
     requirements: Requirements
     search: SearchConfig
     profile: ProfileConfig
+    task: MultipleChoiceSet | None
     precision: Precision
     baselines: BaselinesConfig
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.benchmarks import Question, draw_questions, get_benchmark, read_questions
+from pipeline.data.benchmarks import Question, draw_further_questions, draw_questions, get_benchmark, read_questions
 from pipeline.data.decontamination import build_ngrams
 from pipeline.data.documents import Document, load_documents, load_source_records
 from pipeline.data.evaluation_sets import (
@@ -11,10 +11,11 @@ from pipeline.data.evaluation_sets import (
     save_held_out,
     save_multiple_choice,
     save_reasoning_items,
+    save_search_task,
 )
 from pipeline.data.reasoning_items import ReasoningItem, generate_items
 from pipeline.errors import DataError
-from pipeline.recipe import HeldOutText, ReasoningTask
+from pipeline.recipe import EvaluationSetsConfig, HeldOutText, MultipleChoiceSet, ReasoningTask
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import EvaluationSetsStage
 
@@ -44,6 +45,12 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
         save_multiple_choice(out_dir, choice.name, [benchmark.item(question) for question in questions])
         texts += _question_texts(questions)
         rows.append(("multiple choice", choice.name, len(questions), benchmark.licence))
+    if config.search_task is not None:
+        searched = _search_questions(config.search_task, sets=sets, downloads=inputs.downloads)
+        benchmark = get_benchmark(config.search_task.name)
+        save_search_task(out_dir, [benchmark.item(question) for question in searched])
+        texts += _question_texts(searched)
+        rows.append(("search task", benchmark.name, len(searched), benchmark.licence))
     items = _reasoning_items(
         config.reasoning_tasks, num_items=sets.reasoning_items_per_task, seed=EVALUATION_SEED + sets.seed
     )
@@ -72,6 +79,17 @@ def _held_out_documents(held_out: HeldOutText, *, corpora: Path) -> list[Documen
             f"{len(documents):,}: hold fewer out, or raise the source's max_documents"
         )
     return documents[: held_out.num_documents]
+
+
+def _search_questions(task: MultipleChoiceSet, *, sets: EvaluationSetsConfig, downloads: Path) -> list[Question]:
+    """Return items that evaluation does not ask."""
+    return draw_further_questions(
+        read_questions(get_benchmark(task.name), downloads=downloads),
+        num_items=task.num_items,
+        num_drawn=sum(choice.num_items for choice in sets.multiple_choice if choice.name == task.name),
+        seed=sets.seed,
+        name=task.name,
+    )
 
 
 def _question_texts(questions: Sequence[Question]) -> list[str]:

@@ -1,5 +1,6 @@
 """refined_solution: the answers of the programme scored as whole models, and the best of them improved in rounds."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,13 +8,12 @@ import polars as pl
 
 from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
-from pipeline.data.packed import load_packed
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.refinement import Refinement, refine
+from pipeline.puzzle.refinement import POOL, Refinement, ScoredSolution, refine
 from pipeline.puzzle.score_table import read_scores, score_table, write_scores
 from pipeline.puzzle.scoring import score_blocks
 from pipeline.puzzle.search import read_costs, read_pool, write_solution
@@ -24,6 +24,7 @@ from pipeline.report.figures import architecture_strip
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import RefinedStage
 from pipeline.stages.mip_solution import layer_table, limit_table
+from pipeline.stages.score_inputs import score_functions
 
 
 def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
@@ -39,15 +40,31 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         dtype=dtype,
         device=device,
     )
-    packed = load_packed(inputs["distillation_mix"], "validation").take(config.search.refinement.tokens)
+    functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
+    max_bytes = inputs.execution.max_activation_bytes
 
     def score_whole_models(children: Mapping[str, Sequence[BlockSpec]]) -> dict[str, Divergence]:
-        return score_models(parent, children, load_variants, packed, reporter=inputs.reporter)
+        return score_models(
+            parent,
+            children,
+            load_variants,
+            functions,
+            work_dir=out_dir / WORK_DIR / "whole-models",
+            max_activation_bytes=max_bytes,
+            reporter=inputs.reporter,
+        )
 
     def score_around(blocks: Sequence[BlockSpec], round_number: int) -> pl.DataFrame:
         work_dir = out_dir / WORK_DIR / f"round-{round_number}"
         scores = score_blocks(
-            parent, space, load_variants, packed, work_dir=work_dir, reporter=inputs.reporter, base=blocks
+            parent,
+            space,
+            load_variants,
+            functions,
+            work_dir=work_dir,
+            max_activation_bytes=max_bytes,
+            reporter=inputs.reporter,
+            base=blocks,
         )
         return score_table(scores, space)
 
@@ -73,7 +90,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         facts={"chosen": refinement.best.origin},
         figures=save_figures({"architecture": strip}, out_dir=out_dir),
         tables={
-            "whole_models": _whole_models(refinement),
+            "whole_models": _whole_models(refinement, config, architecture.homogeneous_block()),
             "layers": layer_table(record),
             "limits": limit_table(record),
         },
@@ -88,7 +105,7 @@ def _metrics(refinement: Refinement, config: RefinedStage) -> dict[str, Number]:
         f"{objective}_of_the_chosen": best.value(objective),
         "top1_error_of_the_chosen": best.divergence.top1_error,
         "chosen_over_first": best.value(objective) / first.value(objective) if first.value(objective) else 1.0,
-        "additive_over_whole": first.record.objective / first.value(objective) if first.value(objective) else 1.0,
+        **_composition(refinement, config),
         "num_whole_models": len(refinement.scored),
         "num_parameters": int(best.record.predicted["num_parameters"]),
         "num_attention_free_layers": int(best.record.predicted["num_attention_free_layers"]),
@@ -97,13 +114,40 @@ def _metrics(refinement: Refinement, config: RefinedStage) -> dict[str, Number]:
     }
 
 
-def _whole_models(refinement: Refinement) -> Table:
+def _composition(refinement: Refinement, config: RefinedStage) -> dict[str, Number]:
+    """Return what a sum predicts over what whole models measure: sums around the parent, and around a child."""
+    ratios: dict[str, list[float]] = {"sum_of_scores": [], "sum_around_a_child": []}
+    for one in refinement.scored:
+        ratio = _sum_over_whole(one, config)
+        if ratio is not None:
+            ratios["sum_of_scores" if one.origin.startswith(POOL) else "sum_around_a_child"].append(ratio)
+    return {f"{name}_over_whole": statistics.median(found) for name, found in ratios.items() if found}
+
+
+def _sum_over_whole(one: ScoredSolution, config: RefinedStage) -> float | None:
+    whole = one.value(config.search.objective)
+    return one.record.objective / whole if whole else None
+
+
+def _whole_models(refinement: Refinement, config: RefinedStage, parent: BlockSpec) -> Table:
     return Table.of(
-        ("origin", "predicted_by_sum", "kl", "lm_loss", "hidden_cosine", "top1_error", "num_parameters"),
+        (
+            "origin",
+            "num_changed_layers",
+            "predicted_by_sum",
+            "sum_over_whole",
+            "kl",
+            "lm_loss",
+            "hidden_cosine",
+            "top1_error",
+            "num_parameters",
+        ),
         [
             (
                 one.origin,
+                sum(block.key != parent.key for block in one.record.blocks),
                 round(one.record.objective, 5),
+                None if (ratio := _sum_over_whole(one, config)) is None else round(ratio, 4),
                 round(one.divergence.kl, 5),
                 round(one.divergence.lm_loss, 5),
                 round(one.divergence.hidden_cosine, 5),

@@ -93,6 +93,7 @@ def _refined(recipe: Recipe, target: str) -> Frozen:
         requirements=_target(recipe, target).requirements,
         search=recipe.search,
         profile=recipe.block_profile,
+        task=recipe.block_scores.task,
         precision=recipe.block_scores.precision,
     )
 
@@ -103,6 +104,7 @@ def _baselines(recipe: Recipe, target: str) -> Frozen:
         requirements=_target(recipe, target).requirements,
         search=recipe.search,
         profile=recipe.block_profile,
+        task=recipe.block_scores.task,
         precision=recipe.block_scores.precision,
         baselines=recipe.baselines,
     )
@@ -178,7 +180,9 @@ STAGES: tuple[Stage, ...] = (
         version=1,
         inputs=("corpora",),
         config=lambda recipe, _: configs.EvaluationSetsStage(
-            evaluation_sets=recipe.evaluation_sets, reasoning_tasks=recipe.reasoning_tasks
+            evaluation_sets=recipe.evaluation_sets,
+            search_task=recipe.block_scores.task,
+            reasoning_tasks=recipe.reasoning_tasks,
         ),
         description="Held-out text, multiple-choice items and verifiable tasks that nothing trains on.",
         checks=CHECKS["evaluation_sets"],
@@ -235,12 +239,12 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=3,
-        inputs=("parent_checkpoint", "distillation_mix", "block_library"),
+        version=4,
+        inputs=("parent_checkpoint", "distillation_mix", "block_library", "evaluation_sets"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
         ),
-        description="Replace-1-block KL and LM loss of every composed block on held-out tokens.",
+        description="Replace-1-block measures of every composed block: KL, LM loss, a task where the recipe names one.",
         in_child=True,
         checks=CHECKS["block_scores"],
     ),
@@ -328,7 +332,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=1,
+        version=2,
         inputs=(
             "mip_solution",
             "block_scores",
@@ -336,6 +340,7 @@ STAGES: tuple[Stage, ...] = (
             "block_library",
             "parent_checkpoint",
             "distillation_mix",
+            "evaluation_sets",
         ),
         config=_refined,
         description="The programme's answers scored as whole models, and the best of them improved in rounds.",
@@ -356,6 +361,7 @@ STAGES: tuple[Stage, ...] = (
             "channel_importance",
             "parent_checkpoint",
             "distillation_mix",
+            "evaluation_sets",
         ),
         config=_baselines,
         description="What simpler methods choose under the same limits, scored as whole models and measured.",

@@ -145,6 +145,7 @@ def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (_set("kd.optimizer.learning_rate", float("inf")), r"kd\.optimizer\.learning_rate"),
         (_set("kd.precision", "fp8"), r"kd\.precision: .*'fp32' or 'bf16'"),
         (_set("parent.kind", "pickle"), r"parent: .*does not match any of the expected tags"),
+        (_set("search.objective", "task_error"), r"block_scores\.task is null"),
         (_set("search_space.ffn", [96]), r"search_space\.ffn must list 'parent'"),
         (_set("default_target", "nope"), r"default_target is 'nope'; the targets are \['fused', 'light'\]"),
         (_set("targets", {}), r"targets: .*at least 1 item"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.benchmarks import Question, draw_questions, get_benchmark, parse_question
+from pipeline.data.benchmarks import Question, draw_further_questions, draw_questions, get_benchmark, parse_question
 from pipeline.errors import DataError
 
 ROW = {"question": "Cut it? ", "options": "\nA. by 1. hand \nB. with A saw\nC. no", "answer": "B. with A saw"}
@@ -63,3 +63,12 @@ def test_questions_drawn_are_a_seeded_shuffle():
 def test_benchmark_unknown_lists_the_names():
     with pytest.raises(DataError, match="no multiple-choice set 'mmlu'; there are piqa, openbookqa"):
         get_benchmark("mmlu")
+
+
+def test_further_questions_are_none_of_the_drawn_and_run_out():
+    questions = [Question(passage="", question=str(number), choices=("a", "b"), gold=0) for number in range(10)]
+    drawn = draw_questions(questions, num_items=6, seed=3, name="piqa")
+    further = draw_further_questions(questions, num_items=4, num_drawn=6, seed=3, name="piqa")
+    assert {one.question for one in drawn} | {one.question for one in further} == {str(number) for number in range(10)}
+    with pytest.raises(DataError, match="4 items beside the 6 that are evaluated, wanted 5"):
+        draw_further_questions(questions, num_items=5, num_drawn=6, seed=3, name="piqa")

@@ -102,7 +102,9 @@ def test_evaluation_sets_feed_mixtures_that_never_see_them(tmp_path: Path):
     made = write_corpora(tmp_path / "corpora", {"words": documents})
     sets = tmp_path / "sets"
     result = evaluation_sets.run(
-        EvaluationSetsStage(evaluation_sets=SETS, reasoning_tasks=TASKS), stage_inputs(tmp_path, corpora=made), sets
+        EvaluationSetsStage(evaluation_sets=SETS, search_task=None, reasoning_tasks=TASKS),
+        stage_inputs(tmp_path, corpora=made),
+        sets,
     )
     assert load_held_out(sets) == {"words": [item.text for item in documents[:4]]}
     assert load_multiple_choice(sets) == {}
@@ -143,7 +145,9 @@ def test_mixture_stage_writes_longer_windows_and_sums_domains(tmp_path: Path):
     sets = tmp_path / "sets"
     measured = SETS.model_copy(update={"held_out": (SETS.held_out[0].model_copy(update={"source": "a"}),)})
     evaluation_sets.run(
-        EvaluationSetsStage(evaluation_sets=measured, reasoning_tasks=TASKS), stage_inputs(tmp_path, corpora=made), sets
+        EvaluationSetsStage(evaluation_sets=measured, search_task=None, reasoning_tasks=TASKS),
+        stage_inputs(tmp_path, corpora=made),
+        sets,
     )
     make_random_parent(PARENT, out_dir=tmp_path / "parent")
     mixture = MIXTURE.model_copy(
@@ -175,7 +179,7 @@ def test_evaluation_sets_wanting_more_documents_than_there_are_is_an_error(tmp_p
     made = write_corpora(tmp_path / "corpora", {"words": make_documents(3, num_words=60, seed=1)})
     with pytest.raises(DataError, match="wants 4 documents of words, corpora holds 3"):
         evaluation_sets.run(
-            EvaluationSetsStage(evaluation_sets=SETS, reasoning_tasks=TASKS),
+            EvaluationSetsStage(evaluation_sets=SETS, search_task=None, reasoning_tasks=TASKS),
             stage_inputs(tmp_path, corpora=made),
             tmp_path / "sets",
         )

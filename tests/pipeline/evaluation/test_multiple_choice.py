@@ -5,8 +5,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.benchmarks import MultipleChoiceItem
+from pipeline.data.choice_texts import scored_text
 from pipeline.errors import DataError
-from pipeline.evaluation.multiple_choice import choice_log_likelihoods, multiple_choice_quality, scored_text
+from pipeline.evaluation.multiple_choice import choice_log_likelihoods, multiple_choice_quality
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 
 ITEMS = [

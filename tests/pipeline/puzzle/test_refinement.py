@@ -44,7 +44,7 @@ def score_around(base: Sequence[BlockSpec], _: int = 0) -> pl.DataFrame:
     for layer, block in itertools.product(range(NUM_LAYERS), OPTIONS):
         blocks = [*base[:layer], block, *base[layer + 1 :]]
         is_base = block.key == base[layer].key
-        rows.append((layer, block.attention.key, block.ffn.key, is_base, quality(blocks), 0.0, 0.0, 0.0, 1))
+        rows.append((layer, block.attention.key, block.ffn.key, is_base, quality(blocks), 0.0, 0.0, 0.0, None, 1))
     return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
 
 

@@ -66,7 +66,7 @@ def test_block_profile_of_a_roofline_writes_the_measured_ones_tables_and_the_sea
     rows = []
     for layer, options in enumerate(resolve(recipe.search_space, parent).layers):
         for index, block in enumerate(options.blocks):
-            rows.append((layer, block.attention.key, block.ffn.key, index == 0, *[float(index)] * 4, 1))
+            rows.append((layer, block.attention.key, block.ffn.key, index == 0, *[float(index)] * 4, None, 1))
     scores_dir = tmp_path / "scores"
     write_table(scores_dir, SCORES, pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row"))
     limit = Limit(quantity="throughput", scenario="chat", bound=1.5, relative_to="parent")

@@ -1,6 +1,7 @@
 """The Puzzle stages one after another on a tiny parent, as the graph runs them."""
 
 import json
+import statistics
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore
 from pipeline.costs import num_parameters
+from pipeline.data.benchmarks import MultipleChoiceItem
+from pipeline.data.evaluation_sets import save_search_task
 from pipeline.errors import ArtifactError, InfeasibleError, RecipeError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.puzzle.library import BlockKey, load_block, read_index
@@ -21,6 +24,7 @@ from pipeline.recipe import (
     BlockLibraryConfig,
     BlockScoresConfig,
     Limit,
+    MultipleChoiceSet,
     PoolConfig,
     ProfileConfig,
     RefinementConfig,
@@ -124,6 +128,7 @@ class Line:
             requirements=wanted,
             search=SEARCH,
             profile=PROFILE,
+            task=None,
             precision="fp32",
         )
         inputs = self.workplace.inputs(
@@ -158,7 +163,7 @@ def line(workplace: Workplace) -> Line:
     )
     publish(store, "block_library", "x", library)
     scores = block_scores.run(
-        BlockScoresStage(search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, precision="fp32")),
+        BlockScoresStage(search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, task=None, precision="fp32")),
         workplace.inputs(block_library=library_dir),
         scores_dir,
     )
@@ -261,6 +266,18 @@ def test_refined_solution_scores_whole_models_and_is_no_worse_than_the_pool(line
     kl = [row[table.columns.index("kl")] for row in table.rows]
     assert result.metrics["kl_of_the_chosen"] == pytest.approx(min(kl), abs=1e-5)
     assert result.metrics["kl_of_the_first_answer"] == pytest.approx(kl[0], abs=1e-5)
+    sums = dict(
+        zip(
+            (row[0] for row in table.rows),
+            (row[table.columns.index("sum_over_whole")] for row in table.rows),
+            strict=True,
+        )
+    )
+    assert result.metrics["sum_of_scores_over_whole"] == pytest.approx(
+        statistics.median([ratio for name, ratio in sums.items() if name.startswith("pool")]), abs=1e-4
+    )
+    changed = [row[table.columns.index("num_changed_layers")] for row in table.rows]
+    assert all(1 <= count <= 3 for count in changed)
     assert result.metrics["num_violated_limits"] == 0
     assert result.metrics["num_parameters"] <= 0.7 * num_parameters(line.workplace.architecture)
     # The chosen child, assembled, is as far from the parent as was promised.
@@ -286,6 +303,7 @@ def test_baselines_meet_the_limits_and_stand_beside_the_refined_solution(line: L
         requirements=wanted,
         search=SEARCH,
         profile=PROFILE,
+        task=None,
         precision="fp32",
         baselines=BaselinesConfig(rounds=1, warmups=1, num_random=2),
     )
@@ -429,3 +447,71 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     # 3 layers x 2 heads x 8 values for keys and for values, 4 bytes each.
     assert result.metrics["parent_cached_tokens"] == (2**29 - weights_bytes) // (3 * 2 * 8 * 2 * 4)
     assert len(result.tables["speed"].rows) == 3 * 2
+
+
+def test_block_scores_say_how_far_joint_scores_are_from_sums_of_single_ones(line: Line):
+    table = read_table(line.scores_dir, SCORES)
+    kl = {
+        (layer, attention, ffn): value
+        for layer, attention, ffn, value in table.select("layer", "attention", "ffn", "kl").rows()
+    }
+    ratios = sorted(
+        joint / (kl[layer, attention, "ffn48"] + kl[layer, "kv2", ffn])
+        for (layer, attention, ffn), joint in kl.items()
+        if attention != "kv2" and ffn != "ffn48"
+    )
+    assert line.scores.metrics["num_joint_scores"] == len(ratios) == 3 * 4
+    assert line.scores.metrics["joint_over_sum_median"] == pytest.approx((ratios[5] + ratios[6]) / 2)
+    assert ratios[0] <= line.scores.metrics["joint_over_sum_p10"] <= ratios[2]
+    rows = line.scores.tables["joint_against_sums"].rows
+    assert {row[0]: row[1] for row in rows} == {
+        f"{attention}+{ffn}": 3 for attention in ("kv1", "no_op") for ffn in ("ffn16", "no_op")
+    }
+
+
+def test_block_scores_with_a_task_can_be_minimised_and_refined(line: Line, tmp_path: Path):
+    sets_dir = tmp_path / "sets"
+    items = [
+        MultipleChoiceItem(prompt=f"{a} and", choices=(b, "zzz", a), gold=a < b) for a, b in combinations("abcd", 2)
+    ]
+    save_search_task(sets_dir, items)
+    task = MultipleChoiceSet(name="piqa", num_items=len(items))
+    inputs = line.workplace.inputs(block_library=line.library_dir, evaluation_sets=sets_dir)
+    config = BlockScoresConfig(tokens=32, task=task, precision="fp32")
+    scores = block_scores.run(BlockScoresStage(search_space=SPACE, block_scores=config), inputs, tmp_path / "scores")
+    table = read_table(tmp_path / "scores", SCORES)
+    assert table.filter("is_base")["task_error"].unique().to_list() == [scores.metrics["parent_task_error"]]
+    assert set(table["task_error"] * len(items)) <= set(map(float, range(len(items) + 1)))
+    search = SEARCH.model_copy(update={"objective": "task_error"})
+    wanted = target(limit("num_parameters", 0.8))
+    inputs = line.workplace.inputs(block_scores=tmp_path / "scores", block_profile=line.profile_dir)
+    mip = MipStage(target_name="t", requirements=wanted, search=search, profile=PROFILE)
+    found = mip_solution.run(mip, inputs, tmp_path / "mip")
+    errors = {
+        (layer, f"{attention}+{ffn}"): error
+        for layer, attention, ffn, error in table.select("layer", "attention", "ffn", "task_error").rows()
+    }
+    base = scores.metrics["parent_task_error"]
+    blocks = read_solution(tmp_path / "mip").blocks
+    expected = base + sum(errors[layer, block.key] - base for layer, block in enumerate(blocks))
+    assert found.metrics["predicted_task_error"] == pytest.approx(expected)
+    refined = refined_solution.run(
+        RefinedStage(
+            search_space=SPACE,
+            target_name="t",
+            requirements=wanted,
+            search=search,
+            profile=PROFILE,
+            task=task,
+            precision="fp32",
+        ),
+        line.workplace.inputs(
+            mip_solution=tmp_path / "mip",
+            block_scores=tmp_path / "scores",
+            block_profile=line.profile_dir,
+            block_library=line.library_dir,
+            evaluation_sets=sets_dir,
+        ),
+        tmp_path / "refined",
+    )
+    assert refined.metrics["task_error_of_the_chosen"] <= refined.metrics["task_error_of_the_first_answer"]

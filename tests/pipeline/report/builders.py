@@ -16,7 +16,7 @@ from pipeline.evaluation.results import (
     TextQuality,
     write_evaluations,
 )
-from pipeline.puzzle.tables import LOSSES, SCORES, write_table
+from pipeline.puzzle.tables import LOSSES, SCHEMAS, SCORES, write_table
 from pipeline.stage import StageResult, Table
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>&lt;b&gt;{{ 7 * 7 }}"
@@ -194,12 +194,13 @@ def _write_files(name: str, directory: Path) -> None:
                 "lm_loss": 3.0,
                 "hidden_cosine": 0.1 * kl,
                 "top1_error": 0.0,
+                "task_error": None,
                 "num_tokens": 64,
             }
             for layer in range(4)
             for attention, kl in (("kv2", 0.0), ("kv1", 0.01), ("no_op", 0.2))
         ]
-        write_table(directory, SCORES, pl.DataFrame(rows))
+        write_table(directory, SCORES, pl.DataFrame(rows, schema=SCHEMAS[SCORES]))
     if name == "block_library":
         losses = [
             {"layer": layer, "subblock": "attention", "variant": "kv1", "step": step, "loss": 0.5 / step}
