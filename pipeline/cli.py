@@ -6,6 +6,7 @@
     python -m pipeline summary
     python -m pipeline chat [--thinking on|off] QUESTION
     python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
+    python -m pipeline collect [--remove]
 
 Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
 """
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = explain_target(workspace, target=target)
             case "doctor":
                 text, exit_code = examine(workspace, given=given)
+            case "collect":
+                text = collect(workspace, remove=given.remove)
             case "materialize":
                 text = make(workspace, given.stage, target=target)
             case "summary":
@@ -87,6 +90,14 @@ def examine(workspace: Workspace, *, given: argparse.Namespace) -> tuple[str, in
         findings = examine_store(workspace, recipes=recipes, verify=given.verify)
         findings += examine_dagster(dagster_home(workspace), fix=given.fix)
     return render_findings(findings), int(any(finding.severity == "problem" for finding in findings))
+
+
+def collect(workspace: Workspace, *, remove: bool) -> str:
+    """Return which blocks of the store no solution uses, and delete them if asked."""
+    from pipeline.inspection.collect import collect_blocks  # imports torch
+    from pipeline.inspection.findings import render_findings
+
+    return render_findings(collect_blocks(workspace.store, remove=remove))
 
 
 def known_recipes(current: Recipe) -> tuple[Recipe, ...]:
@@ -202,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--verify", action="store_true", help="read every byte again and compare its hash")
     doctor.add_argument("--fix", action="store_true", help="end dead runs and free the pool slots they hold")
     doctor.add_argument("--remove-garbage", action="store_true", help="delete what no recipe refers to")
+    gone = commands.add_parser("collect", help="say which trained blocks no solution uses, and delete them if asked")
+    gone.add_argument("--remove", action="store_true", help="delete them; without it nothing is changed")
     one = commands.add_parser("materialize", help="make one stage's artifact, or find it, without Dagster")
     one.add_argument("stage", help="a stage whose inputs are there already")
     summary = commands.add_parser("summary", help="print the results of a target and write them to summary.json")
@@ -209,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="ask the final checkpoint one question")
     chat.add_argument("--thinking", choices=("on", "off"), default="on")
     chat.add_argument("question")
-    for command in (plan, why, doctor, one, summary, chat):
+    for command in (plan, why, doctor, gone, one, summary, chat):
         command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

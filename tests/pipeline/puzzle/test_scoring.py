@@ -13,11 +13,11 @@ from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle import composition, divergence, whole_models
+from pipeline.puzzle.block_keys import trainable_keys
 from pipeline.puzzle.composition import LayerVariants
 from pipeline.puzzle.divergence import Divergence, DivergenceSums, add_divergences
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
-from pipeline.puzzle.library import trainable_keys
 from pipeline.puzzle.scoring import score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.whole_models import score_models
