@@ -81,13 +81,13 @@ def test_output_curvature_is_the_mean_of_sampled_gradients_and_tends_to_the_exac
     packed = workplace.packed().take(16)
     output_BTD, diagonal_BTD, model = exact_curvature(workplace, packed.tokens_NT)
     exact_D = (output_BTD.square().mean(dim=-1, keepdim=True) * diagonal_BTD).mean(dim=(0, 1))
-    total_D, num_draws = torch.zeros_like(exact_D), 300
+    total_D, num_draws = torch.zeros_like(exact_D), 150
     for seed in range(num_draws):
         monkeypatch.setattr(subject, "LABEL_SEED", seed)
         total_D += output_curvature(model, packed, batch_size=1, reporter=SilentReporter())[LAYER]
     ratio_D = total_D / num_draws / exact_D
-    assert ratio_D.mean().item() == pytest.approx(1, abs=0.08)
-    assert 0.6 < ratio_D.min().item() < ratio_D.max().item() < 1.6
+    assert ratio_D.mean().item() == pytest.approx(1, abs=0.1)
+    assert 0.5 < ratio_D.min().item() < ratio_D.max().item() < 1.8
 
 
 def test_output_gradients_are_those_of_the_sampled_log_probabilities(workplace: Workplace):
