@@ -20,9 +20,10 @@ from pipeline.model.checkpoint import TensorReader, load_model, save_checkpoint
 from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
-from pipeline.puzzle.bld_cost import matmul_peak, parent_flops_per_token, training_flops_per_token
+from pipeline.puzzle.bld_cost import parent_flops_per_token, training_flops_per_token
+from pipeline.puzzle.block_keys import BlockKey, trainable_keys
+from pipeline.puzzle.devices import matmul_peak
 from pipeline.puzzle.importance import Importance
-from pipeline.puzzle.library import BlockKey, trainable_keys
 from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.puzzle.search_space import resolve
 from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig

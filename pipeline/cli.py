@@ -7,6 +7,7 @@
     python -m pipeline chat [--thinking on|off] QUESTION
     python -m pipeline serve [--port N] [--runtime llama.cpp|vllm]
     python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
+    python -m pipeline collect [--remove]
 
 Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
 """
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = explain_target(workspace, target=target)
             case "doctor":
                 text, exit_code = examine(workspace, given=given)
+            case "collect":
+                text = collect(workspace, remove=given.remove)
             case "materialize":
                 text = make(workspace, given.stage, target=target)
             case "summary":
@@ -95,6 +98,14 @@ def examine(workspace: Workspace, *, given: argparse.Namespace) -> tuple[str, in
         findings = examine_store(workspace, recipes=recipes, verify=given.verify)
         findings += examine_dagster(dagster_home(workspace), fix=given.fix)
     return render_findings(findings), int(any(finding.severity == "problem" for finding in findings))
+
+
+def collect(workspace: Workspace, *, remove: bool) -> str:
+    """Return which blocks of the store no solution uses, and delete them if asked."""
+    from pipeline.inspection.collect import collect_blocks  # imports torch
+    from pipeline.inspection.findings import render_findings
+
+    return render_findings(collect_blocks(workspace.store, remove=remove))
 
 
 def known_recipes(current: Recipe) -> tuple[Recipe, ...]:
@@ -231,6 +242,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--verify", action="store_true", help="read every byte again and compare its hash")
     doctor.add_argument("--fix", action="store_true", help="end dead runs and free the pool slots they hold")
     doctor.add_argument("--remove-garbage", action="store_true", help="delete what no recipe refers to")
+    gone = commands.add_parser("collect", help="say which trained blocks no solution uses, and delete them if asked")
+    gone.add_argument("--remove", action="store_true", help="delete them; without it nothing is changed")
     one = commands.add_parser("materialize", help="make one stage's artifact, or find it, without Dagster")
     one.add_argument("stage", help="a stage whose inputs are there already")
     summary = commands.add_parser("summary", help="print the results of a target and write them to summary.json")
@@ -241,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     server = commands.add_parser("serve", help="serve the exported model as an OpenAI-compatible API on 127.0.0.1")
     server.add_argument("--port", type=int, default=8080)
     server.add_argument("--runtime", choices=("llama.cpp", "vllm"), help="the first installed when not given")
-    for command in (plan, why, doctor, one, summary, chat, server):
+    for command in (plan, why, doctor, gone, one, summary, chat, server):
         command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

@@ -9,12 +9,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.architecture import AttentionSpec, BlockSpec, FFNSpec
-from pipeline.costs import BYTES_PER_PARAMETER, attention_parameters, ffn_parameters, kv_bytes_per_token
+from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
 from pipeline.planning import devices
 from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.planning.sizes import ModelSizes
+from pipeline.puzzle.bld_cost import (
+    bounded_rounds,
+    held_bytes,
+    layer_costs,
+    split_layers,
+    training_flops_per_token,
+)
+from pipeline.puzzle.block_keys import library_keys
 from pipeline.recipe import (
     DistillationConfig,
     MixtureConfig,
@@ -156,29 +163,28 @@ def _block_library(case: Case) -> Estimate:
     recipe, parent, space = case.recipe, case.sizes.parent, case.sizes.space
     config = recipe.block_library
     length = recipe.distillation_mix.sequence_length
-    trained, flops_per_token = 0.0, case.sizes.parent_flops(context_tokens=length, with_head=False)
-    largest_layer = 0.0
-    for options in space.layers:
-        in_layer = 0.0
-        for ffn in options.ffn:
-            if _is_trained_ffn(ffn, space.parent):
-                size = ffn_parameters(parent, ffn)
-                in_layer += size
-                flops_per_token += 3 * 2.0 * size
-        for attention in options.attention:
-            if _is_trained_attention(attention, space.parent):
-                size = attention_parameters(parent, attention)
-                in_layer += size
-                scores = 4.0 * parent.num_attention_heads * parent.head_dim * length
-                flops_per_token += 3 * (2.0 * size + (scores if attention.kind == "gqa" else 0.0))
-                # Its loss is taken behind the frozen parent FFN: forward, and backward to the FFN's input.
-                flops_per_token += 2 * 2.0 * ffn_parameters(parent, space.parent.ffn)
-        trained += in_layer
-        largest_layer = max(largest_layer, in_layer)
-    ranks = min(case.execution.num_ranks, len(space.layers))
-    weights = case.model_bytes(config.precision)
-    # fp32 weights, two AdamW moments; gradients of one block at a time.
-    state = 12.0 * trained / ranks
+    keys = library_keys(space, config)
+    trained = float(sum(block_parameters(parent, key.block) for key in keys))
+    flops_per_token = case.sizes.parent_flops(context_tokens=length, with_head=False)
+    flops_per_token += training_flops_per_token(parent, keys, context_tokens=length)
+    stretches = split_layers(layer_costs(parent, keys, context_tokens=length), case.execution.num_ranks)
+    max_gib = case.execution.block_memory_gib
+    rounds = [
+        bounded_rounds(
+            parent,
+            [key for key in keys if key.layer in stretch],
+            max_bytes=None if max_gib is None else max_gib * 2**30,
+        )
+        for stretch in stretches
+    ]
+    # In every round the parent runs anew.
+    num_rounds = max(len(one) for one in rounds)
+    flops_per_token += (num_rounds - 1) * case.sizes.parent_flops(context_tokens=length, with_head=False)
+    longest = max(len(stretch) for stretch in stretches)
+    layer = block_parameters(parent, space.parent)
+    outside = parent.vocab_size * parent.hidden_size  # the embedding, on the first rank
+    weights = BYTES_PER_PARAMETER[config.precision] * (longest * layer + outside)
+    state = max(held_bytes(parent, keys_of_round) for one in rounds for keys_of_round in one or ((),))
     batch = 4.0 * config.batch_size * length * (10 * parent.hidden_size + 6 * (space.parent.ffn.intermediate_size or 0))
     return Estimate(
         tokens=Range.of(config.tokens),
@@ -186,7 +192,7 @@ def _block_library(case: Case) -> Estimate:
         memory=Range(low=weights + state, expected=weights + state + batch, high=1.2 * (weights + state) + 3 * batch),
         memory_parts={"parent": weights, "blocks and their AdamW": state, "activations": batch},
         disk=Range.of(4.0 * trained),
-        working_disk=Range(low=0, expected=2 * 12.0 * trained, high=2 * 12.0 * trained),
+        working_disk=Range(low=0, expected=2 * 12.0 * trained / num_rounds, high=2 * 12.0 * trained),
         extra_s=START_S + Range.of(8 * trained).over(DISK),
         on_all_ranks=True,
     )
@@ -622,14 +628,6 @@ def _export(case: Case) -> Estimate:
 
 def _page(case: Case) -> Estimate:
     return Estimate(disk=Range(low=1e4, expected=1e6, high=2e7), extra_s=Range(low=0, expected=2, high=30))
-
-
-def _is_trained_ffn(spec: FFNSpec, parent: BlockSpec) -> bool:
-    return spec.kind != "no_op" and spec != parent.ffn
-
-
-def _is_trained_attention(spec: AttentionSpec, parent: BlockSpec) -> bool:
-    return spec.kind != "no_op" and spec != parent.attention
 
 
 _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {

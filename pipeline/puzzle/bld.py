@@ -30,11 +30,12 @@ from pipeline.errors import MissingInputError
 from pipeline.model.checkpoint import TensorReader
 from pipeline.progress import Reporter
 from pipeline.puzzle.bld_state import Trainee, load_progress, save_progress, saved_step
+from pipeline.puzzle.block_keys import BlockKey
 from pipeline.puzzle.block_loss import block_loss
 from pipeline.puzzle.devices import autocast
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.initial import build_variant
-from pipeline.puzzle.library import BlockKey, BlockRecord, LossPoint
+from pipeline.puzzle.library import BlockRecord, LossPoint
 from pipeline.puzzle.parent_layers import LayerActivations, ParentLayers
 from pipeline.puzzle.refit import refit_blocks
 from pipeline.recipe import BlockLibraryConfig

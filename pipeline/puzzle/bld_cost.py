@@ -1,22 +1,18 @@
-"""What block distillation costs: FLOPs counted by hand, bytes held, and the peak that matrix products reach here.
+"""What block distillation costs, and how it is cut by that: FLOPs, bytes, stretches of layers, rounds. Pure.
 
-Belongs here: nothing that trains; planning, the stage and the bench share these figures.
+Planning, the stage and the bench share these figures.
 """
 
-import time
-from collections.abc import Iterable
-
-import torch
+import itertools
+from collections.abc import Iterable, Sequence
 
 from pipeline.architecture import Architecture, BlockSpec
 from pipeline.costs import attention_parameters, block_parameters, ffn_parameters
-from pipeline.puzzle.library import BlockKey
+from pipeline.puzzle.block_keys import BlockKey
 
 # Weights and two moments of AdamW in fp32; gradients exist for one block at a time.
 STATE_BYTES_PER_PARAMETER = 12.0
 GRADIENT_BYTES_PER_PARAMETER = 4.0
-
-_NUM_TRIALS = 30
 
 
 def training_flops_per_token(architecture: Architecture, keys: Iterable[BlockKey], *, context_tokens: int) -> float:
@@ -75,21 +71,21 @@ def layer_costs(architecture: Architecture, keys: Iterable[BlockKey], *, context
     )
 
 
-def matmul_peak(architecture: Architecture, *, num_tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the best FLOP/s of matrix products of the parent FFN's two shapes over that many tokens."""
-    width = architecture.homogeneous_block().ffn.intermediate_size
-    assert width is not None
-    best = 0.0
-    for inner, outer in ((architecture.hidden_size, width), (width, architecture.hidden_size)):
-        left = torch.randn(num_tokens, inner, dtype=dtype, device=device)
-        right = torch.randn(outer, inner, dtype=dtype, device=device)
-        for _ in range(_NUM_TRIALS):
-            began = time.perf_counter()
-            torch.nn.functional.linear(left, right)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = max(best, 2.0 * num_tokens * inner * outer / (time.perf_counter() - began))
-    return best
+def split_layers(costs: Sequence[float], num_parts: int) -> tuple[range, ...]:
+    """Return at most that many stretches of layers of about equal cost, none empty, in order.
+
+    Stretch k ends behind the layer at which the running sum comes closest to (k + 1) / num_parts of the whole.
+    """
+    num_layers = len(costs)
+    sums = [sum(costs[:index]) for index in range(num_layers + 1)]
+    num_parts = min(num_parts, num_layers)
+    ends = [0]
+    for part in range(1, num_parts + 1):
+        # Leaves at least one layer for each stretch that follows.
+        candidates = range(ends[-1] + 1, num_layers - (num_parts - part) + 1)
+        ends.append(min(candidates, key=lambda end: abs(sums[end] - sums[-1] * part / num_parts)))
+    ends[-1] = num_layers
+    return tuple(range(start, end) for start, end in itertools.pairwise(ends))
 
 
 def _forward_flops(architecture: Architecture, block: BlockSpec, *, context_tokens: int) -> float:

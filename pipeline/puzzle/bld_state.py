@@ -20,7 +20,8 @@ from torch import Tensor
 from pipeline.architecture import Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
-from pipeline.puzzle.library import BlockKey, LossPoint
+from pipeline.puzzle.block_keys import BlockKey
+from pipeline.puzzle.library import LossPoint
 from pipeline.recipe import OptimizerConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

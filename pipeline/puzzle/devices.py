@@ -1,6 +1,7 @@
 """Where Puzzle's stages compute: device, threads, autocast, and the share of one rank among several."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -8,8 +9,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from pipeline.architecture import Architecture
 from pipeline.recipe import Precision
 from pipeline.training.distributed import init_distributed
+
+# The fastest of so many products counts, so that a moment's load does not.
+NUM_TRIALS = 30
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -49,3 +54,20 @@ def num_threads(count: int | None) -> Iterator[None]:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Return bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def matmul_peak(architecture: Architecture, *, num_tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the best FLOP/s of matrix products of the parent FFN's two shapes over that many tokens."""
+    width = architecture.homogeneous_block().ffn.intermediate_size
+    assert width is not None
+    best = 0.0
+    for inner, outer in ((architecture.hidden_size, width), (width, architecture.hidden_size)):
+        left = torch.randn(num_tokens, inner, dtype=dtype, device=device)
+        right = torch.randn(outer, inner, dtype=dtype, device=device)
+        for _ in range(NUM_TRIALS):
+            began = time.perf_counter()
+            torch.nn.functional.linear(left, right)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 2.0 * num_tokens * inner * outer / (time.perf_counter() - began))
+    return best

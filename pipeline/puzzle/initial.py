@@ -10,9 +10,10 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_layer
 from pipeline.model.surgery import initial_attention, initial_ffn
+from pipeline.puzzle.block_keys import BlockKey, trainable_keys
 from pipeline.puzzle.composition import LayerVariants, LoadVariants
 from pipeline.puzzle.importance import Importance
-from pipeline.puzzle.library import BlockKey, LibraryIndex, load_block, trainable_keys
+from pipeline.puzzle.library import LibraryIndex, load_block
 from pipeline.puzzle.search_space import SearchSpace
 
 

@@ -12,7 +12,6 @@ it does not hold. Parent and no-op variants have an entry and no artifact.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,18 +19,13 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, Frozen
+from pipeline.architecture import BlockSpec, Frozen
 from pipeline.artifacts import MANIFEST, Artifact, ArtifactStore, Manifest, write_atomically
 from pipeline.errors import ArtifactError, MissingInputError
 from pipeline.fingerprint import fingerprint
-from pipeline.puzzle.search_space import (
-    SearchSpace,
-    attention_from_key,
-    ffn_from_key,
-    resolve_attention,
-    resolve_ffn,
-)
-from pipeline.recipe import BlockLibraryConfig, CoupledSpace, Subblock
+from pipeline.puzzle.block_keys import BlockKey, library_keys, single_keys, why_untrained
+from pipeline.puzzle.search_space import SearchSpace
+from pipeline.recipe import BlockLibraryConfig, Subblock
 from pipeline.stage import StageResult
 
 BLOCK_ASSET = "bld_block"
@@ -41,28 +35,6 @@ INDEX = "index.json"
 
 # Raised by hand when block distillation computes something else for the same inputs.
 BLD_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, order=True)
-class BlockKey:
-    """One variant of one layer's attention or FFN, or one pair of both (`kv1+ffn256`)."""
-
-    layer: int
-    subblock: Subblock
-    variant: str
-
-    @property
-    def block(self) -> BlockSpec:
-        """What the variant is: a layer whose other subblock, where it has none of its own, is a no-op."""
-        attention, ffn = {
-            "attention": (self.variant, NO_FFN.key),
-            "ffn": (NO_ATTENTION.key, self.variant),
-            "pair": self.variant.partition("+")[::2],
-        }[self.subblock]
-        return BlockSpec(attention=attention_from_key(attention), ffn=ffn_from_key(ffn), parent_layers=(self.layer,))
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.subblock} {self.variant}"
 
 
 class LossPoint(Frozen):
@@ -136,36 +108,6 @@ def content_hash_of(artifact_dir: Path) -> str:
     return Manifest.model_validate_json((artifact_dir / MANIFEST).read_bytes()).content_hash
 
 
-def trainable_keys(space: SearchSpace) -> tuple[BlockKey, ...]:
-    """Return every variant of the space that has weights of its own: neither the parent's nor a no-op."""
-    return tuple(key for key in _single_keys(space) if _untrained(key, space) is None)
-
-
-def pair_keys(space: SearchSpace, coupled_space: CoupledSpace | None) -> tuple[BlockKey, ...]:
-    """Return every pair of the space with something to train; with a coupled space, those of its options alone.
-
-    The parent's own subblock is trained in company: beside no attention it can learn to make up for it.
-    """
-    attention = ffn = None
-    if coupled_space is not None:
-        attention = [resolve_attention(option, parent=space.parent.attention) for option in coupled_space.attention]
-        ffn = [resolve_ffn(option, parent=space.parent.ffn) for option in coupled_space.ffn]
-    keys = (
-        BlockKey(layer=layer, subblock="pair", variant=block.key)
-        for layer, options in enumerate(space.layers)
-        for block in options.blocks
-        if (attention is None or block.attention in attention) and (ffn is None or block.ffn in ffn)
-    )
-    return tuple(key for key in keys if _untrained(key, space) is None)
-
-
-def library_keys(space: SearchSpace, settings: BlockLibraryConfig) -> tuple[BlockKey, ...]:
-    """Return everything that the library trains."""
-    singles = trainable_keys(space) if settings.mode != "coupled" else ()
-    pairs = pair_keys(space, settings.coupled_space) if settings.mode != "decoupled" else ()
-    return (*singles, *pairs)
-
-
 def block_fingerprint(key: BlockKey, *, upstream: Mapping[str, str], settings: BlockLibraryConfig) -> str:
     """Return the hash of everything that decides a block's weights; what else the library trains does not.
 
@@ -225,10 +167,10 @@ def build_index(
 ) -> LibraryIndex:
     """Return the index over every variant of the space; a trainable variant without an entry is one that failed."""
     layers: dict[str, dict[Subblock, dict[str, LibraryEntry]]] = {str(layer): {} for layer in range(len(space.layers))}
-    singles = _single_keys(space) if settings.mode != "coupled" else ()
+    singles = single_keys(space) if settings.mode != "coupled" else ()
     for key in dict.fromkeys((*singles, *library_keys(space, settings))):
         layers[str(key.layer)].setdefault(key.subblock, {})[key.variant] = trained.get(key) or LibraryEntry(
-            kind=_untrained(key, space) or "failed",
+            kind=why_untrained(key, space) or "failed",
             fingerprint=None,
             content_hash=None,
             initial_loss=None,
@@ -280,22 +222,3 @@ def block_weights(store: ArtifactStore, index: LibraryIndex, key: BlockKey) -> P
             "materialize block_library again"
         )
     return artifact.path / BLOCK_WEIGHTS
-
-
-def _single_keys(space: SearchSpace) -> tuple[BlockKey, ...]:
-    found: list[BlockKey] = []
-    for layer, options in enumerate(space.layers):
-        found += [BlockKey(layer=layer, subblock="attention", variant=spec.key) for spec in options.attention]
-        found += [BlockKey(layer=layer, subblock="ffn", variant=spec.key) for spec in options.ffn]
-    return tuple(found)
-
-
-def _untrained(key: BlockKey, space: SearchSpace) -> Literal["parent", "no_op"] | None:
-    """Return why a variant has no weights of its own; None for one that is trained."""
-    block, parent = key.block, space.parent
-    own = [spec for spec in (block.attention, block.ffn) if spec.kind != "no_op"]
-    if not own:
-        return "no_op"
-    if key.subblock == "pair":
-        return "parent" if own == [parent.attention, parent.ffn] else None
-    return "parent" if own[0] in (parent.attention, parent.ffn) else None

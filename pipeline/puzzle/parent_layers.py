@@ -7,8 +7,7 @@ is the same bits whichever rank holds it.
 Letters: N windows, B batch, T tokens, D hidden_size.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,20 +119,3 @@ class ParentLayers:
             dtype=hidden_BTD.dtype,
             position_ids_BT=position_ids_BT.to(self.device),
         )
-
-
-def split_layers(costs: Sequence[float], num_parts: int) -> tuple[range, ...]:
-    """Return at most that many stretches of layers of about equal cost, none empty, in order.
-
-    Stretch k ends behind the layer at which the running sum comes closest to (k + 1) / num_parts of the whole.
-    """
-    num_layers = len(costs)
-    sums = [sum(costs[:index]) for index in range(num_layers + 1)]
-    num_parts = min(num_parts, num_layers)
-    ends = [0]
-    for part in range(1, num_parts + 1):
-        # Leaves at least one layer for each stretch that follows.
-        candidates = range(ends[-1] + 1, num_layers - (num_parts - part) + 1)
-        ends.append(min(candidates, key=lambda end: abs(sums[end] - sums[-1] * part / num_parts)))
-    ends[-1] = num_layers
-    return tuple(range(start, end) for start, end in itertools.pairwise(ends))

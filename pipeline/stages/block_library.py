@@ -23,26 +23,25 @@ from pipeline.puzzle.bld import FailedBlock, TrainedBlock, train_blocks
 from pipeline.puzzle.bld_cost import (
     bounded_rounds,
     layer_costs,
-    matmul_peak,
     parent_flops_per_token,
+    split_layers,
     training_flops_per_token,
 )
-from pipeline.puzzle.devices import Ranks, num_threads
+from pipeline.puzzle.block_keys import BlockKey, library_keys
+from pipeline.puzzle.devices import Ranks, matmul_peak, num_threads
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.library import (
     BLOCK_ASSET,
-    BlockKey,
     BlockRecord,
     block_fingerprint,
     build_index,
     content_hash_of,
-    library_keys,
     publish_block,
     read_record,
     trained_entry,
     write_index,
 )
-from pipeline.puzzle.parent_layers import ParentLayers, split_layers
+from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.tables import LOSSES, SCHEMAS, write_table
 from pipeline.report.drawings import draw_library, save_figures

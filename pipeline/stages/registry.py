@@ -229,7 +229,7 @@ STAGES: tuple[Stage, ...] = (
         config=lambda recipe, _: configs.BlockLibraryStage(
             search_space=recipe.search_space, block_library=recipe.block_library
         ),
-        description="Alternative subblocks of every layer, trained by decoupled block-wise local distillation.",
+        description="Alternative subblocks of every layer, or pairs of them, trained by block-wise local distillation.",
         in_child=True,
         trains=True,
         runs_on_all_ranks=True,

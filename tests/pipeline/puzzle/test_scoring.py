@@ -20,11 +20,11 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_mo
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.puzzle import activations, composition, divergence
 from pipeline.puzzle.activations import ActivationStore
+from pipeline.puzzle.block_keys import trainable_keys
 from pipeline.puzzle.composition import LayerVariants
 from pipeline.puzzle.divergence import Divergence, DivergenceSums, add_divergences
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
-from pipeline.puzzle.library import trainable_keys
 from pipeline.puzzle.score_functions import DivergenceScore, TaskScore
 from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve

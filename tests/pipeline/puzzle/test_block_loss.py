@@ -1,0 +1,132 @@
+"""The block losses against their definitions, and the curvature behind `kl` against autograd and the KL itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import MissingInputError
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.progress import SilentReporter
+from pipeline.puzzle import block_loss as subject
+from pipeline.puzzle.bld import TrainedBlock, train_blocks
+from pipeline.puzzle.block_loss import block_loss, output_curvature, output_gradients
+from pipeline.puzzle.importance import load_importance
+from pipeline.puzzle.parent_layers import ParentLayers
+from tests.pipeline.puzzle.conftest import Workplace
+from tests.pipeline.puzzle.test_bld import ALL, SETTINGS, train
+
+LAYER = 1
+
+
+def test_kl_loss_is_half_the_curvature_of_the_error_relative_to_each_token():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    curvature = torch.rand(5, generator=generator)
+    expected = sum(
+        0.5
+        * (curvature[channel] * (prediction - target)[row, token, channel] ** 2)
+        / target[row, token].square().mean()
+        for row in range(2)
+        for token in range(3)
+        for channel in range(5)
+    )
+    found = block_loss(prediction, target, kind="kl", curvature_D=curvature)
+    torch.testing.assert_close(found.double(), expected / 6, rtol=1e-6, atol=0)  # pyright: ignore[reportArgumentType]
+
+
+def log_probabilities(model: HeterogeneousLlamaForCausalLM, tokens_BT: Tensor, output_BTD: Tensor) -> Tensor:
+    """The model's log-probabilities when layer 1 gives this output."""
+    parent = ParentLayers.whole(model)
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    kwargs = parent.attention_kwargs(output_BTD, positions_BT)
+    hidden_BTD = model.model.layers[LAYER + 1](output_BTD, **kwargs)
+    return model.lm_head(model.model.norm(hidden_BTD)).log_softmax(dim=-1)
+
+
+def exact_curvature(workplace: Workplace, tokens_BT: Tensor) -> tuple[Tensor, Tensor, HeterogeneousLlamaForCausalLM]:
+    """Layer 1's output, and the diagonal of the Fisher information there: every label at every position, weighed."""
+    model = workplace.model(torch.float64)
+    model.requires_grad_(requires_grad=False)
+    positions_BT = torch.arange(tokens_BT.shape[1]).expand_as(tokens_BT)
+    *_, last = ParentLayers.whole(model).activations(tokens_BT, positions_BT, stop=LAYER + 1)
+    output_BTD = last.output_BTD.requires_grad_()
+    scores_BTV = log_probabilities(model, tokens_BT, output_BTD)
+    diagonal_BTD = torch.zeros_like(output_BTD)
+    for row in range(tokens_BT.shape[0]):
+        for position in range(tokens_BT.shape[1]):
+            for score in scores_BTV[row, position]:
+                (gradient_BTD,) = torch.autograd.grad(score, output_BTD, retain_graph=True)
+                diagonal_BTD += score.detach().exp() * gradient_BTD.square()
+    return output_BTD.detach(), diagonal_BTD, model
+
+
+def test_curvature_is_that_of_the_final_kl(workplace: Workplace):
+    tokens_BT = workplace.packed().tokens_NT[:1, :6]
+    output_BTD, diagonal_BTD, model = exact_curvature(workplace, tokens_BT)
+    before = log_probabilities(model, tokens_BT, output_BTD)
+    for token, channel in ((0, 3), (2, 17), (5, 31)):
+        step = 1e-3 / diagonal_BTD[0, token, channel].sqrt()
+        moved_BTD = output_BTD.clone()
+        moved_BTD[0, token, channel] += step
+        after = log_probabilities(model, tokens_BT, moved_BTD)
+        kl = (before.exp() * (before - after)).sum()
+        assert kl.item() == pytest.approx((0.5 * diagonal_BTD[0, token, channel] * step**2).item(), rel=0.02)
+
+
+def test_output_curvature_is_the_mean_of_sampled_gradients_and_tends_to_the_exact_one(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+):
+    packed = workplace.packed().take(16)
+    output_BTD, diagonal_BTD, model = exact_curvature(workplace, packed.tokens_NT)
+    exact_D = (output_BTD.square().mean(dim=-1, keepdim=True) * diagonal_BTD).mean(dim=(0, 1))
+    total_D, num_draws = torch.zeros_like(exact_D), 150
+    for seed in range(num_draws):
+        monkeypatch.setattr(subject, "LABEL_SEED", seed)
+        total_D += output_curvature(model, packed, batch_size=1, reporter=SilentReporter())[LAYER]
+    ratio_D = total_D / num_draws / exact_D
+    assert ratio_D.mean().item() == pytest.approx(1, abs=0.1)
+    assert 0.5 < ratio_D.min().item() < ratio_D.max().item() < 1.8
+
+
+def test_output_gradients_are_those_of_the_sampled_log_probabilities(workplace: Workplace):
+    packed = workplace.packed().take(16)
+    model = workplace.model(torch.float64)
+    outputs, gradients = output_gradients(
+        model, packed.tokens_NT, packed.position_ids_NT, generator=torch.Generator().manual_seed(7)
+    )
+    output_BTD = outputs[LAYER].clone().requires_grad_()
+    scores_SV = log_probabilities(model, packed.tokens_NT, output_BTD).flatten(0, 1)
+    labels_S1 = torch.multinomial(scores_SV.detach().float().exp(), 1, generator=torch.Generator().manual_seed(7))
+    (expected_BTD,) = torch.autograd.grad(scores_SV.gather(1, labels_S1).sum(), output_BTD)
+    torch.testing.assert_close(gradients[LAYER], expected_BTD, rtol=1e-4, atol=1e-6)
+
+
+def test_training_by_the_kl_lowers_it_for_every_block(workplace: Workplace, tmp_path: Path):
+    outcomes = train(workplace, ALL, tmp_path, settings=SETTINGS.model_copy(update={"loss": "kl"}))
+    for outcome in outcomes:
+        assert isinstance(outcome, TrainedBlock)
+        assert outcome.record.final_loss < outcome.record.initial_loss
+
+
+def test_kl_loss_without_its_curvature_is_refused(workplace: Workplace, tmp_path: Path):
+    importance = load_importance(workplace.importance_dir)
+    with pytest.raises(MissingInputError, match="without the curvature"):
+        train_blocks(
+            ParentLayers.whole(workplace.model()),
+            {},
+            parent_tensors=None,  # pyright: ignore[reportArgumentType]
+            importance=type(importance)(
+                ffn_contribution=importance.ffn_contribution,
+                kv_contribution=importance.kv_contribution,
+                channel_order=importance.channel_order,
+                kv_heads="mean",
+            ),
+            train=workplace.packed(),
+            validation=workplace.packed("validation"),
+            settings=SETTINGS.model_copy(update={"loss": "kl"}),
+            work_dir=tmp_path,
+            checkpoint_interval_steps=1,
+            reporter=SilentReporter(),
+        )
