@@ -70,9 +70,7 @@ def _width_obstacles(architecture: Architecture) -> list[str]:
 
 
 def _vllm_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = _head_dim_obstacles(architecture)
-    if architecture.attention_bias or architecture.mlp_bias:
-        obstacles.append("biases: its layers are built without them")
+    obstacles = []
     if architecture.blocks[0].attention.kind == "no_op":
         obstacles.append("layer 0 has no attention: its first forward pass fails")
     if _layers(architecture, attention="linear"):
@@ -110,7 +108,12 @@ def _llama_cpp_refusals(architecture: Architecture) -> list[str]:
 
 
 def _mlx_obstacles(architecture: Architecture) -> list[str]:
-    obstacles = _head_dim_obstacles(architecture)
+    obstacles = []
+    if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
+        obstacles.append(
+            f"head_dim {architecture.head_dim} times {architecture.num_attention_heads} heads is not hidden_size "
+            f"{architecture.hidden_size}: it takes the quotient for head_dim"
+        )
     if _layers(architecture, attention="linear"):
         obstacles.append(
             f"linear attention in {_layers(architecture, attention='linear')}: other tensor names expected"
@@ -118,15 +121,6 @@ def _mlx_obstacles(architecture: Architecture) -> list[str]:
     if _layers(architecture, ffn="linear"):
         obstacles.append(f"linear FFN in {_layers(architecture, ffn='linear')}: other tensor names expected")
     return obstacles
-
-
-def _head_dim_obstacles(architecture: Architecture) -> list[str]:
-    if architecture.head_dim * architecture.num_attention_heads == architecture.hidden_size:
-        return []
-    return [
-        f"head_dim {architecture.head_dim} times {architecture.num_attention_heads} heads is not hidden_size "
-        f"{architecture.hidden_size}: the reader assumes it is"
-    ]
 
 
 def _layers(architecture: Architecture, *, attention: str | None = None, ffn: str | None = None) -> str:

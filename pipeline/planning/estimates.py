@@ -257,31 +257,23 @@ def _cache_bytes(case: Case) -> float:
 
 def _block_profile(case: Case) -> Estimate:
     profile = case.recipe.block_profile
-    rounds = profile.repeats + profile.warmups
-    weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case)
-    if profile.backend == "llama_cpp":
-        # One whole model per variant, and three more; llama-bench repeats five times after a warm-up and a filling.
-        num_models = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
-        tokens, flops, read = _timings(case, num_parent=7.0 * num_models * rounds, num_children=0.0)
-        disk = Range.of(num_models * case.model_bytes(profile.precision))
-        return Estimate(
-            tokens=tokens,
-            work=((flops, devices.FORWARD),),
-            read_bytes=read,
-            memory=Range(low=weights, expected=weights + cache, high=1.3 * weights + 2 * cache),
-            memory_parts={"a model, and the file of another": weights, "cache": cache},
-            disk=disk,
-            extra_s=START_S + disk.over(DISK),
-        )
     # Each round runs the parent twice and a model of all variants, no shallower than the parent, once.
-    tokens, flops, read = _timings(case, num_parent=3.0 * rounds, num_children=0.0)
+    num_files, timings = 0, 3
+    if profile.backend == "llama_cpp":
+        # A whole model per variant and three more; llama-bench repeats five times after a warm-up and a filling.
+        num_files = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
+        timings = 7 * num_files
+    tokens, flops, read = _timings(case, num_parent=timings * (profile.repeats + profile.warmups), num_children=0.0)
+    weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case)
+    disk = Range.of(num_files * case.model_bytes(profile.precision))
     return Estimate(
         tokens=tokens,
         work=((flops, devices.FORWARD),),
         read_bytes=read,
         memory=Range(low=weights, expected=weights + cache, high=1.3 * weights + 2 * cache),
-        memory_parts={"parent and a model of all variants": weights, "cache": cache},
-        extra_s=START_S,
+        memory_parts={"two models, or one and another's file": weights, "cache": cache},
+        disk=disk,
+        extra_s=START_S + disk.over(DISK),
     )
 
 

@@ -11,7 +11,8 @@ in the place of x (attention from layer 1 on: without it in layer 0 no file load
 
 so that the sum over the parent's subblocks is the parent by construction. What differences of whole models cannot see
 is checked on one more model, whose layers take all variants in turn: the residual is its sum against its measurement.
-A call's fastest repetition counts: what else a machine does only adds.
+A call's fastest repetition counts: what else a machine does only adds. Whatever the weights' precision, the cache holds
+fp16, as it does in llama.cpp's server unless told otherwise; llama-bench knows no fp32 cache.
 """
 
 import json
@@ -42,7 +43,6 @@ from pipeline.runtimes import require_llama_cpp
 PARENT, SHALLOW, MIXED = "parent", "shallow", "mixed"
 REPETITIONS = 5  # of one call of llama-bench
 CALL_TIMEOUT_S = 1800.0
-_CACHE_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 Times = dict[tuple[str, str, Phase], list[float]]  # model, scenario, phase
 
@@ -234,12 +234,8 @@ def _time_ms(program: Path, gguf: Path, scenario: Scenario, phase: Phase, *, pro
         "prefill": ("-p", str(scenario.prompt_tokens), "-n", "0"),
         "decode": ("-p", "0", "-n", str(num_steps), "-d", str(before)),
     }[phase]
-    cache = _CACHE_TYPES[profile.precision]
-    command = (
-        *(str(program), "-m", str(gguf), "-t", str(profile.num_threads), "-r", str(REPETITIONS), "-o", "json"),
-        *("-ctk", cache, "-ctv", cache),
-        *work,
-    )
+    settings = ("-t", str(profile.num_threads), "-r", str(REPETITIONS), "-o", "json")
+    command = (str(program), "-m", str(gguf), *settings, *work)
     output = run_checked(command, what="llama-bench", timeout_s=CALL_TIMEOUT_S)
     (result,) = json.loads(output)
     return min(result["samples_ns"]) / 1e6 / (1 if phase == "prefill" else num_steps)

@@ -21,7 +21,7 @@ from pipeline.runtimes import find_python, require_llama_cpp
 
 DRIVERS = Path(__file__).parent / "drivers"
 NUM_NEW_TOKENS = 16
-START_S, ANSWER_S = 120.0, 240.0
+START_S, ANSWER_S, DRIVER_S = 120.0, 240.0, 2700.0
 
 
 class RuntimeRefusedError(Exception):
@@ -68,23 +68,44 @@ def ask_transformers(export_dir: Path, ids: list[int]) -> Answer:
     return Answer(logprobs_TV=logprobs_TV, greedy=new_BT[0, len(ids) :].tolist(), version=version)
 
 
-def ask_driver(runtime: str, export_dir: Path, ids: list[int], *, vocab_size: int) -> Answer:
-    """Run a script in the runtime's own environment."""
+def run_driver(
+    runtime: str, export_dirs: dict[str, Path], ids: list[int], *, vocab_size: int, work_dir: Path
+) -> dict[str, Path]:
+    """Run a script in the runtime's own environment over all models, for its imports take longer than any of them.
+
+    Returns where each answer is; a model whose answer is missing took the process down.
+    """
     python = find_python(runtime)
     assert python is not None, f"{runtime} is not installed: make install-{runtime}"
-    request, answer = (export_dir.with_name(f"{export_dir.name}-{name}.json") for name in ("request", "answer"))
-    request.write_text(json.dumps({"ids": ids, "num_new_tokens": NUM_NEW_TOKENS, "vocab_size": vocab_size}))
-    done = subprocess.run(
-        [python, DRIVERS / f"{runtime}_driver.py", export_dir, request, answer],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=ANSWER_S,
-        check=False,
-    )
-    if done.returncode or not answer.is_file():
-        raise RuntimeRefusedError("\n".join((done.stdout + done.stderr).strip().splitlines()[-12:]))
-    found = json.loads(answer.read_text())
+    answers = {name: work_dir / f"{runtime}-{index}.json" for index, name in enumerate(export_dirs)}
+    request = {
+        "ids": ids,
+        "num_new_tokens": NUM_NEW_TOKENS,
+        "vocab_size": vocab_size,
+        "models": [
+            {"directory": str(directory), "answer": str(answers[name])} for name, directory in export_dirs.items()
+        ],
+    }
+    request_path = work_dir / f"{runtime}-request.json"
+    request_path.write_text(json.dumps(request))
+    with (work_dir / f"{runtime}.log").open("wb") as log:
+        subprocess.run(
+            [python, DRIVERS / f"{runtime}_driver.py", request_path],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=DRIVER_S,
+            check=False,
+        )
+    return answers
+
+
+def read_answer(path: Path) -> Answer:
+    if not path.is_file():
+        raise RuntimeRefusedError(f"{path} was not written: the process ended before it answered")
+    found = json.loads(path.read_text())
+    if "error" in found:
+        raise RuntimeRefusedError(found["error"])
     return Answer(logprobs_TV=torch.tensor(found["logprobs"]), greedy=found["greedy"], version=found["version"])
 
 

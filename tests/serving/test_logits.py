@@ -1,5 +1,6 @@
 """Every runtime computes what our model computes, or refuses where the portability rules say that it cannot."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ from tests.serving.cases import CASES, write_case
 from tests.serving.runtimes import (
     Answer,
     RuntimeRefusedError,
-    ask_driver,
     ask_llama_cpp,
     ask_torch,
     ask_transformers,
+    read_answer,
+    run_driver,
 )
 from tests.serving.table import ROWS, Row
 
-pytestmark = [pytest.mark.serving, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
 
 MAX_LOGPROB_DIFFERENCE = 1e-3
 PROMPT = [1] + [(37 * position + 11) % 256 + 3 for position in range(40)]
@@ -53,38 +55,56 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Written
     return write
 
 
+@pytest.fixture(scope="module")
+def answers(
+    written: Callable[[str], Written], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Path]]:
+    """Run the script of a runtime over all cases once, when it is first asked for."""
+
+    @functools.cache
+    def run(runtime: str) -> dict[str, Path]:
+        return run_driver(
+            runtime,
+            {name: written(name).directory / "export" for name in CASES},
+            PROMPT,
+            vocab_size=next(iter(CASES.values())).vocab_size,
+            work_dir=tmp_path_factory.mktemp(runtime),
+        )
+
+    return run
+
+
 def gguf_of(written: Written) -> Path:
     path = written.directory / "model.gguf"
     export_gguf(written.directory / "checkpoint", path, precision="fp32")
     return path
 
 
-def ask(runtime: str, written: Written) -> Answer:
-    vocab_size = written.model.architecture.vocab_size
+def ask(runtime: str, name: str, case: Written, answers: Callable[[str], dict[str, Path]]) -> Answer:
     match runtime:
         case "transformers":
-            return ask_transformers(written.directory / "export", PROMPT)
+            return ask_transformers(case.directory / "export", PROMPT)
         case "llama.cpp":
-            return ask_llama_cpp(gguf_of(written), PROMPT, vocab_size=vocab_size)
+            return ask_llama_cpp(gguf_of(case), PROMPT, vocab_size=case.model.architecture.vocab_size)
         case "vLLM":
-            return ask_driver("vllm", written.directory / "export", PROMPT, vocab_size=vocab_size)
+            return read_answer(answers("vllm")[name])
         case _:
-            return ask_driver("mlx", written.directory / "export", PROMPT, vocab_size=vocab_size)
+            return read_answer(answers("mlx")[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("runtime", ["transformers", "llama.cpp", "mlx-lm", "vLLM"])
 def test_runtime_computes_what_we_do_or_refuses_as_predicted(
-    runtime: str, name: str, written: Callable[[str], Written]
+    runtime: str, name: str, written: Callable[[str], Written], answers: Callable[[str], dict[str, Path]]
 ):
     support = {item.runtime: item for item in runtime_support(CASES[name])}[runtime]
     case = written(name)
     if support.runs == "cannot":
         with pytest.raises((RuntimeRefusedError, CheckpointError)) as refusal:
-            ask(runtime, case)
+            ask(runtime, name, case, answers)
         ROWS.append(Row.refused(runtime, name, reason=str(refusal.value)))
         return
-    answer = ask(runtime, case)
+    answer = ask(runtime, name, case, answers)
     difference = float((answer.logprobs_TV - case.expected.logprobs_TV).abs().max())
     is_same_text = answer.greedy == case.expected.greedy
     ROWS.append(Row.ran(runtime, name, difference=difference, is_same_text=is_same_text, version=answer.version))

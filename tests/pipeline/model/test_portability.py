@@ -48,8 +48,8 @@ def test_what_a_runtime_takes_after_repacking_it_takes_as_it_is_once_repacked(la
 
 def test_shapes_and_tokenizers_that_readers_do_not_have_are_named():
     blocks = make_blocks(P, P)
-    assert takers("cannot", blocks, head_dim=12) == {"vLLM", "mlx-lm"}
-    assert takers("cannot", blocks, attention_bias=True) == {"vLLM", "llama.cpp"}
+    assert takers("cannot", blocks, head_dim=12) == {"mlx-lm"}
+    assert takers("cannot", blocks, attention_bias=True) == {"llama.cpp"}
     support = runtime_support(make_architecture(blocks=blocks), tokenizer_obstacle="unknown splitting")
     assert [(item.runtime, item.reason) for item in support if item.runs == "cannot"] == [
         ("llama.cpp", "unknown splitting")
