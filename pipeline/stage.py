@@ -32,6 +32,7 @@ class ExecutionSettings(Frozen):
     micro_batch_size: int = Field(default=4, ge=1)
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
     checkpoint_interval_steps: int = Field(default=10, ge=1)
+    sample_interval_steps: int = Field(default=10, ge=1, description="between completions shown while sampling trains")
     grace_seconds: float = Field(default=15.0, gt=0)
     requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
     requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
