@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.model.sampling import Completion, sample_completions, seeded_generator
 from pipeline.reasoning.algorithms import JudgedRow, with_advantages
 from pipeline.reasoning.curriculum import Batch
 from pipeline.reasoning.grpo import share_zero_advantage_groups
 from pipeline.reasoning.policy import RowStatistics, SampledRow, row_statistics
 from pipeline.reasoning.rewards import Verdict, judge
-from pipeline.reasoning.rollout import Completion, sample_completions, seeded_generator
 from pipeline.recipe import RPO, RLConfig
 from pipeline.training.engine import TrainEngine
 

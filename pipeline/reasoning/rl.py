@@ -20,13 +20,13 @@ from pipeline.artifacts import write_atomically
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.errors import DataError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.model.sampling import seeded_generator
 from pipeline.progress import Reporter
 from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weight, units_loss
 from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
 from pipeline.reasoning.experience import Prompt, Rollout, collect_rollout, draw_prompts, sample_judged, score_rows
 from pipeline.reasoning.grpo import kl_k3, token_logprobs
 from pipeline.reasoning.policy import batch_logits, batch_rows
-from pipeline.reasoning.rollout import seeded_generator
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
 from pipeline.training.distributed import barrier, sum_across_ranks

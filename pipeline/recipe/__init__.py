@@ -22,6 +22,7 @@ from pipeline.recipe.measuring import (
     BaselinesConfig,
     EvaluationConfig,
     MeasurementConfig,
+    SampledConfig,
     SpeedReportConfig,
     Thresholds,
 )
@@ -151,6 +152,7 @@ __all__ = [
     "Requirements",
     "SFTConfig",
     "SFTStage",
+    "SampledConfig",
     "Scenario",
     "SearchConfig",
     "SearchSpaceConfig",
