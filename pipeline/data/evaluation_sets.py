@@ -3,7 +3,8 @@
 held_out/<source>.parquet        documents that no training sees
 multiple_choice/<name>.jsonl     prompt, choices, gold
 search_task.jsonl                the same, for the search to choose children by; evaluation asks other items
-reasoning.jsonl                  verifiable items
+reasoning.jsonl                  verifiable items of the tasks that are trained on
+held_out_tasks.jsonl             verifiable items of families and difficulties that nothing trains on
 ngrams.parquet                   hashed word n-grams of all of it
 """
 
@@ -21,6 +22,7 @@ _HELD_OUT = "held_out"
 _MULTIPLE_CHOICE = "multiple_choice"
 _SEARCH_TASK = "search_task.jsonl"
 _REASONING = "reasoning.jsonl"
+_HELD_OUT_TASKS = "held_out_tasks.jsonl"
 _NGRAMS = "ngrams.parquet"
 
 
@@ -70,6 +72,21 @@ def save_reasoning_items(directory: Path, items: Sequence[ReasoningItem]) -> Non
 def load_reasoning_items(directory: Path) -> list[ReasoningItem]:
     """Return the verifiable items of all tasks, in the recipe's order."""
     return [ReasoningItem.model_validate_json(line) for line in _read_lines(directory / _REASONING)]
+
+
+def save_held_out_items(directory: Path, items: Sequence[ReasoningItem]) -> None:
+    """Write the verifiable items of tasks that nothing trains on."""
+    _write_lines(directory / _HELD_OUT_TASKS, items)
+
+
+def load_held_out_items(directory: Path) -> list[ReasoningItem]:
+    """Return the verifiable items of tasks that nothing trains on, in the recipe's order."""
+    return [ReasoningItem.model_validate_json(line) for line in _read_lines(directory / _HELD_OUT_TASKS)]
+
+
+def load_evaluated_questions(directory: Path) -> set[str]:
+    """Return every verifiable question that is measured, of whatever task."""
+    return {item.question for item in [*load_reasoning_items(directory), *load_held_out_items(directory)]}
 
 
 def save_evaluation_ngrams(directory: Path, ngrams: NgramSet) -> None:

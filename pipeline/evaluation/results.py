@@ -49,6 +49,44 @@ class ModeQuality(Frozen):
     max_new_tokens: int
 
 
+class BothModes(Frozen):
+    """Greedy answers to one group of tasks with thinking on and off."""
+
+    thinking_on: ModeQuality
+    thinking_off: ModeQuality
+
+
+class PromptRobustness(Frozen):
+    """Greedy replies under one unusual system prompt."""
+
+    variant: str
+    wanted: Literal["on", "off", "either"]
+    thinks: Estimate = Field(description="one well-formed thought and an answer")
+    answers_at_once: Estimate = Field(description="an answer and no tag")
+
+
+class SampledQuality(Frozen):
+    """Several samples of each question, thinking on."""
+
+    pass_at_1: Estimate
+    share_compliant: float
+    mean_tokens: float
+    num_samples: int
+    temperature: float
+    top_p: float
+
+
+class ChainHealth(Frozen):
+    """Greedy replies with thinking on, as texts."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    num_words: Estimate
+    repeated_share: Estimate
+    looping: Estimate
+    self_bleu: float
+
+
 class SampleAnswer(Frozen):
     """One question with the checkpoint's own answers, as generated."""
 
@@ -71,6 +109,10 @@ class CheckpointEvaluation(Frozen):
     multiple_choice: dict[str, MultipleChoiceQuality]
     thinking_on: ModeQuality
     thinking_off: ModeQuality
+    held_out_tasks: dict[str, BothModes]
+    robustness: tuple[PromptRobustness, ...]
+    sampled: SampledQuality | None
+    chains: ChainHealth
     samples: tuple[SampleAnswer, ...]
 
     def mode(self, name: Mode) -> ModeQuality:

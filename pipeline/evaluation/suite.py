@@ -4,8 +4,9 @@ HARNESS_VERSION is raised by hand whenever a figure would come out differently f
 """
 
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +16,25 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.costs import num_parameters
 from pipeline.data.benchmarks import MultipleChoiceItem
-from pipeline.data.evaluation_sets import load_held_out, load_multiple_choice, load_reasoning_items
+from pipeline.data.evaluation_sets import load_held_out, load_held_out_items, load_multiple_choice, load_reasoning_items
 from pipeline.data.mixtures import separator_id
 from pipeline.data.reasoning_items import ReasoningItem
+from pipeline.evaluation.chains import chain_health
 from pipeline.evaluation.multiple_choice import multiple_choice_quality
 from pipeline.evaluation.perplexity import ParentText, cut_windows, sum_over_windows, text_quality
-from pipeline.evaluation.results import CheckpointEvaluation, Mode, SampleAnswer
+from pipeline.evaluation.results import BothModes, CheckpointEvaluation, Mode, SampleAnswer
+from pipeline.evaluation.robustness import VARIANTS, robustness_rows
+from pipeline.evaluation.sampled import sampled_quality
 from pipeline.evaluation.toggle import Answer, answer_items, mode_quality
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.recipe import EvaluationConfig
 
-HARNESS_VERSION = 1
+HARNESS_VERSION = 2
 MAX_SAMPLES = 6
+OTHER_DIFFICULTY = "trained family, other difficulty"
+OTHER_FAMILY = "family not trained on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,7 @@ class Suite:
     windows: dict[str, Tensor]
     multiple_choice: dict[str, list[MultipleChoiceItem]]
     reasoning: list[ReasoningItem]
+    held_out_tasks: dict[str, list[ReasoningItem]]
 
     @property
     def num_batches(self) -> int:
@@ -47,6 +54,9 @@ class Suite:
         rows = [len(windows) for windows in self.windows.values()]
         rows += [sum(len(item.choices) for item in items) for items in self.multiple_choice.values()]
         rows += [len(self.reasoning)] * 2
+        rows += [len(items) for items in self.held_out_tasks.values()] * 2
+        rows += [len(VARIANTS) * len(self.reasoning[: self.config.robustness_items])]
+        rows += [len(self.reasoning[: self.config.sampled.num_items]) * self.config.sampled.num_samples]
         return sum(math.ceil(num_rows / self.config.batch_size) for num_rows in rows)
 
 
@@ -67,8 +77,28 @@ def load_suite(sets_dir: Path, *, parent_dir: Path, config: EvaluationConfig) ->
             for name, texts in sorted(load_held_out(sets_dir).items())
         },
         multiple_choice=dict(sorted(load_multiple_choice(sets_dir).items())),
-        reasoning=load_reasoning_items(sets_dir),
+        reasoning=_mixed(load_reasoning_items(sets_dir)),
+        held_out_tasks=group_held_out(load_held_out_items(sets_dir), trained=load_reasoning_items(sets_dir)),
     )
+
+
+def group_held_out(
+    items: Sequence[ReasoningItem], *, trained: Sequence[ReasoningItem]
+) -> dict[str, list[ReasoningItem]]:
+    """Return items by what training has seen of their task: its family at another difficulty, or nothing."""
+    families = {item.task for item in trained}
+    groups: dict[str, list[ReasoningItem]] = {}
+    for item in items:
+        groups.setdefault(OTHER_DIFFICULTY if item.task in families else OTHER_FAMILY, []).append(item)
+    return groups
+
+
+def _mixed(items: Sequence[ReasoningItem]) -> list[ReasoningItem]:
+    """Return items task by turn, so that the first few are of every task."""
+    by_task: dict[str, list[ReasoningItem]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item)
+    return [item for turn in itertools.zip_longest(*by_task.values()) for item in turn if item is not None]
 
 
 def load_for_evaluation(checkpoint_dir: Path, *, config: EvaluationConfig) -> HeterogeneousLlamaForCausalLM:
@@ -124,19 +154,44 @@ def evaluate_checkpoint(
         for set_name, items in suite.multiple_choice.items()
     }
 
-    def answers_in(mode: Mode, max_new_tokens: int) -> list[Answer]:
+    def answers_in(mode: Mode, items: list[ReasoningItem]) -> list[Answer]:
         return answer_items(
             model,
-            items=suite.reasoning,
+            items=items,
             mode=mode,
             tokenizer=tokenizer,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens[mode],
             batch_size=config.batch_size,
             on_batch=on_batch,
         )
 
-    answers_on = answers_in("on", config.max_new_tokens_on)
-    answers_off = answers_in("off", config.max_new_tokens_off)
+    max_new_tokens: dict[Mode, int] = {"on": config.max_new_tokens_on, "off": config.max_new_tokens_off}
+    answers_on = answers_in("on", suite.reasoning)
+    answers_off = answers_in("off", suite.reasoning)
+    held_out = {
+        group: BothModes(
+            thinking_on=mode_quality(answers_in("on", items), mode="on", max_new_tokens=max_new_tokens["on"]),
+            thinking_off=mode_quality(answers_in("off", items), mode="off", max_new_tokens=max_new_tokens["off"]),
+        )
+        for group, items in suite.held_out_tasks.items()
+    }
+    robustness = robustness_rows(
+        model,
+        items=suite.reasoning[: config.robustness_items],
+        tokenizer=tokenizer,
+        max_new_tokens=config.max_new_tokens_on,
+        batch_size=config.batch_size,
+        on_batch=on_batch,
+    )
+    sampled = sampled_quality(
+        model,
+        items=suite.reasoning[: config.sampled.num_items],
+        config=config.sampled,
+        tokenizer=tokenizer,
+        max_new_tokens=config.max_new_tokens_on,
+        batch_size=config.batch_size,
+        on_batch=on_batch,
+    )
     first_of_task = {item.task: index for index, item in reversed(list(enumerate(suite.reasoning)))}
     return CheckpointEvaluation(
         harness_version=HARNESS_VERSION,
@@ -148,6 +203,10 @@ def evaluate_checkpoint(
         multiple_choice=choices,
         thinking_on=mode_quality(answers_on, mode="on", max_new_tokens=config.max_new_tokens_on),
         thinking_off=mode_quality(answers_off, mode="off", max_new_tokens=config.max_new_tokens_off),
+        held_out_tasks=held_out,
+        robustness=robustness,
+        sampled=sampled,
+        chains=chain_health([answer.text for answer in answers_on]),
         samples=tuple(
             SampleAnswer(
                 task=suite.reasoning[index].task,

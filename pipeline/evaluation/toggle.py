@@ -87,10 +87,8 @@ def mode_quality(answers: Sequence[Answer], *, mode: Mode, max_new_tokens: int) 
     is_found: list[bool] = []
     by_task: dict[str, list[bool]] = {}
     for answer in answers:
-        visible = split_thinking(answer.text).answer
-        is_exact = _is_right(answer.item, visible)
-        num_exact += is_exact
-        is_found.append(is_exact or _is_right(answer.item, extract_answer(visible, reference=answer.item.answer)))
+        num_exact += _is_right(answer.item, split_thinking(answer.text).answer)
+        is_found.append(is_answer_found(answer.text, item=answer.item))
         by_task.setdefault(answer.item.task, []).append(is_found[-1])
     return ModeQuality(
         answer_found=share(sum(is_found), num_samples=len(answers)),
@@ -104,6 +102,12 @@ def mode_quality(answers: Sequence[Answer], *, mode: Mode, max_new_tokens: int) 
         num_empty=sum(not split_thinking(answer.text).answer for answer in answers),
         max_new_tokens=max_new_tokens,
     )
+
+
+def is_answer_found(text: str, *, item: ReasoningItem) -> bool:
+    """Return whether a reply is the right answer, or `extract_answer` takes the right one from it."""
+    visible = split_thinking(text).answer
+    return _is_right(item, visible) or _is_right(item, extract_answer(visible, reference=item.answer))
 
 
 def _is_right(item: ReasoningItem, text: str) -> bool:

@@ -132,7 +132,8 @@ def execution_warnings(case: Case) -> list[str]:
         found.append(
             "ZeRO: rl_checkpoint samples from the whole model on every rank and refuses zero_stage 3: run it with 2"
         )
-    rows_per_rank = recipe.rl.prompts_per_step // execution.num_ranks * recipe.rl.samples_per_prompt
+    per_prompt = 1 if recipe.rl.algorithm.kind == "rpo" else recipe.rl.samples_per_prompt
+    rows_per_rank = recipe.rl.prompts_per_step // execution.num_ranks * per_prompt
     if rows_per_rank % recipe.rl.updates_per_rollout:
         found.append(
             f"ranks: a rollout has {rows_per_rank} samples per rank, which rl.updates_per_rollout = "

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.reasoning.grpo import group_advantages, share_zero_advantage_groups
+from pipeline.model.sampling import Completion, sample_completions, seeded_generator
+from pipeline.reasoning.algorithms import JudgedRow, with_advantages
+from pipeline.reasoning.curriculum import Batch
+from pipeline.reasoning.grpo import share_zero_advantage_groups
 from pipeline.reasoning.policy import RowStatistics, SampledRow, row_statistics
 from pipeline.reasoning.rewards import Verdict, judge
-from pipeline.reasoning.rollout import Completion, sample_completions, seeded_generator
-from pipeline.recipe import RLConfig
+from pipeline.recipe import RPO, RLConfig
 from pipeline.training.engine import TrainEngine
 
 # Rows per forward pass without gradients: the float32 log-softmax of 16 rows of 100 tokens and 49,152 words is 315 MB.
@@ -32,16 +33,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JudgedRow:
-    """A sampled completion with all that its update needs."""
+class Judged:
+    """One completion, what it says, and what it earns."""
 
     row: SampledRow
-    sampler_logprobs: Tensor
+    completion: Completion
+    text: str
     verdict: Verdict
     reward: float
-    advantage: float
-    old: RowStatistics
-    reference: RowStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,15 +53,68 @@ class Rollout:
     samples: tuple[dict[str, Any], ...]
 
 
-def draw_prompts(items: Sequence[ReasoningItem], *, config: RLConfig, step: int) -> list[Prompt]:
-    """Return the prompts of a step, counted from 1: every item comes once before any comes again."""
+def draw_prompts(
+    items: Sequence[ReasoningItem], *, config: RLConfig, step: int, curriculum: Sequence[Batch] | None
+) -> list[Prompt]:
+    """Return the prompts of a step, counted from 1; without a curriculum every item comes once before any comes again.
+
+    The first `share_thinking_on` of them think.
+    """
     num_thinking = round(config.share_thinking_on * config.prompts_per_step)
-    prompts = []
-    for place in range(config.prompts_per_step):
-        epoch, index = divmod((step - 1) * config.prompts_per_step + place, len(items))
-        order = random.Random(f"{config.seed}/{epoch}").sample(range(len(items)), len(items))
-        prompts.append(Prompt(item=items[order[index]], thinking=place < num_thinking))
-    return prompts
+    if curriculum is not None:
+        places = curriculum[step - 1].places
+    else:
+        places = []
+        for place in range(config.prompts_per_step):
+            epoch, index = divmod((step - 1) * config.prompts_per_step + place, len(items))
+            order = random.Random(f"{config.seed}/{epoch}").sample(range(len(items)), len(items))
+            places.append(order[index])
+    return [Prompt(item=items[place], thinking=number < num_thinking) for number, place in enumerate(places)]
+
+
+def sample_judged(
+    model: HeterogeneousLlamaForCausalLM,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RLConfig,
+    num_samples: int,
+    generator: torch.Generator,
+) -> list[list[Judged]]:
+    """Sample every prompt `num_samples` times at the recipe's temperature and judge the replies."""
+    if not prompts:
+        return []
+    model.eval()
+    prompt_ids = [
+        generation_prompt_ids(tokenizer, reasoning_messages(prompt.item.question, thinking=prompt.thinking))
+        for prompt in prompts
+    ]
+    groups = sample_completions(
+        model,
+        prompt_ids,
+        num_samples=num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=1.0,
+        stop_ids=stop_token_ids(tokenizer, model.architecture.eos_token_ids),
+        generator=generator,
+    )
+    judged: list[list[Judged]] = []
+    for prompt, ids, group in zip(prompts, prompt_ids, groups, strict=True):
+        judged.append([])
+        for completion in group:
+            text = _text(completion, tokenizer)
+            verdict = judge(text, item=prompt.item, thinking=prompt.thinking, is_terminated=completion.is_terminated)
+            judged[-1].append(
+                Judged(
+                    row=SampledRow(prompt_ids=tuple(ids), completion_ids=completion.ids),
+                    completion=completion,
+                    text=text,
+                    verdict=verdict,
+                    reward=verdict.reward(accuracy_reward=config.accuracy_reward, format_reward=config.format_reward),
+                )
+            )
+    return judged
 
 
 def collect_rollout(
@@ -70,76 +122,59 @@ def collect_rollout(
     *,
     reference: HeterogeneousLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[ReasoningItem],
+    prompts: Sequence[Prompt],
     config: RLConfig,
     step: int,
 ) -> Rollout:
     """Sample this rank's share of a step's groups, judge them, and read policy and reference at every token."""
-    policy = engine.model
-    policy.eval()
-    prompts = draw_prompts(items, config=config, step=step)[engine.rank :: engine.world_size]
-    prompt_ids = [
-        generation_prompt_ids(tokenizer, reasoning_messages(prompt.item.question, thinking=prompt.thinking))
-        for prompt in prompts
-    ]
-    groups = sample_completions(
-        policy,
-        prompt_ids,
+    own = prompts[engine.rank :: engine.world_size]
+    is_offline = isinstance(config.algorithm, RPO) and not config.algorithm.online
+    groups = sample_judged(
+        reference if is_offline else engine.model,
+        own,
+        tokenizer=tokenizer,
+        config=config,
         num_samples=config.samples_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=1.0,
-        stop_ids=stop_token_ids(tokenizer, policy.architecture.eos_token_ids),
         generator=seeded_generator("rollout", config.seed, step, engine.rank, device=engine.device),
     )
-    texts = [[_text(completion, tokenizer) for completion in group] for group in groups]
-    verdicts = [
-        judge(text, item=prompt.item, thinking=prompt.thinking, is_terminated=completion.is_terminated)
-        for prompt, group, group_texts in zip(prompts, groups, texts, strict=True)
-        for completion, text in zip(group, group_texts, strict=True)
-    ]
-    rewards = [
-        verdict.reward(accuracy_reward=config.accuracy_reward, format_reward=config.format_reward)
-        for verdict in verdicts
-    ]
-    rewards_PS = torch.tensor(rewards).reshape(len(prompts), config.samples_per_prompt)
-    advantages_PS = group_advantages(rewards_PS, baseline=config.baseline, normalise_by_std=config.normalise_by_std)
-    rows = [
-        SampledRow(prompt_ids=tuple(ids), completion_ids=completion.ids)
-        for ids, group in zip(prompt_ids, groups, strict=True)
-        for completion in group
-    ]
-    old = score_rows(policy, rows, config=config, device=engine.device)
+    found = [judged for group in groups for judged in group]
+    engine.model.eval()
+    rows = [judged.row for judged in found]
+    old = score_rows(engine.model, rows, config=config, device=engine.device)
     anchor = score_rows(reference, rows, config=config, device=engine.device)
-    completions = [completion for group in groups for completion in group]
+    rewards_PS = torch.tensor([judged.reward for judged in found]).reshape(len(own), config.samples_per_prompt)
     return Rollout(
         rows=tuple(
-            JudgedRow(
-                row=row,
-                sampler_logprobs=torch.tensor(completion.logprobs),
-                verdict=verdict,
-                reward=reward,
-                advantage=advantage,
-                old=old_row,
-                reference=reference_row,
-            )
-            for row, completion, verdict, reward, advantage, old_row, reference_row in zip(
-                rows, completions, verdicts, rewards, advantages_PS.flatten().tolist(), old, anchor, strict=True
+            with_advantages(
+                [
+                    JudgedRow(
+                        row=judged.row,
+                        sampler_logprobs=torch.tensor(judged.completion.logprobs),
+                        verdict=judged.verdict,
+                        reward=judged.reward,
+                        advantage=0.0,
+                        old=old_row,
+                        reference=reference_row,
+                    )
+                    for judged, old_row, reference_row in zip(found, old, anchor, strict=True)
+                ],
+                algorithm=config.algorithm,
+                num_samples=config.samples_per_prompt,
             )
         ),
-        num_groups=len(prompts),
-        num_zero_advantage_groups=share_zero_advantage_groups(rewards_PS) * len(prompts),
+        num_groups=len(own),
+        num_zero_advantage_groups=share_zero_advantage_groups(rewards_PS) * len(own),
         samples=tuple(
             {
                 "task": prompt.item.task,
                 "mode": "on" if prompt.thinking else "off",
                 "question": prompt.item.question.strip(),
                 "answer": prompt.item.answer,
-                "completion": group_texts[0],
-                "reward": rewards_PS[place, 0].item(),
-                "is_terminated": group[0].is_terminated,
+                "completion": group[0].text,
+                "reward": group[0].reward,
+                "is_terminated": group[0].completion.is_terminated,
             }
-            for place, (prompt, group, group_texts) in enumerate(zip(prompts, groups, texts, strict=True))
+            for prompt, group in zip(own, groups, strict=True)
         ),
     )
 

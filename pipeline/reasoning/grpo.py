@@ -66,28 +66,40 @@ def clipped_loss(
     logprobs_BT: Tensor,
     old_logprobs_BT: Tensor,
     reference_logprobs_BT: Tensor,
-    advantages_B: Tensor,
+    advantages_BT: Tensor,
+    weights_BT: Tensor,
     trained_BT: Tensor,
     clip_low: float,
     clip_high: float,
     kl_weight: float,
 ) -> TokenLoss:
-    """Return the loss of the module's docstring, summed over the tokens where `trained_BT` is true."""
+    """Return the loss of the module's docstring, summed over the tokens where `trained_BT` is true.
+
+    Advantages may be one per row, [B, 1]. `weights_BT` multiplies the surrogate's gradient token by token; the KL is an
+    expectation under the policy itself and is not weighted.
+    """
     # Padding is taken out before the exponentials: exp of its arbitrary log-ratio can be inf, and inf * 0 is NaN.
     logprobs_BT = logprobs_BT.masked_fill(~trained_BT, 0.0)
     old_logprobs_BT = old_logprobs_BT.masked_fill(~trained_BT, 0.0)
     reference_logprobs_BT = reference_logprobs_BT.masked_fill(~trained_BT, 0.0)
-    advantages_B1 = advantages_B.unsqueeze(1)
     ratio_BT = torch.exp(logprobs_BT - old_logprobs_BT)
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    surrogate_BT = torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+    surrogate_BT = weights_BT * torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
     kl_BT = kl_k3(logprobs=logprobs_BT, reference_logprobs=reference_logprobs_BT)
-    is_clipped_BT = clipped_BT * advantages_B1 < ratio_BT * advantages_B1
+    is_clipped_BT = clipped_BT * advantages_BT < ratio_BT * advantages_BT
     return TokenLoss(
         loss=((kl_weight * kl_BT - surrogate_BT) * trained_BT).sum(),
         kl=(kl_BT * trained_BT).sum().detach(),
         num_clipped=(is_clipped_BT & trained_BT).sum(),
     )
+
+
+def importance_weights(*, old_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, max_weight: float) -> Tensor:
+    """Return min(pi_old(y_t) / pi_sampler(y_t), max_weight), [B, T]: what a sampler with other kernels makes of it.
+
+    Truncation bounds the variance at the price of a bias (Ionides 2008, "Truncated importance sampling").
+    """
+    return torch.exp(old_logprobs_BT - sampler_logprobs_BT).clamp(max=max_weight)
 
 
 def token_logprobs(logits_BTV: Tensor, *, ids_BT: Tensor, temperature: float) -> Tensor:

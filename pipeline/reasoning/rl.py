@@ -1,60 +1,74 @@
 """The reinforcement-learning loop: sample groups, judge them, update the policy, watch it. Resumes bit for bit.
 
 What a step does depends on (seed, step, rank) and on the weights alone: no state of a random generator outlives it.
-The log-probabilities that ratios start from are the trainer's own; how far the sampler's lie from them is reported.
+The log-probabilities that ratios start from are the trainer's own; how far the sampler's lie from them is reported,
+and corrected for by truncated importance weights.
 """
 
+import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.artifacts import write_atomically
 from pipeline.data.reasoning_items import ReasoningItem
-from pipeline.errors import DivergedError, RecipeError
+from pipeline.errors import DataError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.model.sampling import seeded_generator
 from pipeline.progress import Reporter
-from pipeline.reasoning.experience import JudgedRow, Rollout, collect_rollout, score_rows
-from pipeline.reasoning.grpo import clipped_loss, kl_k3, token_logprobs
+from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weight, units_loss
+from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
+from pipeline.reasoning.experience import Prompt, Rollout, collect_rollout, draw_prompts, sample_judged, score_rows
+from pipeline.reasoning.grpo import kl_k3, token_logprobs
 from pipeline.reasoning.policy import batch_logits, batch_rows
-from pipeline.recipe import RLConfig
-from pipeline.training.distributed import sum_across_ranks
+from pipeline.reasoning.stop_rules import reason_to_stop
+from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
+from pipeline.training.distributed import barrier, sum_across_ranks
 from pipeline.training.engine import TrainEngine
+
+_PASS_RATES = "pass_rates.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyTraining:
-    """What a training left behind: one curve row per step, samples in words, and how far the policy went."""
+    """What a training left behind: one curve row per step, samples in words, how far it went, and why it ended early.
+
+    `pass_rates` are those of the starting policy, in the order of the prompts; empty where none were asked for.
+    """
 
     curve: tuple[dict[str, float], ...]
     samples: tuple[dict[str, Any], ...]
+    pass_rates: tuple[float, ...]
     final_kl: float
     num_samples: int
+    stopped: str | None
 
 
-def rows_per_update(config: RLConfig, *, world_size: int) -> int:
-    """Return how many samples one optimizer step is taken on, over all ranks.
+def units_per_update(config: RLConfig, *, world_size: int) -> int:
+    """Return on how many units (samples, or pairs of them) one optimizer step is taken, over all ranks.
 
     Raises:
-        RecipeError: when prompts do not divide over ranks, or samples over updates.
+        RecipeError: when prompts do not divide over ranks, or units over updates.
     """
     if config.prompts_per_step % world_size:
         raise RecipeError(
             f"rl.prompts_per_step is {config.prompts_per_step}, which {world_size} ranks do not divide: "
             f"run with {math.gcd(config.prompts_per_step, world_size)} ranks, or change it"
         )
-    rows_per_rank = config.prompts_per_step // world_size * config.samples_per_prompt
-    if rows_per_rank % config.updates_per_rollout:
+    units_per_prompt = 1 if isinstance(config.algorithm, RPO) else config.samples_per_prompt
+    units_per_rank = config.prompts_per_step // world_size * units_per_prompt
+    if units_per_rank % config.updates_per_rollout:
         raise RecipeError(
-            f"a rollout has {rows_per_rank} samples per rank, which rl.updates_per_rollout = "
-            f"{config.updates_per_rollout} does not divide: change one of them"
+            f"a rollout has {units_per_rank} {'pairs' if units_per_prompt == 1 else 'samples'} per rank, which "
+            f"rl.updates_per_rollout = {config.updates_per_rollout} does not divide: change one of them"
         )
-    return config.prompts_per_step * config.samples_per_prompt // config.updates_per_rollout
+    return config.prompts_per_step * units_per_prompt // config.updates_per_rollout
 
 
 def train_policy(
@@ -64,26 +78,59 @@ def train_policy(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[ReasoningItem],
     config: RLConfig,
-    checkpoints_dir: Path,
+    work_dir: Path,
     checkpoint_interval_steps: int,
+    sample_interval_steps: int,
     reporter: Reporter,
 ) -> PolicyTraining:
-    """Train until `config.steps`, continuing from the newest checkpoint if there is one.
+    """Train until `config.steps` or a stop rule, continuing from the newest checkpoint if there is one.
 
     Raises:
+        DataError: when too few prompts are left to train on.
         DivergedError: when the loss or the gradient is no longer finite.
     """
+    trained_items, held_out = split_held_out(items, config=config)
+    pass_rates: list[float] = []
+    curriculum: list[Batch] | None = None
+    if config.difficulty is not None:
+        pass_rates = load_or_measure_pass_rates(
+            engine, trained_items, tokenizer=tokenizer, config=config, path=work_dir / _PASS_RATES, reporter=reporter
+        )
+        kept = hard_enough(pass_rates, max_pass_rate=config.difficulty.max_pass_rate)
+        reporter.note(f"{len(kept)} of {len(trained_items)} prompts are hard enough to learn from")
+        _require_prompts(len(kept), config=config)
+        trained_items = [trained_items[place] for place in kept]
+        if config.difficulty.curriculum is not None:
+            curriculum = plan_curriculum(
+                [pass_rates[place] for place in kept],
+                num_steps=config.steps,
+                prompts_per_step=config.prompts_per_step,
+                config=config.difficulty.curriculum,
+                seed=config.seed,
+            )
+    checkpoints_dir = work_dir / "checkpoints"
     state = engine.load_latest(checkpoints_dir) or {"curve": [], "samples": []}
     curve: list[dict[str, float]] = state["curve"]
     samples: list[dict[str, Any]] = state["samples"]
     final_kl = math.nan
+    stopped: str | None = None
     for step in range(len(curve) + 1, config.steps + 1):
         num_updates_before = engine.num_steps
+        watched_held_out = _held_out_rewards(
+            engine, held_out, tokenizer=tokenizer, config=config, step=step, before=curve[-1] if curve else None
+        )
         rollout = collect_rollout(
-            engine, reference=reference, tokenizer=tokenizer, items=items, config=config, step=step
+            engine,
+            reference=reference,
+            tokenizer=tokenizer,
+            prompts=draw_prompts(trained_items, config=config, step=step, curriculum=curriculum),
+            config=config,
+            step=step,
         )
         tokens_before = int(curve[-1]["tokens"]) if curve else 0
-        watched = _watch(rollout, engine=engine)
+        watched = _watch(rollout, engine=engine) | watched_held_out
+        if curriculum is not None:
+            watched["aimed_pass_rate"] = curriculum[step - 1].aimed_pass_rate
         updated = _update(engine, rollout.rows, config=config, step=step)
         curve.append({"step": step, "tokens": tokens_before + int(watched.pop("num_tokens")), **updated, **watched})
         samples += [{"step": step, **sample} for sample in rollout.samples]
@@ -91,54 +138,169 @@ def train_policy(
             step,
             config.steps,
             what="rollouts",
-            **{name: curve[-1][name] for name in ("reward", "accuracy", "format_rate", "kl", "loss", "entropy")},
+            **{
+                name: curve[-1][name]
+                for name in ("reward", "accuracy", "format_rate", "held_out_reward", "kl", "loss", "entropy")
+            },
         )
-        if step == config.steps:
+        if step % sample_interval_steps == 1 or sample_interval_steps == 1:
+            reporter.note(sample_text(samples[-1]))
+        if not isinstance(config.algorithm, OnPolicyDistillation):
+            stopped = reason_to_stop(curve, rules=config.stop)
+        if step == config.steps or stopped is not None:
             final_kl = _kl_to_reference(engine, rollout.rows, config=config)
             _require_finite(step, final_kl=final_kl)
         elif engine.num_steps // checkpoint_interval_steps > num_updates_before // checkpoint_interval_steps:
             engine.save(checkpoints_dir, {"curve": curve, "samples": samples})
+        if stopped is not None:
+            reporter.note(f"stopped at step {step} of {config.steps}: {stopped}")
+            break
     return PolicyTraining(
         curve=tuple(curve),
         samples=tuple(samples),
+        pass_rates=tuple(pass_rates),
         final_kl=final_kl,
-        num_samples=config.steps * config.prompts_per_step * config.samples_per_prompt,
+        num_samples=len(curve) * config.prompts_per_step * config.samples_per_prompt,
+        stopped=stopped,
+    )
+
+
+def split_held_out(
+    items: Sequence[ReasoningItem], *, config: RLConfig
+) -> tuple[list[ReasoningItem], list[ReasoningItem]]:
+    """Return the items that are trained on, and those whose reward is only watched.
+
+    Raises:
+        DataError: when too few are left to train on.
+    """
+    order = random.Random(f"held-out/{config.seed}").sample(range(len(items)), len(items))
+    held_out = set(order[: config.held_out.num_prompts])
+    _require_prompts(len(items) - len(held_out), config=config)
+    return (
+        [item for place, item in enumerate(items) if place not in held_out],
+        [item for place, item in enumerate(items) if place in held_out],
+    )
+
+
+def _require_prompts(num_prompts: int, *, config: RLConfig) -> None:
+    if num_prompts < config.prompts_per_step:
+        raise DataError(
+            f"{num_prompts} prompts are left for reinforcement learning, a step takes {config.prompts_per_step}: raise "
+            "rl_prompts.items_per_task, make reasoning_tasks harder, or raise rl.difficulty.max_pass_rate"
+        )
+
+
+def load_or_measure_pass_rates(
+    engine: TrainEngine,
+    items: Sequence[ReasoningItem],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RLConfig,
+    path: Path,
+    reporter: Reporter,
+) -> list[float]:
+    """Return the share of right replies to each item, thinking on, by the policy as training starts.
+
+    Every rank calls this before the first step; they share the items. The file at `path` holds what was measured.
+    """
+    assert config.difficulty is not None
+    if path.is_file():
+        return [float(rate) for rate in json.loads(path.read_text(encoding="utf-8"))]
+    num_right = [0.0] * len(items)
+    size = config.prompts_per_step
+    for start in range(0, len(items), size):
+        places = list(range(start, min(start + size, len(items))))[engine.rank :: engine.world_size]
+        groups = sample_judged(
+            engine.model,
+            [Prompt(item=items[place], thinking=True) for place in places],
+            tokenizer=tokenizer,
+            config=config,
+            num_samples=config.difficulty.num_samples,
+            generator=seeded_generator("pass rates", config.seed, start, engine.rank, device=engine.device),
+        )
+        for place, group in zip(places, groups, strict=True):
+            num_right[place] = float(sum(judged.verdict.is_right for judged in group))
+        reporter.step(min(start + size, len(items)), len(items), what="prompts tried for their pass rate")
+    rates = [number / config.difficulty.num_samples for number in sum_across_ranks(num_right, device=engine.device)]
+    if engine.rank == 0:
+        write_atomically(path, json.dumps(rates).encode())
+    barrier()
+    return rates
+
+
+def _held_out_rewards(
+    engine: TrainEngine,
+    items: Sequence[ReasoningItem],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RLConfig,
+    step: int,
+    before: Mapping[str, float] | None,
+) -> dict[str, float]:
+    """Return mean reward and accuracy on the held-out prompts before the step's update, or as they were last seen.
+
+    One sample a prompt, drawn alike every time, so that two values differ by the policy alone.
+    """
+    if before is not None and (step - 1) % config.held_out.interval_steps and step != config.steps:
+        return {name: before[name] for name in ("held_out_reward", "held_out_accuracy")}
+    num_thinking = round(config.share_thinking_on * len(items))
+    prompts = [Prompt(item=item, thinking=place < num_thinking) for place, item in enumerate(items)]
+    groups = sample_judged(
+        engine.model,
+        prompts[engine.rank :: engine.world_size],
+        tokenizer=tokenizer,
+        config=config,
+        num_samples=1,
+        generator=seeded_generator("held out", config.seed, engine.rank, device=engine.device),
+    )
+    found = [group[0] for group in groups]
+    sums = [sum(judged.reward for judged in found), float(sum(judged.verdict.is_right for judged in found))]
+    reward, right = sum_across_ranks(sums, device=engine.device)
+    return {"held_out_reward": reward / len(items), "held_out_accuracy": right / len(items)}
+
+
+def sample_text(sample: Mapping[str, Any]) -> str:
+    """Return one sampled completion as a line for people: what was asked, said, wanted, and earned."""
+    question, completion = (" ".join(str(sample[name]).split()) for name in ("question", "completion"))
+    return (
+        f"step {sample['step']}, {sample['task']}, thinking {sample['mode']}: {question} -> {completion} "
+        f"(wanted {sample['answer']}, reward {sample['reward']:g})"
     )
 
 
 def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig, step: int) -> dict[str, float]:
-    """Take the step's optimizer updates, each on its share of the samples, and return what they were taken with."""
-    order = random.Random(f"{config.seed}/{step}/{engine.rank}").sample(range(len(judged)), len(judged))
-    size = len(judged) // config.updates_per_rollout
+    """Take the step's optimizer updates, each on its share of the units, and return what they were taken with."""
+    units = make_units(judged, algorithm=config.algorithm, num_samples=config.samples_per_prompt)
+    order = random.Random(f"{config.seed}/{step}/{engine.rank}").sample(range(len(units)), len(units))
+    size = len(units) // config.updates_per_rollout
     losses, clipped, info = [], [], None
-    for start in range(0, len(judged), size):
+    for start in range(0, len(units), size):
         # Rows of like length share a micro-batch: less padding, the same sum.
-        rows = sorted((judged[index] for index in order[start : start + size]), key=lambda row: row.row.num_tokens)
-        num_tokens = sum_across_ranks([float(sum(len(row.row.completion_ids) for row in rows))], device=engine.device)[
-            0
-        ]
+        chosen = sorted((units[index] for index in order[start : start + size]), key=_num_unit_tokens)
+        weight = sum(unit_weight(unit, algorithm=config.algorithm) for unit in chosen)
+        num_tokens = sum(len(row.row.completion_ids) for unit in chosen for row in unit)
+        totals = sum_across_ranks([weight, float(num_tokens)], device=engine.device)
+        total_weight = max(totals[0], 1.0)  # an update of pairs without a preferred one weighs nothing
         sums = [0.0, 0.0]
         for first in range(0, size, engine.micro_batch_size):
-            micro = rows[first : first + engine.micro_batch_size]
-            batch = batch_rows([row.row for row in micro], device=engine.device)
+            micro = chosen[first : first + engine.micro_batch_size]
+            batch = batch_rows([row.row for unit in micro for row in unit], device=engine.device)
             logits_BKV = batch_logits(engine.forward, batch)
-            token_loss = clipped_loss(
-                logprobs_BT=token_logprobs(logits_BKV, ids_BT=batch.target_ids_BK, temperature=config.temperature),
-                old_logprobs_BT=batch.spread([row.old.logprobs for row in micro]),
-                reference_logprobs_BT=batch.spread([row.reference.logprobs for row in micro]),
-                advantages_B=torch.tensor([row.advantage for row in micro], device=engine.device),
-                trained_BT=batch.sampled_BK,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                kl_weight=config.kl_weight,
+            found = units_loss(
+                token_logprobs(logits_BKV, ids_BT=batch.target_ids_BK, temperature=config.temperature),
+                batch,
+                micro,
+                algorithm=config.algorithm,
+                max_importance_weight=config.max_importance_weight,
             )
-            engine.backward(token_loss.loss / num_tokens)
-            sums = [sums[0] + token_loss.loss.item(), sums[1] + token_loss.num_clipped.item()]
+            engine.backward(found.loss / total_weight)
+            sums = [sums[0] + found.loss.item(), sums[1] + found.num_clipped.item()]
         info = engine.step()
-        loss, clip_fraction = (total / num_tokens for total in sum_across_ranks(sums, device=engine.device))
+        loss_sum, num_clipped = sum_across_ranks(sums, device=engine.device)
+        loss = loss_sum / total_weight
         _require_finite(step, loss=loss, grad_norm=info.grad_norm)
         losses.append(loss)
-        clipped.append(clip_fraction)
+        clipped.append(num_clipped / totals[1])
     assert info is not None
     return {
         "loss": sum(losses) / len(losses),
@@ -146,6 +308,10 @@ def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfi
         "grad_norm": info.grad_norm,
         "clip_fraction": sum(clipped) / len(clipped),
     }
+
+
+def _num_unit_tokens(unit: Unit) -> int:
+    return sum(row.row.num_tokens for row in unit)
 
 
 def _require_finite(step: int, **values: float) -> None:

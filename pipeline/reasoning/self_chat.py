@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.chat import TEMPLATE_DATE, THINK_CLOSE, THINK_OPEN, generation_prompt_ids, stop_token_ids
 from pipeline.errors import DataError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.model.sampling import Completion, sample_completions, seeded_generator
 from pipeline.progress import Reporter
-from pipeline.reasoning.rollout import Completion, sample_completions, seeded_generator
 from pipeline.recipe import ChatConfig
 
 _MARK = "THE-USER-SPEAKS-HERE"

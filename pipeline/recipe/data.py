@@ -91,6 +91,7 @@ class EvaluationSetsConfig(Frozen):
     held_out: Annotated[tuple[HeldOutText, ...], Field(min_length=1)]
     multiple_choice: tuple[MultipleChoiceSet, ...]
     reasoning_items_per_task: Positive
+    held_out_tasks: tuple[ReasoningTask, ...] = Field(description="families and difficulties that nothing trains on")
     ngram_tokens: Positive
     seed: int
 

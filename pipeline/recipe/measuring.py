@@ -8,9 +8,23 @@ from pipeline.architecture import Frozen
 from pipeline.recipe.types import Positive, PositiveFloat, Precision, Ratio
 
 
-class EvaluationConfig(Frozen):
-    """How every checkpoint is measured; parent and children by the same harness."""
+class SampledConfig(Frozen):
+    """Samples of the first `num_items` reasoning items, thinking on; their mean is pass@1. 0 items: not measured."""
 
+    num_items: Annotated[int, Field(ge=0)]
+    num_samples: Positive
+    temperature: PositiveFloat
+    top_p: PositiveFloat
+
+
+class EvaluationConfig(Frozen):
+    """How every checkpoint is measured; parent and children by the same harness.
+
+    `robustness_items` of the reasoning items are asked under unusual system prompts; 0: none.
+    """
+
+    robustness_items: Annotated[int, Field(ge=0)]
+    sampled: SampledConfig
     sequence_length: Positive
     text_tokens_per_set: Positive
     batch_size: Positive

@@ -1,8 +1,8 @@
 """Distillation, continued pre-training, fine-tuning and reinforcement learning of a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio
@@ -77,9 +77,93 @@ class SFTConfig(Frozen):
     seed: int
 
 
-class RLConfig(Frozen):
-    """Group-relative policy optimisation on verifiable rewards (Llama-Nemotron, section 5)."""
+class GRPO(Frozen):
+    """Group-relative policy optimisation; a higher `clip_high` than `clip_low` is "clip higher" (DAPO)."""
 
+    kind: Literal["grpo"]
+    baseline: Literal["leave_one_out", "group_mean"]
+    normalise_by_std: bool
+    clip_low: PositiveFloat
+    clip_high: PositiveFloat
+    kl_weight: NonNegativeFloat
+
+
+class RLOO(Frozen):
+    """REINFORCE with a leave-one-out baseline, the KL to the start in the reward; one update per rollout."""
+
+    kind: Literal["rloo"]
+    kl_weight: NonNegativeFloat
+
+
+RPODivergence = Literal["squared", "backward_kl", "forward_kl"]
+
+
+class RPO(Frozen):
+    """Reward-aware preference optimisation on the best and the worst sample of each group.
+
+    Online the policy samples; offline the checkpoint that training starts from does, throughout.
+    """
+
+    kind: Literal["rpo"]
+    divergence: RPODivergence
+    beta: PositiveFloat
+    reward_scale: PositiveFloat
+    online: bool
+
+
+class OnPolicyDistillation(Frozen):
+    """The parent's log-probability of what the policy sampled, against the policy's own; rewards are watched alone."""
+
+    kind: Literal["on_policy_distillation"]
+    clip_low: PositiveFloat
+    clip_high: PositiveFloat
+
+
+RLAlgorithm = Annotated[GRPO | RLOO | RPO | OnPolicyDistillation, Field(discriminator="kind")]
+
+
+class CurriculumConfig(Frozen):
+    """The pass rate that batches aim at goes from `start` to `end`; `sigma` is the spread around it."""
+
+    start: Ratio
+    end: Ratio
+    sigma: PositiveFloat
+
+
+class DifficultyConfig(Frozen):
+    """Pass rates of the starting checkpoint, thinking on: `num_samples` a prompt; those at `max_pass_rate` are dropped.
+
+    Without a curriculum the rest comes in random order.
+    """
+
+    num_samples: Positive
+    max_pass_rate: Annotated[float, Field(gt=0, le=1)]
+    curriculum: CurriculumConfig | None
+
+
+class HeldOutRewardConfig(Frozen):
+    """Prompts that are sampled from every `interval_steps` and never trained on."""
+
+    num_prompts: Positive
+    interval_steps: Positive
+
+
+class StopRulesConfig(Frozen):
+    """Bounds that end a training when they are crossed for `patience_steps` steps in a row."""
+
+    patience_steps: Positive
+    min_entropy_nats: NonNegativeFloat
+    max_kl_nats: PositiveFloat
+    max_held_out_drop: PositiveFloat
+
+
+class RLConfig(Frozen):
+    """Reinforcement learning on verifiable rewards (Llama-Nemotron, sections 5 and 6).
+
+    `max_importance_weight` caps the ratio of trainer to sampler by which each token's gradient is corrected.
+    """
+
+    algorithm: RLAlgorithm
     steps: Positive
     prompts_per_step: Positive
     samples_per_prompt: Annotated[int, Field(ge=2)]
@@ -87,13 +171,18 @@ class RLConfig(Frozen):
     temperature: PositiveFloat
     share_thinking_on: Ratio
     updates_per_rollout: Positive
-    baseline: Literal["leave_one_out", "group_mean"]
-    normalise_by_std: bool
-    clip_low: PositiveFloat
-    clip_high: PositiveFloat
-    kl_weight: NonNegativeFloat
+    max_importance_weight: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     accuracy_reward: NonNegativeFloat
     format_reward: NonNegativeFloat
+    difficulty: DifficultyConfig | None
+    held_out: HeldOutRewardConfig
+    stop: StopRulesConfig
     optimizer: OptimizerConfig
     precision: Precision
     seed: int
+
+    @model_validator(mode="after")
+    def _rloo_is_on_policy(self) -> Self:
+        if self.algorithm.kind == "rloo" and self.updates_per_rollout != 1:
+            raise ValueError(f"rloo takes one update per rollout, updates_per_rollout is {self.updates_per_rollout}")
+        return self

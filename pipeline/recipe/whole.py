@@ -98,6 +98,12 @@ class Recipe(Frozen):
         ):
             if tokens > available:
                 raise ValueError(f"{stage} is {tokens:,} tokens, its mixture holds {available:,}: enlarge the mixture")
+        for task in self.evaluation_sets.held_out_tasks:
+            if task in self.reasoning_tasks:
+                raise ValueError(
+                    f"evaluation_sets.held_out_tasks names {task.name} with {task.config}, which reasoning_tasks "
+                    "trains on: choose another difficulty or another task"
+                )
         blends = {blend.name: blend for blend in self.reasoning_toggle_dataset.blends}
         for stage in self.sft.stages:
             if stage.blend not in blends:

@@ -1,6 +1,8 @@
 """Tables and metrics of evaluations: one row per checkpoint, every sampled figure with its 95% interval. Pure."""
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping
 
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import CHECKPOINTS, CheckpointEvaluation
@@ -136,6 +138,109 @@ def answers_by_task_table(evaluation: CheckpointEvaluation) -> Table:
     return Table.of(("task", "thinking on", "thinking off", "n (items)"), rows)
 
 
+def held_out_tasks_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
+    """Return how many right answers are found on tasks that nothing trains on, one checkpoint and group per row."""
+    rows = [
+        (
+            STAGE_TITLES[name],
+            group,
+            write_estimate(quality.thinking_on.answer_found, as_percent=True),
+            write_estimate(quality.thinking_off.answer_found, as_percent=True),
+            write_estimate(quality.thinking_on.toggle_compliance, as_percent=True),
+            write_estimate(quality.thinking_off.toggle_compliance, as_percent=True),
+            quality.thinking_on.answer_found.num_samples,
+        )
+        for name in ordered(evaluations)
+        for group, quality in evaluations[name].held_out_tasks.items()
+    ]
+    columns = ("checkpoint", "tasks", "right, on", "right, off", "obeys, on", "obeys, off", "n (items)")
+    return Table.of(columns, rows)
+
+
+def robustness_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
+    """Return what replies do under unusual system prompts, one checkpoint and prompt per row."""
+    rows = [
+        (
+            STAGE_TITLES[name],
+            row.variant,
+            row.wanted,
+            write_estimate(row.thinks, as_percent=True),
+            write_estimate(row.answers_at_once, as_percent=True),
+            row.thinks.num_samples,
+        )
+        for name in ordered(evaluations)
+        for row in evaluations[name].robustness
+    ]
+    return Table.of(("checkpoint", "system prompt", "wanted", "thinks", "answers at once", "n (answers)"), rows)
+
+
+def chains_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
+    """Return pass@1 over samples and the health of chains of thought, one checkpoint per row."""
+    rows = []
+    for name in ordered(evaluations):
+        sampled, chains = evaluations[name].sampled, evaluations[name].chains
+        rows.append(
+            (
+                STAGE_TITLES[name],
+                MISSING if sampled is None else write_estimate(sampled.pass_at_1, as_percent=True),
+                MISSING
+                if sampled is None
+                else f"{sampled.pass_at_1.num_samples} x {sampled.num_samples}, T {sampled.temperature:g}, "
+                f"top-p {sampled.top_p:g}",
+                write_estimate(chains.num_words),
+                write_estimate(chains.repeated_share, as_percent=True),
+                write_estimate(chains.looping, as_percent=True),
+                MISSING if math.isnan(chains.self_bleu) else f"{chains.self_bleu:.3f}",
+                chains.num_words.num_samples,
+            )
+        )
+    columns = (
+        "checkpoint",
+        "pass@1, on",
+        "items x samples",
+        "words a reply, on",
+        "repeated",
+        "looping",
+        "self-BLEU",
+        "n (replies)",
+    )
+    return Table.of(columns, rows)
+
+
+def bookends_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
+    """Return what each stage changed: every measure before and after it."""
+    measures: tuple[tuple[str, Callable[[CheckpointEvaluation], float | None], bool], ...] = (
+        ("perplexity", lambda found: found.text_overall.perplexity.value, False),
+        ("KL to parent, nats/token", lambda found: found.text_overall.kl_nats_per_token.value, False),
+        ("right, on", lambda found: found.thinking_on.answer_found.value, True),
+        ("right, off", lambda found: found.thinking_off.answer_found.value, True),
+        ("pass@1, on", lambda found: None if found.sampled is None else found.sampled.pass_at_1.value, True),
+        ("obeys, on", lambda found: found.thinking_on.toggle_compliance.value, True),
+        ("obeys, off", lambda found: found.thinking_off.toggle_compliance.value, True),
+        ("tokens, on", lambda found: found.thinking_on.mean_tokens, False),
+        ("self-BLEU", lambda found: found.chains.self_bleu, False),
+    )
+    names = ordered(evaluations)
+    rows = [
+        (
+            STAGE_TITLES[after],
+            *(
+                f"{_bare(of(evaluations[before]), as_percent=as_percent)} > "
+                f"{_bare(of(evaluations[after]), as_percent=as_percent)}"
+                for _, of, as_percent in measures
+            ),
+        )
+        for before, after in itertools.pairwise(names)
+    ]
+    return Table.of(("stage", *(title for title, _, _ in measures)), rows)
+
+
+def _bare(value: float | None, *, as_percent: bool) -> str:
+    if value is None or math.isnan(value):
+        return MISSING
+    return f"{100 * value:.0f}%" if as_percent else f"{value:.3g}"
+
+
 def evaluation_tables(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[str, Table]:
     """Return every table of the evaluations that has a row."""
     tables = {
@@ -143,6 +248,10 @@ def evaluation_tables(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[s
         "perplexity_by_set": perplexity_by_set_table(evaluations),
         "multiple_choice": multiple_choice_table(evaluations),
         "reasoning": reasoning_table(evaluations),
+        "held_out_tasks": held_out_tasks_table(evaluations),
+        "chains": chains_table(evaluations),
+        "robustness": robustness_table(evaluations),
+        "bookends": bookends_table(evaluations),
     }
     return {name: table for name, table in tables.items() if table.rows}
 
@@ -161,4 +270,7 @@ def evaluation_metrics(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[
             metrics[f"{name}_toggle_compliance_{mode}"] = found.mode(mode).toggle_compliance.value
             metrics[f"{name}_accuracy_{mode}"] = found.mode(mode).answer_found.value
             metrics[f"{name}_exact_reply_{mode}"] = found.mode(mode).exact_reply.value
+            metrics[f"{name}_mean_tokens_{mode}"] = found.mode(mode).mean_tokens
+        if found.sampled is not None:
+            metrics[f"{name}_pass_at_1_on"] = found.sampled.pass_at_1.value
     return metrics

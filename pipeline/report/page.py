@@ -101,6 +101,7 @@ def _quality_section(inputs: ReportInputs, *, figures: Mapping[str, str]) -> Sec
         "Perplexity by set": evaluation_tables.perplexity_by_set_table(evaluations),
         "Multiple choice, zero-shot": evaluation_tables.multiple_choice_table(evaluations),
     }
+    tables["What each stage changed"] = evaluation_tables.bookends_table(evaluations)
     return _section(
         "quality",
         "Quality through the stages",
@@ -115,9 +116,14 @@ def _quality_section(inputs: ReportInputs, *, figures: Mapping[str, str]) -> Sec
 
 def _toggle_section(inputs: ReportInputs, *, figures: Mapping[str, str]) -> Section:
     final = inputs.evaluations.get(content.FINAL)
-    tables = {"Greedy answers in both modes": evaluation_tables.reasoning_table(inputs.evaluations)}
+    tables = {
+        "Greedy answers in both modes": evaluation_tables.reasoning_table(inputs.evaluations),
+        "Tasks that nothing trains on": evaluation_tables.held_out_tasks_table(inputs.evaluations),
+        "Sampled answers, and the health of chains": evaluation_tables.chains_table(inputs.evaluations),
+    }
     if final is not None:
         tables["Right answer found, final checkpoint by task"] = evaluation_tables.answers_by_task_table(final)
+        tables["Unusual system prompts, final checkpoint"] = evaluation_tables.robustness_table({content.FINAL: final})
     return _section(
         "toggle",
         "Reasoning on and off",

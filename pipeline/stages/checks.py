@@ -268,6 +268,14 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     ),
     "rl_checkpoint": (
         Check(
+            name="policy_did_not_collapse",
+            metric="num_stops",
+            comparison="==",
+            bound=0,
+            blocking=True,
+            description="No stop rule ended the training: no collapse, and no reward that held-out prompts deny.",
+        ),
+        Check(
             name="policy_stays_near_its_start",
             metric="final_kl",
             comparison="<=",

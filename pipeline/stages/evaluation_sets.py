@@ -9,6 +9,7 @@ from pipeline.data.documents import Document, load_documents, load_source_record
 from pipeline.data.evaluation_sets import (
     save_evaluation_ngrams,
     save_held_out,
+    save_held_out_items,
     save_multiple_choice,
     save_reasoning_items,
     save_search_task,
@@ -52,12 +53,23 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
         texts += _question_texts(searched)
         rows.append(("search task", benchmark.name, len(searched), benchmark.licence))
     items = _reasoning_items(
-        config.reasoning_tasks, num_items=sets.reasoning_items_per_task, seed=EVALUATION_SEED + sets.seed
+        config.reasoning_tasks, num_items=sets.reasoning_items_per_task, seed=EVALUATION_SEED + sets.seed, known=set()
     )
     save_reasoning_items(out_dir, items)
-    texts += [item.question for item in items]
+    held_out_items = _reasoning_items(
+        sets.held_out_tasks,
+        num_items=sets.reasoning_items_per_task,
+        seed=EVALUATION_SEED + sets.seed,
+        known={item.question for item in items},
+    )
+    save_held_out_items(out_dir, held_out_items)
+    texts += [item.question for item in [*items, *held_out_items]]
     for task in config.reasoning_tasks:
         rows.append(("reasoning", task.name, sets.reasoning_items_per_task, "Apache-2.0 (reasoning-gym)"))
+    for task in sets.held_out_tasks:
+        rows.append(
+            ("reasoning, not trained on", task.name, sets.reasoning_items_per_task, "Apache-2.0 (reasoning-gym)")
+        )
     ngrams = build_ngrams(texts, num_words=sets.ngram_tokens)
     save_evaluation_ngrams(out_dir, ngrams)
     return StageResult(
@@ -65,6 +77,7 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
             "num_held_out_documents": sum(row[2] for row in rows if row[0] == "held-out text"),
             "num_multiple_choice_items": sum(row[2] for row in rows if row[0] == "multiple choice"),
             "num_reasoning_items": len(items),
+            "num_held_out_task_items": len(held_out_items),
             "num_ngrams": len(ngrams),
         },
         tables={"sets": Table.of(("kind", "name", "num_items", "licence"), rows)},
@@ -96,9 +109,11 @@ def _question_texts(questions: Sequence[Question]) -> list[str]:
     return [text for question in questions for text in question.texts()]
 
 
-def _reasoning_items(tasks: Sequence[ReasoningTask], *, num_items: int, seed: int) -> list[ReasoningItem]:
+def _reasoning_items(
+    tasks: Sequence[ReasoningTask], *, num_items: int, seed: int, known: set[str]
+) -> list[ReasoningItem]:
     items: list[ReasoningItem] = []
     for task in tasks:
-        known = {item.question for item in items}
-        items += generate_items(task, num_items=num_items, seed=seed, exclude_questions=known)
+        asked = known | {item.question for item in items}
+        items += generate_items(task, num_items=num_items, seed=seed, exclude_questions=asked)
     return items

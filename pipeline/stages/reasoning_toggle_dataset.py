@@ -8,7 +8,7 @@ import polars as pl
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_atomically
-from pipeline.data.evaluation_sets import build_text_ngrams, load_evaluation_ngrams, load_reasoning_items
+from pipeline.data.evaluation_sets import build_text_ngrams, load_evaluated_questions, load_evaluation_ngrams
 from pipeline.data.packed import blend_split, save_packed
 from pipeline.data.packing import SamplePacking, pack_samples
 from pipeline.errors import DataError
@@ -44,7 +44,7 @@ def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> Stage
     tokenizer = load_tokenizer(inputs["parent_checkpoint"])
     rows = read_rows(inputs["reasoning_traces"] / ROWS_FILE)
     guard = EvaluationGuard(
-        questions=frozenset(item.question for item in load_reasoning_items(evaluation_dir)),
+        questions=frozenset(load_evaluated_questions(evaluation_dir)),
         all_ngrams=load_evaluation_ngrams(evaluation_dir),
         text_ngrams=build_text_ngrams(evaluation_dir, num_words=config.ngram_tokens),
     )

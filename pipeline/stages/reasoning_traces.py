@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.evaluation_sets import load_reasoning_items
+from pipeline.data.evaluation_sets import load_evaluated_questions
 from pipeline.model.checkpoint import load_model, load_tokenizer
 from pipeline.reasoning.endpoint import Pacing, Reply
 from pipeline.reasoning.imported import read_imported
@@ -33,7 +33,7 @@ def run(config: TracesStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         config.reasoning_tasks,
         items_per_task=traces.items_per_task,
         seed=traces.seed,
-        exclude_questions={item.question for item in load_reasoning_items(inputs["evaluation_sets"])},
+        exclude_questions=load_evaluated_questions(inputs["evaluation_sets"]),
     )
     num_unsolved: Counter[str] = Counter()
     rows = solver_rows(items, num_unsolved=num_unsolved)

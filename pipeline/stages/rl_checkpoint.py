@@ -1,12 +1,13 @@
-"""rl_checkpoint: group-relative policy optimisation on verifiable rewards, from the supervised checkpoint.
+"""rl_checkpoint: reinforcement learning on verifiable rewards, from the supervised checkpoint.
 
     python -m pipeline materialize rl_checkpoint          # on every rank that the execution settings name
 
 Policy and sampler are one model; the reference is the supervised checkpoint, frozen, in the same precision, so that the
-KL begins at zero. Left out: difficulty filter and curriculum of Llama-Nemotron, section 5, which need a stronger
-model's pass rates.
+KL begins at zero. For on-policy distillation it is the parent, the teacher. A training that a stop rule ended is
+published, for people to look at, and fails its check.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
@@ -15,8 +16,8 @@ import torch
 from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
 from pipeline.reasoning.prompts import load_prompts
-from pipeline.reasoning.rl import PolicyTraining, rows_per_update, train_policy
-from pipeline.recipe import RLConfig
+from pipeline.reasoning.rl import PolicyTraining, train_policy, units_per_update
+from pipeline.recipe import OnPolicyDistillation, RLConfig
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.training_figures import with_curve
 from pipeline.training.distributed import init_distributed
@@ -42,9 +43,12 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         total_steps=config.steps * config.updates_per_rollout,
         precision=config.precision,
         execution=inputs.execution,
-        global_batch_size=rows_per_update(config, world_size=init_distributed().world_size),
+        global_batch_size=units_per_update(config, world_size=init_distributed().world_size),
     )
-    reference = load_model(start_dir, dtype=TORCH_DTYPES[config.precision])
+    is_distillation = isinstance(config.algorithm, OnPolicyDistillation)
+    reference = load_model(
+        inputs["parent_checkpoint"] if is_distillation else start_dir, dtype=TORCH_DTYPES[config.precision]
+    )
     torch.nn.Module.to(reference, device)
     try:
         training = train_policy(
@@ -53,8 +57,9 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
             tokenizer=load_tokenizer(start_dir),
             items=load_prompts(inputs["rl_prompts"]),
             config=config,
-            checkpoints_dir=out_dir / WORK_DIR / "checkpoints",
+            work_dir=out_dir / WORK_DIR,
             checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
+            sample_interval_steps=inputs.execution.sample_interval_steps,
             reporter=inputs.reporter,
         )
         export_checkpoint(engine, start_dir=start_dir, out_dir=out_dir)
@@ -78,6 +83,11 @@ def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
             "num_samples": training.num_samples,
             "num_sampled_tokens": int(last["tokens"]),
             "final_kl": training.final_kl,
+            "num_stops": int(training.stopped is not None),
+            "held_out_reward_first": first["held_out_reward"],
+            "held_out_reward_last": last["held_out_reward"],
+            "held_out_accuracy_first": first["held_out_accuracy"],
+            "held_out_accuracy_last": last["held_out_accuracy"],
             "reward_first": first["reward"],
             "reward_last": last["reward"],
             "accuracy_first": first["accuracy"],
@@ -89,9 +99,16 @@ def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
             "max_sampler_mismatch_nats": max(row["sampler_mismatch_nats"] for row in training.curve),
             "num_verifier_errors": int(sum(row["num_verifier_errors"] for row in training.curve)),
         },
-        facts=facts,
+        facts={**facts, "stopped": training.stopped or "no"},
         tables={
+            **({"pass_rates": _pass_rates_table(training.pass_rates)} if training.pass_rates else {}),
             "training_curve": Table.of(columns, [[row[column] for column in columns] for row in training.curve]),
             "samples": Table.of(shown, [[sample[name] for name in shown] for sample in training.samples[-_NUM_SHOWN:]]),
         },
     )
+
+
+def _pass_rates_table(pass_rates: tuple[float, ...]) -> Table:
+    """How many prompts the starting checkpoint solves how often."""
+    counts = Counter(pass_rates)
+    return Table.of(("pass_rate", "num_prompts"), [(rate, counts[rate]) for rate in sorted(counts)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.artifacts import write_atomically
-from pipeline.data.evaluation_sets import build_text_ngrams, load_reasoning_items
+from pipeline.data.evaluation_sets import build_text_ngrams, load_evaluated_questions
 from pipeline.data.reasoning_items import ReasoningItem, generate_items, score_answer
 from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
 from pipeline.stage import StageInputs, StageResult, Table
@@ -17,7 +17,7 @@ _NUM_SHOWN = 12
 
 def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Draw the prompts and write prompts.jsonl."""
-    evaluated = {item.question for item in load_reasoning_items(inputs["evaluation_sets"])}
+    evaluated = load_evaluated_questions(inputs["evaluation_sets"])
     samples = pl.read_parquet(inputs["reasoning_toggle_dataset"] / "samples.parquet", columns=["question"])
     known = evaluated | set(samples["question"])
     num_known = len(known)

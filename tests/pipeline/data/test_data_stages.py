@@ -49,6 +49,7 @@ SETS = EvaluationSetsConfig(
     held_out=(HeldOutText(source="words", num_documents=4),),
     multiple_choice=(),
     reasoning_items_per_task=5,
+    held_out_tasks=(),
     ngram_tokens=13,
     seed=1,
 )

@@ -8,20 +8,22 @@ import pytest
 from pipeline.artifacts import ArtifactStore
 from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.documents import Document
-from pipeline.data.evaluation_sets import save_held_out, save_multiple_choice, save_reasoning_items
+from pipeline.data.evaluation_sets import save_held_out, save_held_out_items, save_multiple_choice, save_reasoning_items
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import ArtifactError, CheckpointError
 from pipeline.evaluation.results import read_evaluations
 from pipeline.evaluation.shared import ASSET, checkpoint_key
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.recipe import EvaluationConfig, ReasoningTask
+from pipeline.recipe import EvaluationConfig, ReasoningTask, SampledConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import evaluation, parent_evaluation
 from pipeline.stages.configs import EvaluationStage
 
 CONFIG = EvaluationStage(
     evaluation=EvaluationConfig(
+        robustness_items=1,
+        sampled=SampledConfig(num_items=2, num_samples=2, temperature=0.6, top_p=0.95),
         sequence_length=32,
         text_tokens_per_set=128,
         batch_size=4,
@@ -31,6 +33,7 @@ CONFIG = EvaluationStage(
     )
 )
 TASK = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+OTHER_TASK = ReasoningTask(name="count_bits", config={"max_n": 15})
 
 
 def _publish(store: ArtifactStore, asset: str, fingerprint: str = "f00") -> Path:
@@ -48,6 +51,7 @@ def artifacts(tmp_path: Path, parent_dir: Path, other: HeterogeneousLlamaForCaus
     )
     save_multiple_choice(sets_dir, "quiz", [MultipleChoiceItem(prompt="1 + 1 =", choices=("2", "three"), gold=0)])
     save_reasoning_items(sets_dir, generate_items(TASK, num_items=3, seed=5, exclude_questions=frozenset()))
+    save_held_out_items(sets_dir, generate_items(OTHER_TASK, num_items=2, seed=5, exclude_questions=frozenset()))
     for name in ("child", "fused", "kd", "cpt", "sft", "rl"):
         directory = store.directory(f"{name}_checkpoint", "f00")
         save_checkpoint(

@@ -15,13 +15,16 @@ from pipeline.processes import run_checked
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.reasoning.experience import draw_prompts
 from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
-from pipeline.reasoning.rl import rows_per_update
-from pipeline.recipe import OptimizerConfig, ReasoningTask, RLConfig
+from pipeline.reasoning.rl import units_per_update
+from pipeline.recipe import GRPO, HeldOutRewardConfig, OptimizerConfig, ReasoningTask, RLConfig, StopRulesConfig
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import rl_checkpoint
 from pipeline.stages.spec import StageSpec, config_type_name
 
 CONFIG = RLConfig(
+    algorithm=GRPO(
+        kind="grpo", baseline="leave_one_out", normalise_by_std=True, clip_low=0.2, clip_high=0.28, kl_weight=0.01
+    ),
     steps=3,
     prompts_per_step=4,
     samples_per_prompt=6,
@@ -29,13 +32,12 @@ CONFIG = RLConfig(
     temperature=1.0,
     share_thinking_on=0.25,
     updates_per_rollout=2,
-    baseline="leave_one_out",
-    normalise_by_std=True,
-    clip_low=0.2,
-    clip_high=0.28,
-    kl_weight=0.01,
+    max_importance_weight=2.0,
     accuracy_reward=1.0,
     format_reward=0.2,
+    difficulty=None,
+    held_out=HeldOutRewardConfig(num_prompts=2, interval_steps=2),
+    stop=StopRulesConfig(patience_steps=5, min_entropy_nats=0.001, max_kl_nats=5.0, max_held_out_drop=1.0),
     optimizer=OptimizerConfig(
         learning_rate=1e-3,
         min_learning_rate_ratio=1.0,
@@ -186,7 +188,7 @@ def test_rl_checkpoint_stage_sharded_weights_are_refused(artifacts: dict[str, Pa
 
 def test_draw_prompts_every_item_comes_once_before_any_again(items: list[ReasoningItem]):
     config = CONFIG.model_copy(update={"prompts_per_step": 5})
-    drawn = [draw_prompts(items, config=config, step=step) for step in (1, 2, 3, 4)]
+    drawn = [draw_prompts(items, config=config, step=step, curriculum=None) for step in (1, 2, 3, 4)]
     first, second = drawn[0] + drawn[1], drawn[2] + drawn[3]
     for epoch in (first, second):
         assert {prompt.item.question for prompt in epoch} == {item.question for item in items}
@@ -194,9 +196,9 @@ def test_draw_prompts_every_item_comes_once_before_any_again(items: list[Reasoni
     assert [prompt.thinking for prompt in drawn[0]] == [True, False, False, False, False]
 
 
-def test_rows_per_update_what_does_not_divide_is_an_error():
-    assert rows_per_update(CONFIG, world_size=2) == 12
+def test_units_per_update_what_does_not_divide_is_an_error():
+    assert units_per_update(CONFIG, world_size=2) == 12
     with pytest.raises(RecipeError, match="3 ranks do not divide: run with 1 ranks"):
-        rows_per_update(CONFIG, world_size=3)
+        units_per_update(CONFIG, world_size=3)
     with pytest.raises(RecipeError, match="updates_per_rollout = 5"):
-        rows_per_update(CONFIG.model_copy(update={"updates_per_rollout": 5}), world_size=1)
+        units_per_update(CONFIG.model_copy(update={"updates_per_rollout": 5}), world_size=1)

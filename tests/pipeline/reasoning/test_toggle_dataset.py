@@ -10,7 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.chat import THINK_OPEN, THINKING_OFF, THINKING_ON, generation_prompt_ids, reasoning_messages
 from pipeline.data.decontamination import build_ngrams
 from pipeline.data.documents import Document
-from pipeline.data.evaluation_sets import save_evaluation_ngrams, save_held_out, save_reasoning_items
+from pipeline.data.evaluation_sets import (
+    save_evaluation_ngrams,
+    save_held_out,
+    save_held_out_items,
+    save_reasoning_items,
+)
 from pipeline.data.packed import IGNORED_LABEL, blend_split, load_packed
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import DataError
@@ -213,6 +218,7 @@ def evaluation_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_held_out(directory, "text", [Document(document_id="1", text=text)])
     items = [item for task in TASKS for item in generate_items(task, num_items=4, seed=10**9, exclude_questions=set())]
     save_reasoning_items(directory, items)
+    save_held_out_items(directory, [])
     save_evaluation_ngrams(directory, build_ngrams([text, *(item.question for item in items)], num_words=13))
     return directory
 

@@ -9,10 +9,14 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.evaluation.intervals import Estimate, share
 from pipeline.evaluation.results import (
     CHECKPOINTS,
+    BothModes,
+    ChainHealth,
     CheckpointEvaluation,
     ModeQuality,
     MultipleChoiceQuality,
+    PromptRobustness,
     SampleAnswer,
+    SampledQuality,
     TextQuality,
     write_evaluations,
 )
@@ -100,6 +104,29 @@ def checkpoint_evaluation(name: str) -> CheckpointEvaluation:
         },
         thinking_on=on,
         thinking_off=off,
+        held_out_tasks={"family not trained on": BothModes(thinking_on=on, thinking_off=off)},
+        robustness=(
+            PromptRobustness(
+                variant="missing",
+                wanted="either",
+                thinks=share(3, num_samples=20),
+                answers_at_once=share(17, num_samples=20),
+            ),
+        ),
+        sampled=SampledQuality(
+            pass_at_1=estimate(0.4, half_width=0.1, num_samples=16),
+            share_compliant=0.9,
+            mean_tokens=40.0,
+            num_samples=4,
+            temperature=0.6,
+            top_p=0.95,
+        ),
+        chains=ChainHealth(
+            num_words=estimate(30.0, half_width=2.0),
+            repeated_share=estimate(0.1, half_width=0.05),
+            looping=share(1, num_samples=20),
+            self_bleu=0.5,
+        ),
         samples=(
             SampleAnswer(
                 task="chain_sum",

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.reasoning.policy import SampledRow, batch_rows, row_statistics
-from pipeline.reasoning.rollout import (
+from pipeline.model.sampling import (
     Completion,
     sample_completions,
     sample_tokens,
     seeded_generator,
 )
+from pipeline.reasoning.policy import SampledRow, batch_rows, row_statistics
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
 
