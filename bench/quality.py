@@ -57,6 +57,9 @@ def main() -> None:
             for name in upstream_of("baselines", "evaluation_sets")
         }
         searched[target] = workspace, artifacts
+        if "parent" not in results:
+            parent_dir = artifacts["parent_checkpoint"]
+            results["parent"] = measure(parent_dir, artifacts=artifacts, recipe=workspace.recipe)
         children = read_table(artifacts["baselines"], CHILDREN).sort("kl")
         results.setdefault(target, {})["before"] = children.rows(named=True)
         keep(given.results, results)
