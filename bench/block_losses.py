@@ -26,7 +26,7 @@ from pipeline.puzzle.bld import TrainedBlock, train_blocks
 from pipeline.puzzle.composition import LayerVariants
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant, module_with
-from pipeline.puzzle.library import BlockKey, trainable_keys
+from pipeline.puzzle.block_keys import BlockKey, trainable_keys
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.recipe import BlockLibraryConfig, BlockLoss
