@@ -23,10 +23,10 @@ from pipeline.model.checkpoint import TensorReader, load_model
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
+from pipeline.puzzle.block_keys import BlockKey, trainable_keys
 from pipeline.puzzle.composition import LayerVariants
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant, module_with
-from pipeline.puzzle.block_keys import BlockKey, trainable_keys
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.recipe import BlockLibraryConfig, BlockLoss

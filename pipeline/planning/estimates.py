@@ -7,13 +7,12 @@ is given to the rate that decides it: FLOPs to a share of the peak, bytes to a s
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
-from pipeline.planning import devices
+from pipeline.planning import devices, fusion_estimates
+from pipeline.planning.case import CANDIDATE_TOKENS, DISK, START_S, Case, Estimate
 from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
-from pipeline.planning.sizes import ModelSizes
 from pipeline.puzzle.bld_cost import (
     bounded_rounds,
     held_bytes,
@@ -28,69 +27,17 @@ from pipeline.recipe import (
     Precision,
     PretrainingConfig,
     RandomParent,
-    Recipe,
-    WheelParent,
 )
-from pipeline.stage import ExecutionSettings
 
 PACKED_BYTES_PER_TOKEN = 12.0  # token, label and position as int32
 DOCUMENT_BYTES = Range(low=300, expected=3000, high=20_000)
 BENCHMARK_TOKENS_PER_CHOICE = 64
 PROMPT_TOKENS = 128  # of a generated task, template included
 TOKENIZING = Range(low=1e5, expected=5e5, high=3e6)  # tokens per second of one process
-DISK = Range(low=1e8, expected=1e9, high=5e9)  # bytes per second
-START_S = Range(low=1, expected=4, high=15)  # a process that imports torch
 IN_PROCESS_S = Range(low=0, expected=0.5, high=5)
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
 NUM_RESUME_CHECKPOINTS = 2
 SCORED_ROWS = 16  # of one pass over sampled replies; pipeline.reasoning.experience
-CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.scoring
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """One stage: what it works through and what it needs at once.
-
-    `work` holds FLOPs by the share of the peak they run at; `read_bytes` are weights and caches read while decoding;
-    `memory_parts` add up to the expected peak of one rank's device, and are empty where a stage keeps to the host's
-    memory; `disk` stays, `working_disk` is there while the stage runs.
-    """
-
-    tokens: Range = ZERO
-    work: tuple[tuple[Range, Range], ...] = ()
-    read_bytes: Range = ZERO
-    memory: Range = ZERO
-    memory_parts: dict[str, float] = field(default_factory=dict)
-    disk: Range = ZERO
-    working_disk: Range = ZERO
-    extra_s: Range = ZERO
-    on_all_ranks: bool = False
-
-    @property
-    def flops(self) -> Range:
-        """All FLOPs."""
-        total = ZERO
-        for flops, _ in self.work:
-            total = total + flops
-        return total
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What an estimate is made from."""
-
-    recipe: Recipe
-    sizes: ModelSizes
-    execution: ExecutionSettings
-
-    @property
-    def stored_bytes(self) -> float:
-        """Bytes of one stored weight: imported wheels and random parents are fp32, published checkpoints bf16."""
-        return 4.0 if isinstance(self.recipe.parent, RandomParent | WheelParent) else 2.0
-
-    def model_bytes(self, precision: Precision) -> float:
-        """Bytes of the parent in memory."""
-        return BYTES_PER_PARAMETER[precision] * self.sizes.parent_parameters
 
 
 def has_estimate(stage_name: str) -> bool:
@@ -302,66 +249,6 @@ def _measured(num_parent: float, num_children: float, *, stored_children: int) -
         )
 
     return measured
-
-
-def _dependency_matrix(case: Case) -> Estimate:
-    config, num_layers = case.recipe.dependency_matrix, case.sizes.parent.num_hidden_layers
-    length = case.recipe.distillation_mix.sequence_length
-    # Layer j runs once as it is and once for each of the j removals before it.
-    per_pass = case.sizes.child_flops(context_tokens=length, with_head=False).times(config.tokens)
-    weights = case.sizes.child_parameters.times(BYTES_PER_PARAMETER[config.precision])
-    # Windows come in groups of that many tokens, at least one window.
-    states = (
-        num_layers * BYTES_PER_PARAMETER[config.precision] * max(CANDIDATE_TOKENS, length)
-    ) * case.sizes.parent.hidden_size
-    return Estimate(
-        tokens=Range.of(config.tokens),
-        work=((per_pass.times((num_layers + 1) / 2), devices.FORWARD),),
-        memory=Range(low=weights.low, expected=weights.expected + states, high=1.3 * weights.high + 3 * states),
-        memory_parts={"child": weights.expected, "states without each block": states},
-        extra_s=START_S,
-    )
-
-
-def _fused(case: Case) -> Estimate:
-    fusion = case.recipe.fusion
-    length = case.recipe.distillation_mix.sequence_length
-    per_pass = case.sizes.child_flops(context_tokens=length).times(fusion.calibration_tokens)
-    # Before, after, and each candidate run alone.
-    most_runs = max(1.0, case.sizes.parent.num_hidden_layers / fusion.min_run_layers)
-    # One model at a time, beside the child's final states.
-    size = BYTES_PER_PARAMETER[fusion.precision]
-    weights = case.sizes.child_parameters.times(size)
-    states = size * fusion.calibration_tokens * case.sizes.parent.hidden_size
-    disk = case.sizes.child_parameters.times(case.stored_bytes)
-    return Estimate(
-        tokens=Range(low=0, expected=fusion.calibration_tokens * 3, high=fusion.calibration_tokens * (2 + most_runs)),
-        work=((Range(low=0, expected=3 * per_pass.expected, high=(2 + most_runs) * per_pass.high), devices.FORWARD),),
-        memory=Range(low=weights.low, expected=weights.expected + states, high=1.3 * weights.high + 3 * states),
-        memory_parts={"child": weights.expected, "final states": states},
-        disk=disk,
-        extra_s=START_S + disk.times(4).over(DISK),
-    )
-
-
-def _fusion_report(case: Case) -> Estimate:
-    fusion, num_layers = case.recipe.fusion, case.sizes.parent.num_hidden_layers
-    per_pass = case.sizes.child_flops(context_tokens=case.recipe.distillation_mix.sequence_length)
-    # Ten models, and the child without each FFN that is fused: none where nothing is, all layers at most.
-    passes = Range(low=0, expected=10 + num_layers / 8, high=10 + num_layers)
-    size = BYTES_PER_PARAMETER[fusion.precision]
-    weights = case.sizes.child_parameters.times(size) + case.model_bytes(fusion.precision)
-    states = 2 * size * fusion.calibration_tokens * case.sizes.parent.hidden_size
-    work = Range(
-        low=passes.low * per_pass.low, expected=passes.expected * per_pass.expected, high=passes.high * per_pass.high
-    )
-    return Estimate(
-        tokens=passes.times(fusion.calibration_tokens),
-        work=((work.times(fusion.calibration_tokens), devices.FORWARD),),
-        memory=Range(low=weights.low, expected=weights.expected + states, high=1.3 * weights.high + 3 * states),
-        memory_parts={"parent and child": weights.expected, "final states": states},
-        extra_s=START_S,
-    )
 
 
 def _training(
@@ -638,9 +525,9 @@ _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {
     "parent_evaluation": _evaluations(1, 0),
     "mip_solution": _mip,
     "child_checkpoint": _measured(1, 1, stored_children=1),
-    "dependency_matrix": _dependency_matrix,
-    "fused_checkpoint": _fused,
-    "fusion_report": _fusion_report,
+    "dependency_matrix": fusion_estimates.dependency_matrix,
+    "fused_checkpoint": fusion_estimates.fused_checkpoint,
+    "fusion_report": fusion_estimates.fusion_report,
     "kd_checkpoint": _kd,
     "cpt_checkpoint": _cpt,
     "sft_checkpoint": _sft,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pipeline.execution import Workspace, find_artifact
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning import devices
+from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
-from pipeline.planning.estimates import Case, Estimate, estimate, has_estimate
+from pipeline.planning.estimates import estimate, has_estimate
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.planning.sizes import ModelSizes, model_sizes
 from pipeline.planning.warnings import (

@@ -11,8 +11,9 @@ from pipeline.costs import (
     embedding_parameters,
     kv_values_per_token,
 )
+from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
-from pipeline.planning.estimates import Case, Estimate, estimate
+from pipeline.planning.estimates import estimate
 from pipeline.planning.sizes import admissible_blocks
 from pipeline.puzzle.predictions import SPEEDS, describe_limit
 from pipeline.recipe import Limit, Recipe, Target

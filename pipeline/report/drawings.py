@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
+from pipeline.architecture import Architecture
 from pipeline.evaluation.results import CheckpointEvaluation
 from pipeline.report.evaluation_tables import ordered
 from pipeline.report.figures import (
@@ -15,6 +16,7 @@ from pipeline.report.figures import (
     TogglePoint,
     architecture_strip,
     curve_panels,
+    dependency_heat_map,
     lines_by_layer,
     quality_through_stages,
     score_heat_map,
@@ -52,6 +54,9 @@ def draw(inputs: ReportInputs) -> dict[str, str]:
         found["scores"] = draw_scores(inputs.scores)
     if inputs.library_losses is not None:
         found["library"] = draw_library(inputs.library_losses)
+    child = inputs.architectures.get("child_checkpoint")
+    if inputs.dependencies is not None and child is not None:
+        found["dependencies"] = draw_dependencies(inputs.dependencies, child)
     return found
 
 
@@ -130,6 +135,16 @@ def by_mean(values: Mapping[tuple[int, str], float], *, layers: Sequence[int]) -
         found = [values[layer, candidate] for layer in layers if (layer, candidate) in values]
         means[candidate] = sum(found) / len(found)
     return sorted(means, key=lambda candidate: means[candidate])
+
+
+def draw_dependencies(dependencies: pl.DataFrame, child: Architecture) -> str:
+    """Draw the dependency matrix from the columns of dependencies.parquet."""
+    values = {(removed, layer): distance for removed, layer, distance in dependencies.rows()}
+    return dependency_heat_map(
+        layers=sorted({layer for pair in values for layer in pair}),
+        values=values,
+        highlighted=[layer for layer, block in enumerate(child.blocks) if block.attention.kind == "no_op"],
+    )
 
 
 def draw_library(losses: pl.DataFrame) -> str:

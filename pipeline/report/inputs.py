@@ -1,8 +1,9 @@
 """What a report or a model card reads of the artifacts before it, as frozen values. All its reading of files is here.
 
 Every artifact tells its metrics, facts and tables in result.json; that is read of all of them. Beyond it:
-architecture.json of checkpoints, curve.parquet of trainings, evaluation.json, scores.parquet and losses.parquet. What
-is not among the given artifacts is absent from the result, and the section that would show it is left out.
+architecture.json of checkpoints, curve.parquet of trainings, evaluation.json, scores.parquet, losses.parquet and
+dependencies.parquet. What is not among the given artifacts is absent from the result, and the section that would show
+it is left out.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pipeline.artifacts import MANIFEST, RESULT, Manifest, RunRecord, read_json
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.results import CheckpointEvaluation, read_evaluations
-from pipeline.puzzle.tables import LOSSES, SCORES, read_table
+from pipeline.puzzle.tables import DEPENDENCIES, LOSSES, SCORES, read_table
 from pipeline.stage import Number, StageResult
 from pipeline.training.metrics import CURVE_FILE, read_curve
 
@@ -56,6 +57,7 @@ class ReportInputs:
     curves: Mapping[str, pl.DataFrame]
     scores: pl.DataFrame | None
     library_losses: pl.DataFrame | None
+    dependencies: pl.DataFrame | None
 
     def metric(self, asset: str, name: str) -> Number | None:
         """Return a metric of an upstream stage, None when the stage or the metric is not there."""
@@ -117,6 +119,9 @@ def read_inputs(artifacts: Mapping[str, Path]) -> ReportInputs:
         scores=read_table(artifacts["block_scores"], SCORES) if "block_scores" in artifacts else None,
         library_losses=(
             read_table(losses_dir, LOSSES) if losses_dir is not None and (losses_dir / LOSSES).is_file() else None
+        ),
+        dependencies=(
+            read_table(artifacts["dependency_matrix"], DEPENDENCIES) if "dependency_matrix" in artifacts else None
         ),
     )
 

@@ -22,6 +22,10 @@ CAPTIONS = {
     "toggle": "Share of greedy answers that have the form their mode asks for; bars are 95% Wilson intervals.",
     "curves": "Training curves, one value per optimizer step (per rollout in reinforcement learning).",
     "scores": "KL to the parent when one block is replaced by each candidate, all others left as they are.",
+    "dependencies": (
+        "Cosine distance of each block's update with and without an earlier block, log scale: dark pairs hardly need "
+        "each other. Layers without attention are red."
+    ),
     "library": "Loss of each trained variant at its last step; lower is closer to the parent's own subblock.",
 }
 DATA_STAGES = (
@@ -34,6 +38,7 @@ DATA_STAGES = (
     "rl_prompts",
 )
 SEARCH_STAGES = ("mip_solution", "refined_solution", "baselines", "child_checkpoint")
+FUSION_STAGES = ("dependency_matrix", "fused_checkpoint", "fusion_report")
 VERSIONS = ("refit", "torch", "transformers", "deepspeed", "pulp", "highspy", "polars", "reasoning-gym", "dagster")
 
 
@@ -67,6 +72,16 @@ def compose_page(
             figures=_pick(figures, "scores", "library"),
             tables=content.tables_of(inputs, SEARCH_STAGES),
             notes=_notes(inputs, SEARCH_STAGES),
+        ),
+        _section(
+            "fusion",
+            "FFN fusion",
+            intro=(
+                "What joining attention-free runs into wide FFNs cost before any training, beside the same layers in "
+                "reverse order and beside FFNs deleted for the same latency, all on the same held-out windows."
+            ),
+            figures=_pick(figures, "dependencies"),
+            tables=content.tables_of(inputs, FUSION_STAGES),
         ),
         _section(
             "data",

@@ -17,8 +17,7 @@ from pipeline.puzzle.dependency import Dependencies, measure_dependencies, paral
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.tables import DEPENDENCIES, SCHEMAS, write_table
 from pipeline.recipe import DependencyConfig
-from pipeline.report.drawings import save_figures
-from pipeline.report.figures import dependency_heat_map
+from pipeline.report.drawings import draw_dependencies, save_figures
 from pipeline.stage import StageInputs, StageResult, Table
 
 
@@ -33,10 +32,9 @@ def run(config: DependencyConfig, inputs: StageInputs, out_dir: Path) -> StageRe
             reporter=inputs.reporter,
         )
     rows = [(removed, layer, distance) for (removed, layer), distance in found.matrix.items()]
-    write_table(out_dir, DEPENDENCIES, pl.DataFrame(rows, schema=SCHEMAS[DEPENDENCIES], orient="row"))
+    table = pl.DataFrame(rows, schema=SCHEMAS[DEPENDENCIES], orient="row")
+    write_table(out_dir, DEPENDENCIES, table)
     groups = parallel_groups(found, architecture)
-    free = [layer for layer, block in enumerate(architecture.blocks) if block.attention.kind == "no_op"]
-    figure = dependency_heat_map(layers=list(found.layers), values=found.matrix, highlighted=free)
     return StageResult(
         metrics={
             "num_pairs": len(found.matrix),
@@ -45,7 +43,7 @@ def run(config: DependencyConfig, inputs: StageInputs, out_dir: Path) -> StageRe
             "num_tokens": found.num_tokens,
             **_extremes(found.matrix),
         },
-        figures=save_figures({"dependencies": figure}, out_dir=out_dir),
+        figures=save_figures({"dependencies": draw_dependencies(table, architecture)}, out_dir=out_dir),
         tables={
             "layers": _layers(found, architecture),
             "full_block_groups": Table.of(

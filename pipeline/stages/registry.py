@@ -545,7 +545,7 @@ STAGES: tuple[Stage, ...] = (
         name="report",
         group="results",
         module="pipeline.stages.report",
-        version=1,
+        version=2,
         inputs=(
             "parent_checkpoint",
             "corpora",
@@ -560,7 +560,9 @@ STAGES: tuple[Stage, ...] = (
             "refined_solution",
             "baselines",
             "child_checkpoint",
+            "dependency_matrix",
             "fused_checkpoint",
+            "fusion_report",
             "kd_checkpoint",
             "cpt_checkpoint",
             "reasoning_traces",

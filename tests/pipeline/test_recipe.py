@@ -81,6 +81,9 @@ def test_training_of_the_large_recipes_is_the_published_one():
     assert (ultra.pretraining_mix.sequence_length, ultra.cpt.tokens) == (8192, 73_000_000_000)
     assert [phase.tokens for phase in ultra.cpt.long_context] == [15_000_000_000]
     assert (ultra.fusion.max_run_layers, ultra.fusion.keep_last_ffn) == (15, True)
+    # A device may hold an eighth of the widest published FFN in FP8, and not of one with 26,624 channels more.
+    slice_gb = [3 * 16384 * width / 8 / 1e9 for width in (425_984, 425_984 + 4 * 6656)]
+    assert slice_gb[0] <= ultra.fusion.max_ffn_gb_per_device <= slice_gb[1]
     assert (ultra.rl.prompts_per_step, ultra.rl.samples_per_prompt, ultra.rl.temperature) == (72, 16, 1.0)
     for recipe, window in ((large, 16_384), (ultra, 24_576)):
         assert (recipe.sft.stages[0].global_batch_size, recipe.reasoning_toggle_dataset.sequence_length) == (

@@ -12,9 +12,10 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.errors import RecipeError
 from pipeline.execution import Workspace, materialize
 from pipeline.model.architecture_files import parent_architecture
+from pipeline.planning.case import Case
 from pipeline.planning.command import plan_text
 from pipeline.planning.devices import DEVICES, find_device
-from pipeline.planning.estimates import Case, estimate, micro_batch_rows
+from pipeline.planning.estimates import estimate, micro_batch_rows
 from pipeline.planning.memory import activation_bytes, training_state_bytes
 from pipeline.planning.plan import make_plan
 from pipeline.planning.ranges import Range

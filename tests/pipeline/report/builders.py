@@ -20,7 +20,7 @@ from pipeline.evaluation.results import (
     TextQuality,
     write_evaluations,
 )
-from pipeline.puzzle.tables import LOSSES, SCHEMAS, SCORES, write_table
+from pipeline.puzzle.tables import DEPENDENCIES, LOSSES, SCHEMAS, SCORES, write_table
 from pipeline.stage import StageResult, Table
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>&lt;b&gt;{{ 7 * 7 }}"
@@ -158,6 +158,9 @@ def publish_run(root: Path) -> dict[str, Path]:
             },
             tables={"rounds": Table.of(("round", "objective"), [(0, 0.12), (1, 0.15)])},
         ),
+        "fusion_report": StageResult(
+            tables={"arrangements": Table.of(("model", "kl_to_child_nats"), [("fused", 0.1)])}
+        ),
         "speed_report": StageResult(
             metrics={
                 "decode_speedup": 1.3,
@@ -184,7 +187,9 @@ def publish_run(root: Path) -> dict[str, Path]:
         "mip_solution",
         "refined_solution",
         "baselines",
+        "dependency_matrix",
         *(f"{name}_checkpoint" for name in CHECKPOINTS[1:]),
+        "fusion_report",
         "evaluation",
         "speed_report",
         "exported_model",
@@ -235,3 +240,10 @@ def _write_files(name: str, directory: Path) -> None:
             for step in (1, 2)
         ]
         write_table(directory, LOSSES, pl.DataFrame(losses))
+    if name == "dependency_matrix":
+        pairs = [
+            {"removed_layer": removed, "layer": layer, "cosine_distance": 10.0**-layer}
+            for layer in range(3)
+            for removed in range(layer)
+        ]
+        write_table(directory, DEPENDENCIES, pl.DataFrame(pairs))

@@ -9,7 +9,7 @@ from pipeline.report.figures import Curve, CurvePanel, architecture_strip, curve
 from pipeline.report.inputs import ReportInputs
 from tests.pipeline.report.builders import child_architecture, parent_architecture
 
-ALL = {"architecture", "speed", "quality", "toggle", "curves", "scores", "library"}
+ALL = {"architecture", "speed", "quality", "toggle", "curves", "scores", "library", "dependencies"}
 
 
 def _texts(svg: str) -> str:
@@ -38,6 +38,7 @@ def test_figures_hold_no_date_and_no_fixed_group_ids(figures: dict[str, str]) ->
         ("toggle", ("n = 20", "share of answers")),
         ("curves", ("Knowledge distillation", "tokens", "reward")),
         ("scores", ("no_op+ffn64", "layer replaced", "nats per token")),
+        ("dependencies", ("Dependency of blocks", "layer removed", "cosine distance")),
         ("library", ("attention kv1", "layer")),
     ],
 )

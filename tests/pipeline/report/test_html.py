@@ -77,6 +77,7 @@ def test_html_has_every_section_verdict_and_losses(html: str, read: _Reader) -> 
         "Reasoning on and off",
         "Loss curves",
         "Search",
+        "FFN fusion",
         "Data and licences",
         "Wall time",
         "Reproduction",
@@ -85,7 +86,7 @@ def test_html_has_every_section_verdict_and_losses(html: str, read: _Reader) -> 
         "detailed thinking off",
     ):
         assert title in text
-    assert read.tags.count("figure") == 7
+    assert read.tags.count("figure") == 8
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
 
