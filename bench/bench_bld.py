@@ -89,8 +89,8 @@ def main() -> None:
     by_variant_s = sum(one.wall_s for one in variants), sum(one.cpu_s for one in variants)
     by_block_s = sum(n * one.wall_s for n, one in blocks), sum(n * one.cpu_s for n, one in blocks)
     print(
-        f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each, at once: {together.wall_s:.1f} s, "
-        f"{together.cpu_s:.1f} CPU-s"
+        f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each, at once: "
+        f"{together.wall_s:.1f} s, {together.cpu_s:.1f} CPU-s"
     )
     for name, (wall_s, cpu_s), wanted in (
         ("one run per variant over all layers", by_variant_s, ""),
