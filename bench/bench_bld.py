@@ -2,12 +2,14 @@
 
 SmolLM2-135M's layer shapes with random weights, a few layers deep, bf16. Every block's loss is back-propagated through
 its own subblock (an attention variant's through the parent's frozen FFN as well), so its FLOPs are counted by hand and
-held against the matmul peak that the same process measures at the same shapes.
+held against the matmul peak that the same process measures at the same shapes: by the clock, and by the CPU time that
+both took, which says the same on an idle machine and is all that counts on one where others run.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
 from pipeline.puzzle.bld_cost import parent_flops_per_token, training_flops_per_token
 from pipeline.puzzle.block_keys import BlockKey, trainable_keys
-from pipeline.puzzle.devices import matmul_peak
+from pipeline.puzzle.devices import NUM_TRIALS, matmul_peak
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.puzzle.search_space import resolve
@@ -52,6 +54,14 @@ SETTINGS = BlockLibraryConfig(
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one run took, by the clock and on the processors."""
+
+    wall_s: float
+    cpu_s: float
+
+
 def main() -> None:
     """Train the library at once, by variant and by block, and print the ratios."""
     torch.set_num_threads(NUM_THREADS)
@@ -65,33 +75,53 @@ def main() -> None:
         save_checkpoint(Path(parent_dir), architecture=architecture, tensors=model.state_dict(), tokenizer_dir=None)
         train = make_trainer(Path(parent_dir), architecture)
         train(keys[:2])  # warms up
-        together_s = train(keys)
+        peak, peak_per_cpu_s = matmul_rates(architecture)
+        together = train(keys)
         by_variant: dict[tuple[str, str], list[BlockKey]] = {}
         for key in keys:
             by_variant.setdefault((key.subblock, key.variant), []).append(key)
-        by_variant_s = sum(train(group) for group in by_variant.values())
+        variants = [train(group) for group in by_variant.values()]
         # One run for each block: the middle layer of every variant stands for all of them.
-        by_block_s = sum(len(group) * train([group[len(group) // 2]]) for group in by_variant.values())
+        blocks = [(len(group), train([group[len(group) // 2]])) for group in by_variant.values()]
     per_token = parent_flops_per_token(architecture, num_layers=NUM_LAYERS, context_tokens=WINDOW_TOKENS)
     per_token += training_flops_per_token(architecture, keys, context_tokens=WINDOW_TOKENS)
     flops = SETTINGS.tokens * per_token
-    peak = matmul_peak(
-        architecture, num_tokens=BATCH_SIZE * WINDOW_TOKENS, dtype=torch.bfloat16, device=torch.device("cpu")
-    )
-    print(f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each: {together_s:.1f} s at once")
-    print(f"one run per variant over all layers: {by_variant_s:.1f} s, {by_variant_s / together_s:.2f} times as long")
-    print(f"one run per block: {by_block_s:.1f} s, {by_block_s / together_s:.2f} times as long (wanted >= 5)")
+    by_variant_s = sum(one.wall_s for one in variants), sum(one.cpu_s for one in variants)
+    by_block_s = sum(n * one.wall_s for n, one in blocks), sum(n * one.cpu_s for n, one in blocks)
     print(
-        f"{flops / together_s / 1e9:.0f} GFLOP/s, {flops / together_s / peak:.0%} of the {peak / 1e9:.0f} that bf16 "
-        "matrix products of these shapes reach here (wanted >= 35 %)"
+        f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each, at once: "
+        f"{together.wall_s:.1f} s, {together.cpu_s:.1f} CPU-s"
+    )
+    for name, (wall_s, cpu_s), wanted in (
+        ("one run per variant over all layers", by_variant_s, ""),
+        ("one run per block", by_block_s, " (wanted >= 5)"),
+    ):
+        ratios = f"{wall_s / together.wall_s:.2f} times as long, {cpu_s / together.cpu_s:.2f} times the CPU time"
+        print(f"{name}: {wall_s:.1f} s, {cpu_s:.1f} CPU-s: {ratios}{wanted}")
+    print(
+        f"{flops / together.wall_s / 1e9:.0f} GFLOP/s, {flops / together.wall_s / peak:.0%} of the {peak / 1e9:.0f} "
+        f"that bf16 matrix products of these shapes reach here; {flops / together.cpu_s / 1e9:.0f} per CPU-s, "
+        f"{flops / together.cpu_s / peak_per_cpu_s:.0%} of their {peak_per_cpu_s / 1e9:.0f} (wanted >= 35 %)"
     )
     print(f"({describe_hardware()}, {NUM_THREADS} threads, bf16)")
 
 
-def make_trainer(
-    parent_dir: Path, architecture: Architecture
-) -> Callable[[list[BlockKey] | tuple[BlockKey, ...]], float]:
-    """Return what trains some blocks as a run of its own, its loading of the parent included, and gives the seconds."""
+def matmul_rates(architecture: Architecture) -> tuple[float, float]:
+    """Return the peak of matrix products in FLOP/s, and what 60 of them do in a second of CPU time."""
+    cpu = torch.device("cpu")
+    shape = {"num_tokens": BATCH_SIZE * WINDOW_TOKENS, "dtype": torch.bfloat16, "device": cpu}
+    peak = matmul_peak(architecture, **shape)
+    began = time.process_time()
+    matmul_peak(architecture, **shape)
+    cpu_s = time.process_time() - began
+    width = architecture.homogeneous_block().ffn.intermediate_size
+    assert width is not None
+    flops = 2 * NUM_TRIALS * 2.0 * BATCH_SIZE * WINDOW_TOKENS * architecture.hidden_size * width
+    return peak, flops / cpu_s
+
+
+def make_trainer(parent_dir: Path, architecture: Architecture) -> Callable[[Sequence[BlockKey]], Cost]:
+    """Return what trains some blocks as a run of its own, its loading of the parent included, and gives its cost."""
     parent = architecture.homogeneous_block()
     width, heads = parent.ffn.intermediate_size, parent.attention.num_key_value_heads
     assert width is not None
@@ -107,8 +137,8 @@ def make_trainer(
         tokens_NT=tokens_NT, labels_NT=tokens_NT, position_ids_NT=torch.arange(WINDOW_TOKENS).expand_as(tokens_NT)
     )
 
-    def train(keys: list[BlockKey] | tuple[BlockKey, ...]) -> float:
-        began = time.perf_counter()
+    def train(keys: Sequence[BlockKey]) -> Cost:
+        began, cpu_began = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as work_dir:
             training = train_blocks(
                 ParentLayers.whole(load_model(parent_dir, dtype=torch.bfloat16)),
@@ -123,7 +153,7 @@ def make_trainer(
                 reporter=SilentReporter(),
             )
         assert all(isinstance(outcome, TrainedBlock) for outcome in training.outcomes)
-        return time.perf_counter() - began
+        return Cost(wall_s=time.perf_counter() - began, cpu_s=time.process_time() - cpu_began)
 
     return train
 

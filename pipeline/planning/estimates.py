@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
 from pipeline.planning import devices, fusion_estimates
 from pipeline.planning.case import CANDIDATE_TOKENS, DISK, START_S, Case, Estimate
-from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
+from pipeline.planning.memory import activation_bytes, sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.puzzle.bld_cost import (
     bounded_rounds,
@@ -132,7 +132,11 @@ def _block_library(case: Case) -> Estimate:
     outside = parent.vocab_size * parent.hidden_size  # the embedding, on the first rank
     weights = BYTES_PER_PARAMETER[config.precision] * (longest * layer + outside)
     state = max(held_bytes(parent, keys_of_round) for one in rounds for keys_of_round in one or ((),))
-    batch = 4.0 * config.batch_size * length * (10 * parent.hidden_size + 6 * (space.parent.ffn.intermediate_size or 0))
+    num_tokens = config.batch_size * length
+    one_layer = parent.with_blocks([space.parent])
+    batch = activation_bytes(one_layer, num_tokens=num_tokens, precision=config.precision)
+    # The parent's three hidden states, and fp32 copies of prediction, target, error and its square for the loss.
+    batch += num_tokens * parent.hidden_size * (3 * BYTES_PER_PARAMETER[config.precision] + 16.0)
     return Estimate(
         tokens=Range.of(config.tokens),
         work=((Range.of(config.tokens * flops_per_token), devices.BLOCK_TRAINING),),

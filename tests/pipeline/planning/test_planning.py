@@ -236,12 +236,37 @@ def test_a_window_that_fits_nowhere_is_said_to(tmp_path: Path):
     assert "shorten the windows" in warning
 
 
-def test_a_parent_that_fits_nowhere_is_not_blamed_on_the_windows():
+def test_a_parent_larger_than_a_device_fits_once_its_layers_are_split():
     memory_bytes = find_device("h100-80gb").memory_bytes
     assert memory_bytes is not None
-    said = fitting_settings("block_library", memory_bytes=memory_bytes, case=case(load_recipe("super-49b")))
-    assert "does not even fit with num_ranks 1024, where the largest part is parent" in said
-    assert "windows" not in said
+    split = case(load_recipe("super-49b"))
+    assert estimate("block_library", split).memory_parts["parent"] > memory_bytes
+    assert "it fits with num_ranks" in fitting_settings("block_library", memory_bytes=memory_bytes, case=split)
+
+
+def test_blocks_trained_in_rounds_hold_less_and_pass_the_parent_more_often():
+    recipe = load_recipe("super-49b")
+    at_once, in_rounds = (
+        estimate("block_library", case(recipe, num_ranks=8, block_memory_gib=bound)) for bound in (None, 60.0)
+    )
+    assert (
+        in_rounds.memory_parts["blocks and their AdamW"] <= 60 * 2**30 < at_once.memory_parts["blocks and their AdamW"]
+    )
+    assert in_rounds.memory_parts["parent"] == at_once.memory_parts["parent"]
+    assert in_rounds.flops.expected > at_once.flops.expected
+
+
+def test_pairs_are_planned_as_blocks_of_their_own():
+    recipe = load_recipe("super-49b")
+    coupled = recipe.model_copy(update={"block_library": recipe.block_library.model_copy(update={"mode": "coupled"})})
+    parent, hidden = case(recipe).sizes.parent, case(recipe).sizes.parent.hidden_size
+    attention = 2 * hidden * hidden + 2 * hidden * 1024
+    widths = (21504, 17920, 14336, 7168, 5632, 2816)
+    norm = hidden
+    with_attention = 7 * (attention + norm) + sum(3 * hidden * width + norm for width in widths)
+    without = sum(3 * hidden * width + norm for width in (28672, *widths))
+    planned = estimate("block_library", case(coupled)).disk
+    assert planned.expected == 4 * parent.num_hidden_layers * (with_attention + without)
 
 
 @pytest.mark.parametrize(
