@@ -1,0 +1,176 @@
+"""What holds for any input: search space, costs, fingerprints, and the programme against enumeration."""
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline import costs
+from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, NO_ATTENTION, NO_FFN, Architecture, gqa, swiglu
+from pipeline.fingerprint import canonical_json, fingerprint
+from pipeline.model.shards import checkpoint_shapes
+from pipeline.puzzle.programme import Programme, Row, least_overrun, solve_diverse, solve_programme
+from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve
+from pipeline.recipe import SearchSpaceConfig
+from tests.pipeline.model.builders import make_architecture, make_blocks
+
+FEW = settings(max_examples=60, deadline=None)
+ATTENTION = st.sampled_from([gqa(1), gqa(2), gqa(4), LINEAR_ATTENTION, NO_ATTENTION])
+FFN = st.one_of(st.integers(1, 200).map(swiglu), st.sampled_from([LINEAR_FFN, NO_FFN]))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> Architecture:
+    return make_architecture(
+        vocab_size=draw(st.integers(1, 400)),
+        hidden_size=draw(st.integers(1, 64)),
+        head_dim=draw(st.sampled_from([2, 8, 14])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        blocks=make_blocks(*draw(st.lists(st.tuples(ATTENTION, FFN), min_size=1, max_size=8))),
+    )
+
+
+@st.composite
+def programmes(draw: st.DrawFn) -> Programme:
+    """Small integers, so that ties and dominated candidates are common and sums exact; two or three limits."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+
+    def values(largest: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(float(draw(st.integers(0, largest))) for _ in range(size)) for size in sizes)
+
+    rows = tuple(
+        Row(name=f"row {number}", fixed=float(draw(st.integers(0, 3))), upper=upper, cost=values(6))
+        for number, upper in enumerate(draw(st.lists(st.integers(1, 20).map(float), min_size=2, max_size=3)))
+    )
+    return Programme(scores=values(9), rows=rows)
+
+
+def choices(programme: Programme) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(len(scores)) for scores in programme.scores)))
+
+
+@FEW
+@given(programmes())
+def test_programme_is_solved_as_enumeration_does_or_nothing_meets_its_limits(programme: Programme):
+    feasible = [choice for choice in choices(programme) if not programme.broken_rows(choice)]
+    answer = solve_programme(programme, time_limit_s=10, relative_gap=0.0)
+    if answer is None:
+        assert feasible == []
+        # The nearest choice overruns its limits by the least, each as a share of its bound.
+        overruns = {
+            choice: sum(max(0.0, row.total(choice) / row.upper - 1) for row in programme.rows)
+            for choice in choices(programme)
+        }
+        nearest = least_overrun(programme, time_limit_s=10)
+        assert overruns[nearest] == pytest.approx(min(overruns.values()), abs=1e-6)
+        return
+    assert answer.chosen in feasible
+    assert programme.objective(answer.chosen) == min(map(programme.objective, feasible))
+
+
+@FEW
+@given(programmes(), st.integers(1, 3))
+def test_diverse_answers_are_the_best_that_are_left(programme: Programme, min_different: int):
+    answers = solve_diverse(programme, num_solutions=3, min_different=min_different, time_limit_s=10, relative_gap=0.0)
+    earlier: list[tuple[int, ...]] = []
+    for number in range(3):
+        left = [
+            choice
+            for choice in choices(programme)
+            if not programme.broken_rows(choice)
+            and all(sum(a != b for a, b in zip(choice, other, strict=True)) >= min_different for other in earlier)
+        ]
+        assert (number < len(answers)) == bool(left)
+        if not left:
+            break
+        assert answers[number].chosen in left
+        assert programme.objective(answers[number].chosen) == min(map(programme.objective, left))
+        earlier.append(answers[number].chosen)
+
+
+@FEW
+@given(architectures())
+def test_parameters_are_the_elements_of_the_checkpoints_tensors(architecture: Architecture):
+    sizes = {name: _num_elements(shape) for name, shape in checkpoint_shapes(architecture).items()}
+    assert costs.num_parameters(architecture) == sum(sizes.values())
+    for layer, block in enumerate(architecture.blocks):
+        prefix = f"model.layers.{layer}."
+        assert costs.block_parameters(architecture, block) == sum(
+            size for name, size in sizes.items() if name.startswith(prefix)
+        )
+
+
+@FEW
+@given(architectures(), st.data())
+def test_costs_add_up_over_layers_whatever_their_order(architecture: Architecture, data: st.DataObject):
+    shuffled = architecture.with_blocks(data.draw(st.permutations(architecture.blocks)))
+    for cost in (
+        costs.num_parameters,
+        lambda model: costs.kv_bytes_per_token(model, bytes_per_value=2.0),
+        lambda model: costs.forward_flops_per_token(model, context_tokens=7),
+    ):
+        assert cost(shuffled) == cost(architecture)
+        rest = architecture.with_blocks(architecture.blocks[:1])
+        assert cost(rest) <= cost(architecture)
+
+
+@FEW
+@given(st.data())
+def test_space_holds_every_pair_of_options_once_whatever_their_order(data: st.DataObject):
+    parent = make_architecture(blocks=make_blocks(*[(gqa(4), swiglu(48))] * data.draw(st.integers(1, 4))))
+    attention = data.draw(st.lists(st.sampled_from([1, 2, 4, "linear", "no_op"]), max_size=6))
+    ffn = data.draw(st.lists(st.one_of(st.integers(1, 48), st.sampled_from(["linear", "no_op"])), max_size=6))
+    options: dict[str, Any] = {"attention": ["parent", *attention], "ffn": ["parent", *ffn]}
+    fixed = {"overrides": [], "portable": False}
+    space = resolve(SearchSpaceConfig.model_validate({**options, **fixed}), parent)
+    mixed = {name: data.draw(st.permutations(values)) for name, values in options.items()}
+    assert resolve(SearchSpaceConfig.model_validate({**mixed, **fixed}), parent) == space
+    wanted = len({4, *attention} - {"parent"}) * len({48, *ffn})
+    for layer, found in enumerate(space.layers):
+        assert len({block.key for block in found.blocks}) == len(found.blocks) == wanted
+        assert found.blocks[0].key == parent.blocks[0].key
+        assert {block.parent_layers for block in found.blocks} == {(layer,)}
+        for block in found.blocks:
+            assert attention_from_key(block.attention.key) == block.attention
+            assert ffn_from_key(block.ffn.key) == block.ffn
+    assert space.num_candidates == len(space.layers) * (wanted - 1)
+
+
+@FEW
+@given(JSON)
+def test_canonical_json_says_the_same_of_what_it_was_read_back_from(value: Any):
+    text = canonical_json(value)
+    assert canonical_json(json.loads(text)) == text
+    assert fingerprint(json.loads(text)) == fingerprint(value)
+
+
+@FEW
+@given(st.dictionaries(st.text(), JSON, max_size=5), st.randoms())
+def test_fingerprint_does_not_depend_on_the_order_of_keys(value: dict[str, Any], random: Any):
+    keys = list(value)
+    random.shuffle(keys)
+    assert fingerprint({key: value[key] for key in keys}) == fingerprint(value)
+
+
+@FEW
+@given(JSON, JSON)
+def test_fingerprints_differ_where_the_text_does(one: Any, other: Any):
+    assume(canonical_json(one) != canonical_json(other))
+    assert fingerprint(one) != fingerprint(other)
+
+
+def _num_elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
