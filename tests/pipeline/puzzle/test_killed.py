@@ -1,0 +1,89 @@
+"""block_scores killed at random moments: the table it ends with is that of an undisturbed run, byte for byte."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.puzzle.tables import SCORES
+from pipeline.recipe import BlockLibraryConfig, BlockScoresConfig, SearchSpaceConfig
+from pipeline.stage import ExecutionSettings
+from pipeline.stages import block_library, block_scores
+from pipeline.stages.configs import BlockLibraryStage, BlockScoresStage
+from pipeline.stages.spec import SPEC_FILE, StageSpec, config_type_name
+from tests.pipeline.puzzle.conftest import Workplace, publish
+
+NUM_KILLS = 4
+SPACE = SearchSpaceConfig(
+    attention=("parent", 1, "linear", "no_op"), ffn=("parent", 32, 16, "linear", "no_op"), overrides=(), portable=False
+)
+BLD = BlockLibraryConfig(
+    tokens=32,
+    closed_form_tokens=0,
+    loss="tensor",
+    batch_size=2,
+    learning_rate=3e-3,
+    min_learning_rate_ratio=0.1,
+    warmup_ratio=0.0,
+    schedule="cosine",
+    weight_decay=0.0,
+    betas=(0.9, 0.95),
+    max_grad_norm=1.0,
+    precision="fp32",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_block_scores_killed_at_random_ends_with_the_table_of_an_undisturbed_run(workplace: Workplace, tmp_path: Path):
+    store = ArtifactStore(workplace.store_root)
+    library_dir = store.directory("block_library", "killed")
+    library = block_library.run(
+        BlockLibraryStage(search_space=SPACE, block_library=BLD), workplace.inputs(), library_dir
+    )
+    publish(store, "block_library", "killed", library)
+    config = BlockScoresStage(
+        search_space=SPACE, block_scores=BlockScoresConfig(tokens=64, task=None, precision="fp32")
+    )
+    # Nothing fits in memory: files of states are there to be left behind.
+    execution = ExecutionSettings(num_threads=1, max_activation_mib=0)
+    inputs = replace(workplace.inputs(block_library=library_dir), execution=execution)
+    began = time.monotonic()
+    undisturbed = block_scores.run(config, inputs, tmp_path / "calm")
+    spent_s = time.monotonic() - began
+
+    out_dir = tmp_path / "disturbed"
+    spec = StageSpec(
+        config_type=config_type_name(config),
+        config=config.model_dump(mode="json"),
+        artifacts={name: str(path) for name, path in inputs.artifacts.items()},
+        store_root=str(workplace.store_root),
+        downloads=str(inputs.downloads),
+        out_dir=str(out_dir),
+        execution=execution,
+    )
+    (out_dir / "_work").mkdir(parents=True)
+    spec_path = out_dir / "_work" / SPEC_FILE
+    spec_path.write_text(spec.model_dump_json())
+    command = [sys.executable, "-m", "pipeline.stages", "block_scores", "--spec", str(spec_path)]
+    rng, layers_left = random.Random(0), []
+    for _ in range(NUM_KILLS):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            # Starting takes longer than scoring: the clock runs from the first files of states.
+            while process.poll() is None and not list(out_dir.glob("_work/activations/*")):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, spent_s))
+            os.kill(process.pid, signal.SIGKILL)
+        layers_left.append(len(list(out_dir.glob("_work/layer-*.json"))))
+        assert not (out_dir / SCORES).exists() or layers_left[-1] == 3
+    assert layers_left == sorted(layers_left)  # what is finished is never lost
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert (out_dir / SCORES).read_bytes() == (tmp_path / "calm" / SCORES).read_bytes()
+    assert undisturbed.metrics["num_candidates"] == 3 * 19
