@@ -20,6 +20,7 @@ from tests.dagster.stores import open_tiny, publish_all
 
 AFTER_KD = [
     "kd_checkpoint",
+    "fusion_report",
     "cpt_checkpoint",
     "sft_checkpoint",
     "rl_checkpoint",
