@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +28,8 @@ from pipeline.puzzle.block_keys import BlockKey, trainable_keys
 from pipeline.puzzle.composition import LayerVariants
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant, module_with
+from pipeline.puzzle.parent_layers import ParentLayers
+from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.recipe import BlockLibraryConfig, BlockLoss
@@ -40,6 +43,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     workspace = open_workspace(given.recipe)
     recipe = workspace.recipe
+    # So that channel_importance measures the curvature that the loss "kl" weighs by.
+    asks_for_kl = recipe.model_copy(update={"block_library": recipe.block_library.model_copy(update={"loss": "kl"})})
+    workspace = replace(workspace, recipe=asks_for_kl)
     paths = {name: materialize(workspace, name, recipe.default_target).artifact.path for name in UPSTREAM}
     model = load_model(paths["parent_checkpoint"], dtype=torch.bfloat16)
     model.requires_grad_(requires_grad=False)
@@ -58,7 +64,16 @@ def main() -> None:
             return {(key.subblock, key.variant): one for key, one in modules.items() if key.layer == layer}
 
         children = {str(key): replaced(model.architecture.blocks, key) for key in modules}
-        scored = score_models(model, children, load, validation, reporter=SilentReporter())
+        with tempfile.TemporaryDirectory() as work_dir:
+            scored = score_models(
+                model,
+                children,
+                load,
+                [DivergenceScore(packed=validation)],
+                work_dir=Path(work_dir),
+                max_activation_bytes=4 * 2**30,
+                reporter=SilentReporter(),
+            )
         return {key: scored[str(key)].kl for key in modules}
 
     cut = {key: build_variant(key, model.architecture, reader, importance, dtype=torch.bfloat16) for key in keys}
@@ -67,8 +82,8 @@ def main() -> None:
     for name, settings in variations(recipe.block_library, tokens=given.tokens).items():
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as work_dir:
-            outcomes = train_blocks(
-                model,
+            training = train_blocks(
+                ParentLayers.whole(model),
                 {key: str(key) for key in keys},
                 parent_tensors=reader,
                 importance=importance,
@@ -82,7 +97,7 @@ def main() -> None:
         seconds = time.monotonic() - began
         trained = {
             one.key: module_with(one.key, model.architecture, one.tensors, dtype=torch.bfloat16)
-            for one in outcomes
+            for one in training.outcomes
             if isinstance(one, TrainedBlock)
         }
         show(name, kl(trained), start, seconds=seconds)
@@ -124,7 +139,7 @@ def variations(own: BlockLibraryConfig, *, tokens: int) -> dict[str, BlockLibrar
 def replaced(blocks: tuple[BlockSpec, ...], key: BlockKey) -> list[BlockSpec]:
     """Return the parent's blocks with one subblock exchanged."""
     found = list(blocks)
-    found[key.layer] = found[key.layer].model_copy(update={key.subblock: key.spec})
+    found[key.layer] = found[key.layer].model_copy(update={key.subblock: getattr(key.block, key.subblock)})
     return found
 
 
