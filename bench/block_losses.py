@@ -20,7 +20,7 @@ from pipeline.architecture import BlockSpec
 from pipeline.data.packed import load_packed
 from pipeline.execution import materialize, open_workspace
 from pipeline.hardware import describe_hardware
-from pipeline.model.checkpoint import TensorReader, load_model
+from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
@@ -43,11 +43,12 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     workspace = open_workspace(given.recipe)
     recipe = workspace.recipe
+    dtype = TORCH_DTYPES[recipe.block_library.precision]
     # So that channel_importance measures the curvature that the loss "kl" weighs by.
     asks_for_kl = recipe.model_copy(update={"block_library": recipe.block_library.model_copy(update={"loss": "kl"})})
     workspace = replace(workspace, recipe=asks_for_kl)
     paths = {name: materialize(workspace, name, recipe.default_target).artifact.path for name in UPSTREAM}
-    model = load_model(paths["parent_checkpoint"], dtype=torch.bfloat16)
+    model = load_model(paths["parent_checkpoint"], dtype=dtype)
     model.requires_grad_(requires_grad=False)
     importance = load_importance(paths["channel_importance"])
     reader = TensorReader(paths["parent_checkpoint"])
@@ -76,7 +77,7 @@ def main() -> None:
             )
         return {key: scored[str(key)].kl for key in modules}
 
-    cut = {key: build_variant(key, model.architecture, reader, importance, dtype=torch.bfloat16) for key in keys}
+    cut = {key: build_variant(key, model.architecture, reader, importance, dtype=dtype) for key in keys}
     start = kl(cut)
     show("surgery alone", start, start, seconds=0.0)
     for name, settings in variations(recipe.block_library, tokens=given.tokens).items():
@@ -96,7 +97,7 @@ def main() -> None:
             )
         seconds = time.monotonic() - began
         trained = {
-            one.key: module_with(one.key, model.architecture, one.tensors, dtype=torch.bfloat16)
+            one.key: module_with(one.key, model.architecture, one.tensors, dtype=dtype)
             for one in training.outcomes
             if isinstance(one, TrainedBlock)
         }
