@@ -21,6 +21,7 @@ from pipeline.puzzle.block_keys import BlockKey, library_keys
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant, library_variants
 from pipeline.puzzle.library import block_fingerprint, load_block, read_index
+from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
@@ -159,7 +160,15 @@ def test_trained_pair_is_what_a_child_is_scored_and_assembled_from(workplace: Wo
     variants = library_variants(
         workplace.architecture, index=index, store=store, dtype=torch.float32, device=torch.device("cpu")
     )
-    scored = score_models(workplace.model(), {"child": blocks}, variants, packed, reporter=SilentReporter())["child"]
+    scored = score_models(
+        workplace.model(),
+        {"child": blocks},
+        variants,
+        [DivergenceScore(packed=packed)],
+        work_dir=tmp_path / "scores",
+        max_activation_bytes=2**20,
+        reporter=SilentReporter(),
+    )["child"]
     logits = [
         model(input_ids=packed.tokens_NT).logits.detach().double()
         for model in (workplace.model(), load_model(tmp_path / "child", dtype=torch.float32))
