@@ -21,6 +21,9 @@ from pipeline.runtimes import find_python, require_llama_cpp
 
 DRIVERS = Path(__file__).parent / "drivers"
 NUM_NEW_TOKENS = 16
+# The server reports no probabilities beside an end token or half a character, so the choice is forced; they are taken
+# before anything is chosen, and do not see it.
+ONE_PRINTABLE_TOKEN = {"n_predict": 1, "temperature": 0.0, "logit_bias": [[3, 1000.0]]}
 START_S, ANSWER_S, DRIVER_S = 120.0, 240.0, 2700.0
 
 
@@ -114,13 +117,13 @@ def ask_llama_cpp(gguf: Path, ids: list[int], *, vocab_size: int) -> Answer:
     rows = []
     with llama_server(gguf, "--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32") as url:
         for length in range(1, len(ids)):
-            found = post(f"{url}/completion", {"prompt": ids[:length], "n_predict": 1, "n_probs": vocab_size})
+            found = post(f"{url}/completion", {"prompt": ids[:length], "n_probs": vocab_size, **ONE_PRINTABLE_TOKEN})
             row = torch.empty(vocab_size)
             for entry in found["completion_probabilities"][0]["top_logprobs"]:
                 row[entry["id"]] = entry["logprob"]
             rows.append(row)
-        whole = {"prompt": ids, "n_predict": NUM_NEW_TOKENS, "temperature": 0.0, "ignore_eos": True}
-        greedy = post(f"{url}/completion", {**whole, "return_tokens": True})["tokens"]
+        whole = {"prompt": ids, "n_predict": NUM_NEW_TOKENS, "temperature": 0.0, "return_tokens": True}
+        greedy = post(f"{url}/completion", whole)["tokens"]
         version = get(f"{url}/props")["build_info"]
     return Answer(logprobs_TV=torch.stack(rows), greedy=greedy, version=version)
 
