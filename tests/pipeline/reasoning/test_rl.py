@@ -1,5 +1,6 @@
 """Reinforcement learning on a tiny policy: what it writes, resume to the bit, reward that rises, refusals."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,14 +10,27 @@ import torch
 
 from pipeline.artifacts import write_atomically
 from pipeline.data.reasoning_items import ReasoningItem, generate_items
-from pipeline.errors import DivergedError, RecipeError, StageError
+from pipeline.errors import DataError, DivergedError, RecipeError, StageError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
 from pipeline.processes import run_checked
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.reasoning.experience import draw_prompts
 from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
-from pipeline.reasoning.rl import units_per_update
-from pipeline.recipe import GRPO, HeldOutRewardConfig, OptimizerConfig, ReasoningTask, RLConfig, StopRulesConfig
+from pipeline.reasoning.rl import split_held_out, units_per_update
+from pipeline.recipe import (
+    GRPO,
+    RLOO,
+    RPO,
+    CurriculumConfig,
+    DifficultyConfig,
+    HeldOutRewardConfig,
+    OnPolicyDistillation,
+    OptimizerConfig,
+    ReasoningTask,
+    RLAlgorithm,
+    RLConfig,
+    StopRulesConfig,
+)
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import rl_checkpoint
 from pipeline.stages.spec import StageSpec, config_type_name
@@ -93,7 +107,7 @@ def _inputs(artifacts: dict[str, Path], *, reporter: Reporter | None = None, zer
         store_root=artifacts["rl_prompts"],
         downloads=artifacts["rl_prompts"],
         execution=ExecutionSettings.model_validate(
-            {"micro_batch_size": 4, "checkpoint_interval_steps": 2, "zero_stage": zero_stage}
+            {"micro_batch_size": 4, "checkpoint_interval_steps": 2, "zero_stage": zero_stage, "num_threads": 1}
         ),
         reporter=reporter or SilentReporter(),
     )
@@ -152,6 +166,75 @@ def test_rl_checkpoint_stage_non_finite_gradients_stop_it(artifacts: dict[str, P
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e38})
     with pytest.raises(DivergedError, match=r"lower rl\.optimizer\.learning_rate"):
         rl_checkpoint.run(CONFIG.model_copy(update={"optimizer": optimizer}), _inputs(artifacts), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        RLOO(kind="rloo", kl_weight=0.01),
+        RPO(kind="rpo", divergence="backward_kl", beta=0.1, reward_scale=3.0, online=True),
+        RPO(kind="rpo", divergence="squared", beta=0.1, reward_scale=3.0, online=False),
+        OnPolicyDistillation(kind="on_policy_distillation", clip_low=0.2, clip_high=0.2),
+    ],
+    ids=["rloo", "online rpo", "offline rpo", "distillation"],
+)
+def test_rl_checkpoint_stage_trains_with_every_algorithm(
+    artifacts: dict[str, Path], parent_dir: Path, tmp_path: Path, algorithm: RLAlgorithm
+):
+    config = CONFIG.model_copy(update={"algorithm": algorithm, "steps": 2, "updates_per_rollout": 1})
+    given = {**artifacts, "parent_checkpoint": parent_dir}
+    result = rl_checkpoint.run(config, _inputs(given), tmp_path)
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert all(norm > 0 for norm in curve["grad_norm"])
+    if algorithm.kind == "on_policy_distillation":
+        # The teacher is the parent, which does not favour the end token; the policy goes back to it.
+        assert curve["kl"][0] > 0.01
+        assert result.metrics["final_kl"] < curve["kl"][0]
+    else:
+        assert curve["kl"][0] == pytest.approx(0.0, abs=1e-6)
+        assert result.metrics["final_kl"] > 0
+
+
+def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measured(
+    artifacts: dict[str, Path], tmp_path: Path
+):
+    difficulty = DifficultyConfig(
+        num_samples=2, max_pass_rate=1.0, curriculum=CurriculumConfig(start=0.5, end=0.0, sigma=0.2)
+    )
+    config = CONFIG.model_copy(update={"difficulty": difficulty})
+    with pytest.raises(Interrupted):
+        rl_checkpoint.run(config, _inputs(artifacts, reporter=InterruptingReporter(at_step=2)), tmp_path)
+    path = tmp_path / "_work" / "pass_rates.json"
+    rates = json.loads(path.read_text())
+    assert len(rates) == 8  # ten prompts, two of them held out
+    written = path.stat().st_mtime_ns
+    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+    assert path.stat().st_mtime_ns == written
+    assert sum(row[1] for row in result.tables["pass_rates"].rows) == 8
+    assert pl.read_parquet(tmp_path / "curve.parquet")["aimed_pass_rate"].to_list() == [0.5, 0.25, 0.0]
+
+
+def test_rl_checkpoint_stage_that_collapses_is_stopped_and_says_why(artifacts: dict[str, Path], tmp_path: Path):
+    stop = StopRulesConfig(patience_steps=2, min_entropy_nats=100.0, max_kl_nats=5.0, max_held_out_drop=1.0)
+    result = rl_checkpoint.run(CONFIG.model_copy(update={"stop": stop}), _inputs(artifacts), tmp_path)
+    assert (result.metrics["num_steps"], result.metrics["num_stops"]) == (2, 1)
+    assert result.facts["stopped"] == "collapse: entropy below 100 nats for 2 steps"
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_rl_checkpoint_stage_held_out_prompts_are_watched_and_not_trained_on(
+    artifacts: dict[str, Path], items: list[ReasoningItem], tmp_path: Path
+):
+    rl_checkpoint.run(CONFIG, _inputs(artifacts), tmp_path)
+    trained, held_out = split_held_out(items, config=CONFIG)
+    assert (len(trained), len(held_out)) == (8, 2)
+    asked = set(pl.read_parquet(tmp_path / "rollout_samples.parquet")["question"])
+    assert not asked & {item.question.strip() for item in held_out}
+    curve = pl.read_parquet(tmp_path / "curve.parquet")
+    assert curve["held_out_reward"].null_count() == 0
+    assert curve["held_out_reward"][1] == curve["held_out_reward"][0]  # measured at steps 1 and 3
+    with pytest.raises(DataError, match="2 prompts are left"):
+        split_held_out(items[:4], config=CONFIG)
 
 
 @pytest.mark.slow

@@ -114,6 +114,30 @@ def test_sft_lowers_loss_over_several_epochs(inputs: StageInputs, tmp_path: Path
     assert 0 < result.metrics["trained_token_share"] < 1
 
 
+def test_sft_stages_train_one_after_the_other_on_their_blends(inputs: StageInputs, tmp_path: Path):
+    toggle = tmp_path / "toggle"
+    save_packed(toggle, blend_split("first"), sample_windows(12))
+    save_packed(toggle, blend_split("second"), sample_windows(16, seed=3))
+    save_packed(toggle, "validation", sample_windows(4, seed=9))
+    optimizer = OPTIMIZER.model_copy(update={"learning_rate": 1e-4})
+    config = SFT.model_copy(
+        update={
+            "stages": (
+                SFTStage(blend="first", shuffle=True, tokens=6 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER),
+                SFTStage(blend="second", shuffle=False, tokens=8 * 2 * 16, global_batch_size=2, optimizer=optimizer),
+            )
+        }
+    )
+    given = dataclasses.replace(inputs, artifacts={**inputs.artifacts, "reasoning_toggle_dataset": toggle})
+    result = sft_checkpoint.run(config, given, tmp_path / "out")
+    curve = pl.read_parquet(tmp_path / "out" / "curve.parquet")
+    assert curve["step"].to_list() == list(range(1, 15))
+    assert curve["tokens"][-1] == 6 * 4 * 16 + 8 * 2 * 16
+    # Each stage has a schedule of its own.
+    assert curve["learning_rate"][6:].max() <= 1e-4 < curve["learning_rate"][:6].max()
+    assert result.metrics["validation_loss_ratio"] < 1
+
+
 def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: Path):
     kd_checkpoint.run(KD, inputs, tmp_path / "straight")
     with pytest.raises(Interrupted):
