@@ -406,9 +406,8 @@ def _rl(case: Case) -> Estimate:
 
 
 def _traces(case: Case) -> Estimate:
-    config = case.recipe.reasoning_traces
-    chat = config.chat
-    num_items = len(case.recipe.reasoning_tasks) * config.items_per_task
+    chat = case.recipe.reasoning_traces.chat
+    num_items = len(case.recipe.reasoning_tasks) * case.recipe.reasoning_traces.items_per_task
     flops = case.sizes.parent_flops(context_tokens=chat.max_new_tokens)
     # A conversation samples the user's turn and the answer.
     new = Range(low=0.3, expected=1.2, high=2.0).times(chat.num_samples * chat.max_new_tokens)
@@ -429,12 +428,9 @@ def _toggle_dataset(case: Case) -> Estimate:
     config, traces = case.recipe.reasoning_toggle_dataset, case.recipe.reasoning_traces
     num_rows = 2 * len(case.recipe.reasoning_tasks) * traces.items_per_task + traces.chat.num_samples
     tokens = Range(low=50, expected=150, high=750).times(num_rows)
-    return Estimate(
-        tokens=tokens,
-        disk=tokens.times(2 * PACKED_BYTES_PER_TOKEN * len(config.blends)),
-        # Two processes that start, then every row tokenised and judged.
-        extra_s=START_S.times(2) + Range(low=0.0005, expected=0.001, high=0.01).times(num_rows),
-    )
+    disk = tokens.times(2 * PACKED_BYTES_PER_TOKEN * len(config.blends))
+    extra_s = START_S.times(2) + Range(low=0.0005, expected=0.001, high=0.01).times(num_rows)
+    return Estimate(tokens=tokens, disk=disk, extra_s=extra_s)
 
 
 def _rl_prompts(case: Case) -> Estimate:
@@ -450,7 +446,8 @@ def _evaluations(num_parents: int, num_children: int) -> Callable[[Case], Estima
         config, sets = case.recipe.evaluation, case.recipe.evaluation_sets
         text = len(sets.held_out) * config.text_tokens_per_set
         choices = sum(one.num_items for one in sets.multiple_choice) * 2 * BENCHMARK_TOKENS_PER_CHOICE
-        num_items = len(case.recipe.reasoning_tasks) * sets.reasoning_items_per_task
+        num_items = (len(case.recipe.reasoning_tasks) + len(sets.held_out_tasks)) * sets.reasoning_items_per_task
+        num_items += (7 * config.robustness_items + config.sampled.num_items * config.sampled.num_samples) // 2
         most_new = config.max_new_tokens_on + config.max_new_tokens_off
         generated = Range(low=0.1, expected=0.7, high=1.0).times(num_items * most_new)
         per_checkpoint = generated + text + choices + 2 * num_items * PROMPT_TOKENS
