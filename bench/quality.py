@@ -26,6 +26,7 @@ from pipeline.execution import Workspace, materialize, refit_home
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
 from pipeline.puzzle.assemble import PREFIXES
+from pipeline.puzzle.baselines import PUZZLE, WITHOUT_BLD
 from pipeline.puzzle.composition import LoadVariants, compose
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import library_variants, untrained_variants
@@ -36,7 +37,7 @@ from pipeline.recipe import Limit, Recipe, Target
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings, StageInputs
 from pipeline.stages import kd_checkpoint
-from pipeline.stages.baselines import ARCHITECTURES, PUZZLE, WITHOUT_BLD
+from pipeline.stages.baselines import ARCHITECTURES
 from pipeline.stages.registry import STAGES
 
 NUM_BASELINES = 2

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality import ratio_interval
-from pipeline.report.figures import pareto_panels
-from pipeline.report.pareto import OURS, PUZZLE, Panel, Point, Span, by_panel
+from pipeline.puzzle.baselines import PUZZLE
+from pipeline.report.pareto import OURS, Panel, Point, Span, by_panel
+from pipeline.report.search_figures import pareto_panels
 
 
 def main() -> None:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.artifacts import write_atomically
 from pipeline.errors import MissingInputError, RecipeError, RefitError
-from pipeline.execution import REPOSITORY, Workspace, find_artifact, materialize, open_workspace, refit_home
+from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, refit_home
 from pipeline.processes import become
 from pipeline.progress import render_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import RECIPES_DIR, load_recipe
+from pipeline.stages.process import REPOSITORY
 from pipeline.stages.registry import STAGES
 
 if TYPE_CHECKING:

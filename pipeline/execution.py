@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,8 +23,6 @@ from pydantic import ValidationError
 from pipeline.architecture import Frozen
 from pipeline.artifacts import (
     IDENTITY,
-    PROGRESS,
-    STAGE_LOG,
     Artifact,
     ArtifactStore,
     disk_error,
@@ -35,18 +32,14 @@ from pipeline.artifacts import (
 from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
-from pipeline.processes import run_group
-from pipeline.progress import JsonlReporter
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import llama_cpp_id
-from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, target_key
+from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
 from pipeline.stages.configs import CorporaStage, ParentStage
+from pipeline.stages.process import REPOSITORY, ProgressListener, run_stage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
-from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name, take_error
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-ProgressListener = Callable[[dict[str, object]], None]
+from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +149,18 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
             _require_sound(artifact, workspace.recipe)
-        artifacts = {name: artifact.path for name, artifact in inputs.items()}
-        result = _run(workspace, stage, target, artifacts, out_dir, listener)
+        result = run_stage(
+            stage,
+            stage.config(workspace.recipe, target),
+            StageInputs(
+                artifacts={name: artifact.path for name, artifact in inputs.items()},
+                store_root=workspace.store.root,
+                downloads=workspace.downloads,
+                execution=workspace.execution,
+            ),
+            out_dir,
+            on_progress=listener,
+        )
         artifact = store.publish(
             stage.name,
             key,
@@ -313,103 +316,3 @@ def _file_hashes(directory: Path, pattern: str) -> dict[str, str]:
 def _hash_unchanged(file: Path, _size_bytes: int, _mtime_ns: int) -> str:
     """Return the sha256 of a file, read once per process while its size and time stay the same."""
     return sha256_file(file)
-
-
-def _run(
-    workspace: Workspace,
-    stage: Stage,
-    target: str,
-    artifacts: Mapping[str, Path],
-    out_dir: Path,
-    on_progress: ProgressListener,
-) -> StageResult:
-    (out_dir / WORK_DIR).mkdir(parents=True, exist_ok=True)
-    config = stage.config(workspace.recipe, target)
-    tail = _ProgressTail(out_dir / PROGRESS, on_progress)
-    if not stage.in_child or workspace.execution.launcher == "in_process":
-        inputs = StageInputs(
-            artifacts=artifacts,
-            store_root=workspace.store.root,
-            downloads=workspace.downloads,
-            execution=workspace.execution,
-            reporter=JsonlReporter(out_dir / PROGRESS, label=stage.name, echo=False),
-        )
-        result = stage.load()(config, inputs, out_dir)
-        tail.forward()
-        return result
-    spec = StageSpec(
-        config_type=config_type_name(config),
-        config=config.model_dump(mode="json"),
-        artifacts={name: str(path.absolute()) for name, path in artifacts.items()},
-        store_root=str(workspace.store.root.absolute()),
-        downloads=str(workspace.downloads.absolute()),
-        out_dir=str(out_dir.absolute()),
-        execution=workspace.execution,
-    )
-    spec_path = out_dir / WORK_DIR / SPEC_FILE
-    result_path = out_dir / RESULT_IN_WORK
-    result_path.unlink(missing_ok=True)
-    write_atomically(spec_path, spec.model_dump_json(indent=1).encode())
-    take_error(out_dir)
-    exit_code = run_group(
-        _command(workspace.execution, stage, spec_path),
-        env=_child_environment(workspace.execution),
-        log_path=out_dir / STAGE_LOG,
-        grace_s=workspace.execution.grace_seconds,
-        poll=tail.forward,
-    )
-    if exit_code or not result_path.is_file():
-        told = take_error(out_dir)
-        raise StageError(told if told is not None else _failure(stage, exit_code, out_dir / STAGE_LOG))
-    return StageResult.model_validate_json(result_path.read_bytes())
-
-
-def _command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -> list[str]:
-    """Return the command of a stage process; training stages run on every rank, the others on one."""
-    arguments = ["-m", "pipeline.stages", stage.name, "--spec", str(spec_path)]
-    if execution.num_ranks == 1 or not stage.runs_on_all_ranks:
-        return [sys.executable, *arguments]
-    ranks = ["--standalone", "--nproc_per_node", str(execution.num_ranks)]
-    return [sys.executable, "-m", "torch.distributed.run", *ranks, *arguments]
-
-
-def _child_environment(execution: ExecutionSettings) -> dict[str, str]:
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # libgomp's spinning threads slowed a shared 2-core machine up to 80 times
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # what a stage process reads is in the store; nothing is looked up behind its back
-    }
-    num_threads = execution.num_threads
-    if num_threads is None and execution.num_ranks > 1:
-        num_threads = max(1, (os.cpu_count() or 1) // execution.num_ranks)  # torchrun's own default is one
-    if num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-    return environment
-
-
-def _failure(stage: Stage, exit_code: int, log_path: Path) -> str:
-    tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-    end = f"exit code {exit_code}" if exit_code else "no result file"
-    return f"{stage.name} ended with {end}; the end of {log_path}:\n{tail}"
-
-
-class _ProgressTail:
-    """Hands every new, complete line of a progress file to a listener."""
-
-    def __init__(self, path: Path, listener: ProgressListener) -> None:
-        self._path = path
-        self._listener = listener
-        self._offset = path.stat().st_size if path.is_file() else 0
-
-    def forward(self) -> None:
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                self._listener(json.loads(line))

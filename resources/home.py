@@ -12,7 +12,8 @@ import dagster as dg
 
 from pipeline.artifacts import write_atomically
 from pipeline.errors import UserError
-from pipeline.execution import REPOSITORY, open_workspace
+from pipeline.execution import open_workspace
+from pipeline.stages.process import REPOSITORY
 from resources.run_hygiene import end_dead_runs
 
 # No run limit: a killed run would hold its place and queue every later one. Resuming is the artifacts' business, and

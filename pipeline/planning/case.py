@@ -10,6 +10,8 @@ from pipeline.stage import ExecutionSettings
 
 DISK = Range(low=1e8, expected=1e9, high=5e9)  # bytes per second
 START_S = Range(low=1, expected=4, high=15)  # a process that imports torch
+IN_PROCESS_S = Range(low=0, expected=0.5, high=5)
+PROMPT_TOKENS = 128  # of a generated task, template included
 CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.scoring
 
 

@@ -21,6 +21,9 @@ from pipeline.costs import block_parameters
 from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
 from pipeline.recipe import SearchConfig
 
+# The search's own child in the tables of children, and the same blocks with the weights that surgery cuts.
+PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
+
 FeasibleBlocks = Callable[[Sequence[BlockSpec]], bool]
 
 

@@ -29,13 +29,14 @@ from pipeline.progress import Reporter
 from pipeline.puzzle.bld_state import Trainee
 from pipeline.puzzle.composition import ComposedLayer, run_layers
 from pipeline.puzzle.devices import autocast
-from pipeline.puzzle.parent_layers import ParentLayers
+from pipeline.puzzle.parent_layers import LayerActivations, ParentLayers
 from pipeline.recipe import BlockLibraryConfig
 
 # r as a share of the mean diagonal of sum_t w_t z_t z_t^T: channels that hardly fire keep what surgery gave them.
 RIDGE = 1e-2
 
 Half = Literal["attention", "ffn"]
+HALVES: tuple[Half, Half] = ("attention", "ffn")
 
 
 @torch.no_grad()
@@ -60,10 +61,14 @@ def refit_blocks(
     """
     hidden_NTD, layers = parent.receive(packed.tokens_NT), parent.until(stop)
     for number, layer in enumerate(layers, start=1):
-        own = parent.layer(layer)
-        for trainee in by_layer.get(layer, ()):
-            for half in halves(trainee):
-                _refit(parent, trainee, half, hidden_NTD, packed, settings=settings)
+        own, trainees = parent.layer(layer), by_layer.get(layer, ())
+        # Attention first: what enters a pair's FFN is what its refitted attention gives.
+        for half in HALVES:
+            systems = [_System(trainee, half) for trainee in trainees if half in halves(trainee)]
+            if systems:
+                _add_up(parent, layer, systems, hidden_NTD, packed, settings=settings)
+            for system in systems:
+                system.solve()
         hidden_NTD = run_layers(parent.model, [ComposedLayer(attention=own, ffn=own)], hidden_NTD, packed)
         reporter.step(number, len(layers), what="layers with a closed-form start")
     parent.send(hidden_NTD, stop=stop)
@@ -72,12 +77,7 @@ def refit_blocks(
 def halves(trainee: Trainee) -> tuple[Half, ...]:
     """Return the halves that a variant has, in the order in which they run."""
     block = trainee.key.block
-    found: list[Half] = []
-    if block.attention.kind != "no_op":
-        found.append("attention")
-    if block.ffn.kind != "no_op":
-        found.append("ffn")
-    return tuple(found)
+    return tuple(half for half in HALVES if getattr(block, half).kind != "no_op")
 
 
 def last_matrix(module: HeterogeneousDecoderLayer, half: Half) -> nn.Linear:
@@ -88,51 +88,79 @@ def last_matrix(module: HeterogeneousDecoderLayer, half: Half) -> nn.Linear:
     return layer.self_attn.linear_attn if module.block.attention.kind == "linear" else layer.self_attn.o_proj
 
 
-def _refit(
+class _System:
+    """The least-squares problem of one half of a variant: its sums over tokens, and their solution."""
+
+    def __init__(self, trainee: Trainee, half: Half) -> None:
+        self.trainee, self.half = trainee, half
+        self.matrix = last_matrix(trainee.module, half)
+        width = self.matrix.in_features
+        self._gram_II = torch.zeros(width, width, dtype=torch.float32, device=self.matrix.weight.device)
+        self._cross_DI = torch.zeros_like(self.matrix.weight)
+
+    def add(self, activations: LayerActivations, *, settings: BlockLibraryConfig) -> None:
+        """Add one batch of what the parent's layer was given and gave."""
+        module, key = self.trainee.module, self.trainee.key
+        input_BTD, output_BTD = activations.input_BTD, activations.output_BTD
+        with _reading(self.matrix) as seen, autocast(input_BTD.device, settings.precision):
+            if self.half == "attention":
+                before_BTD = input_BTD
+                owes_output = key.subblock == "pair" and key.block.ffn.kind == "no_op"
+                after_BTD = output_BTD if owes_output else activations.middle_BTD
+                module.attend(input_BTD, **activations.attention_kwargs)
+            else:
+                # Beside the parent's attention, or behind the pair's own, which may be none.
+                before_BTD = activations.middle_BTD
+                if key.subblock == "pair":
+                    before_BTD = module.attend(input_BTD, **activations.attention_kwargs)
+                after_BTD = output_BTD
+                module.feed_forward(before_BTD)
+        read_SI = seen[0].float().flatten(0, 1)
+        wanted_SD = (after_BTD.float() - before_BTD.float()).flatten(0, 1)
+        missing_SD = wanted_SD - nn.functional.linear(read_SI, self.matrix.weight, self.matrix.bias)
+        weighted_SI = read_SI
+        if settings.loss != "tensor":
+            weighted_SI = read_SI / output_BTD.float().square().mean(dim=-1).flatten()[:, None]
+        self._gram_II += weighted_SI.T @ read_SI
+        self._cross_DI += missing_SD.T @ weighted_SI
+
+    def solve(self) -> None:
+        """Refit the matrix in place."""
+        # Summed in float32, solved in float64: the condition number is that of the activations squared.
+        system_II = self._gram_II.double()
+        mean_square = system_II.diagonal().mean()
+        if not mean_square > 0:
+            return  # nothing ever enters the matrix, or something that is no number: the training will tell
+        system_II.diagonal().add_(RIDGE * mean_square)
+        solution_ID = torch.linalg.solve(system_II, self._cross_DI.double().T)
+        self.matrix.weight += solution_ID.T.to(self.matrix.weight.dtype)
+
+
+def _add_up(
     parent: ParentLayers,
-    trainee: Trainee,
-    half: Half,
+    layer: int,
+    systems: Sequence[_System],
     hidden_NTD: Tensor,
     packed: PackedTokens,
     *,
     settings: BlockLibraryConfig,
 ) -> None:
-    own, module, matrix = parent.layer(trainee.key.layer), trainee.module, last_matrix(trainee.module, half)
-    width = matrix.in_features
-    gram_II = torch.zeros(width, width, dtype=torch.float32, device=matrix.weight.device)
-    cross_DI = torch.zeros_like(matrix.weight)
+    """Add all windows to the systems of one layer; the parent's layer runs once for all of them."""
+    own = parent.layer(layer)
     for start in range(0, len(packed), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
         input_BTD = hidden_NTD[rows]
         kwargs = parent.attention_kwargs(input_BTD, packed.position_ids_NT[rows])
         middle_BTD = own.attend(input_BTD, **kwargs)
-        output_BTD = own.feed_forward(middle_BTD)
-        with _reading(matrix) as seen, autocast(input_BTD.device, settings.precision):
-            if half == "attention":
-                before_BTD = input_BTD
-                owes_output = trainee.key.subblock == "pair" and trainee.key.block.ffn.kind == "no_op"
-                after_BTD = output_BTD if owes_output else middle_BTD
-                module.attend(input_BTD, **kwargs)
-            else:
-                # Beside the parent's attention, or behind the pair's own, which may be none.
-                before_BTD = module.attend(input_BTD, **kwargs) if trainee.key.subblock == "pair" else middle_BTD
-                after_BTD = output_BTD
-                module.feed_forward(before_BTD)
-        read_SI = seen[0].float().flatten(0, 1)
-        wanted_SD = (after_BTD.float() - before_BTD.float()).flatten(0, 1)
-        missing_SD = wanted_SD - nn.functional.linear(read_SI, matrix.weight, matrix.bias)
-        weighted_SI = read_SI
-        if settings.loss != "tensor":
-            weighted_SI = read_SI / output_BTD.float().square().mean(dim=-1).flatten()[:, None]
-        gram_II += weighted_SI.T @ read_SI
-        cross_DI += missing_SD.T @ weighted_SI
-    # The sums are float32, the system is solved in float64: its condition number is that of the activations squared.
-    system_II = gram_II.double()
-    mean_square = system_II.diagonal().mean()
-    if not mean_square > 0:
-        return  # nothing ever enters the matrix, or something that is no number: the training will tell
-    system_II.diagonal().add_(RIDGE * mean_square)
-    matrix.weight += torch.linalg.solve(system_II, cross_DI.double().T).T.to(matrix.weight.dtype)
+        activations = LayerActivations(
+            layer=layer,
+            input_BTD=input_BTD,
+            middle_BTD=middle_BTD,
+            output_BTD=own.feed_forward(middle_BTD),
+            attention_kwargs=kwargs,
+        )
+        for system in systems:
+            system.add(activations, settings=settings)
 
 
 @contextmanager

@@ -16,14 +16,12 @@ from pipeline.report.figures import (
     TogglePoint,
     architecture_strip,
     curve_panels,
-    dependency_heat_map,
-    lines_by_layer,
     quality_through_stages,
-    score_heat_map,
     speed_bars,
     toggle_bars,
 )
 from pipeline.report.inputs import ReportInputs
+from pipeline.report.search_figures import dependency_heat_map, lines_by_layer, score_heat_map
 from pipeline.stage import VIEW_DIR
 
 CURVE_TITLES = {

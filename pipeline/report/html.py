@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from pipeline.architecture import Architecture
 from pipeline.evaluation.results import SampleAnswer
-from pipeline.report.figures import GRID, INK, PAPER
+from pipeline.report.canvas import GRID, INK, PAPER
 from pipeline.stage import Number, Table
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"

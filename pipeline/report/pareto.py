@@ -14,11 +14,12 @@ from typing import Literal
 from pipeline.artifacts import read_json
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.results import read_evaluations
+from pipeline.puzzle.baselines import PUZZLE, WITHOUT_BLD
 from pipeline.puzzle.tables import CHILDREN, read_table
 
-PARENT, PUZZLE, CHILD, FINAL = "parent", "puzzle", "child", "final"
+PARENT, CHILD, FINAL = "parent", "child", "final"
 # What the search itself chose, in its forms; every other method is a baseline.
-OURS = (PUZZLE, "puzzle without block distillation", CHILD, FINAL)
+OURS = (PUZZLE, WITHOUT_BLD, CHILD, FINAL)
 SPEED_FILE = "speed.json"
 # The name that the evaluation gives what the speed report calls so.
 EVALUATED = {CHILD: "child", FINAL: "rl"}

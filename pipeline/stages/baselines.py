@@ -5,7 +5,7 @@ Where a target pins blocks, only methods that choose single blocks are compared.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -14,11 +14,12 @@ import torch
 from pipeline.architecture import Architecture, BlockSpec
 from pipeline.artifacts import ArtifactStore, write_atomically
 from pipeline.costs import num_parameters
-from pipeline.errors import InfeasibleError
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture
 from pipeline.model.heterogeneous import build_model
 from pipeline.puzzle.backends import measure_as_profiled
 from pipeline.puzzle.baselines import (
+    PUZZLE,
+    WITHOUT_BLD,
     drop_layers,
     dropped,
     greedy,
@@ -46,7 +47,6 @@ from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BaselinesStage
 from pipeline.stages.score_inputs import score_functions
 
-PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
 ARCHITECTURES = "architectures.json"
 
 Blocks = Sequence[BlockSpec]
@@ -140,23 +140,16 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
 
 
 def _from_library(problem: Problem, parent: Architecture, config: BaselinesStage) -> dict[str, Blocks]:
-    found: dict[str, Blocks] = {}
+    """Return what other rules choose from the library; that an answer exists, the refined solution shows."""
     by_greed = greedy(problem)
-    if by_greed is not None:
-        found["greedy"] = tuple(candidate.block for candidate in by_greed)
-    searches: dict[str, Callable[[], Blocks]] = {
-        "max_parameters": lambda: max_parameters(problem, parent, settings=config.search),
+    return {
+        **({} if by_greed is None else {"greedy": tuple(candidate.block for candidate in by_greed)}),
+        "max_parameters": max_parameters(problem, parent, settings=config.search),
         **{
-            f"random {seed}": lambda seed=seed: random_choice(problem, seed=seed, settings=config.search)
+            f"random {seed}": random_choice(problem, seed=seed, settings=config.search)
             for seed in range(config.baselines.num_random)
         },
     }
-    for name, choose in searches.items():
-        try:
-            found[name] = choose()
-        except InfeasibleError:  # the refined solution met limits that a recalibration has moved since
-            continue
-    return found
 
 
 def _from_parent(

@@ -11,7 +11,6 @@ import polars as pl
 from pipeline.puzzle.predictions import compared_phase
 from pipeline.puzzle.tables import PARETO, SCHEMAS, write_table
 from pipeline.report.drawings import save_figures
-from pipeline.report.figures import pareto_panels
 from pipeline.report.pareto import (
     Point,
     by_panel,
@@ -21,6 +20,7 @@ from pipeline.report.pareto import (
     read_baselines,
     read_checkpoints,
 )
+from pipeline.report.search_figures import pareto_panels
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import ParetoStage
 

@@ -15,12 +15,13 @@ from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning.case import Case
 from pipeline.planning.command import plan_text
 from pipeline.planning.devices import DEVICES, find_device
-from pipeline.planning.estimates import estimate, micro_batch_rows
+from pipeline.planning.estimates import estimate, has_estimate
 from pipeline.planning.memory import activation_bytes, training_state_bytes
 from pipeline.planning.plan import make_plan
 from pipeline.planning.ranges import Range
 from pipeline.planning.render import binary, seconds, short
 from pipeline.planning.sizes import model_sizes
+from pipeline.planning.training_estimates import micro_batch_rows
 from pipeline.planning.warnings import fitting_settings
 from pipeline.recipe import Limit, Pin, Recipe, Target
 from pipeline.recipe_file import load_recipe
@@ -359,3 +360,7 @@ def test_quantities_are_spelled_in_units_that_suit_them():
 def test_a_range_that_falls_is_refused():
     with pytest.raises(ValueError, match="must rise"):
         Range(low=2, expected=1, high=3)
+
+
+def test_every_stage_has_an_estimate():
+    assert [stage.name for stage in STAGES if not has_estimate(stage.name)] == []

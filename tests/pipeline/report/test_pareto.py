@@ -12,8 +12,8 @@ import polars as pl
 from pipeline.evaluation.results import write_evaluations
 from pipeline.puzzle.tables import CHILDREN, PARETO, SCHEMAS, read_table, write_table
 from pipeline.recipe import Limit, ProfileConfig, Scenario
-from pipeline.report.figures import pareto_panels
 from pipeline.report.pareto import Panel, Point, Span, by_panel, dominated_targets, frontier
+from pipeline.report.search_figures import pareto_panels
 from pipeline.stage import StageInputs, target_key
 from pipeline.stages import pareto
 from pipeline.stages.configs import ParetoStage

@@ -1,0 +1,243 @@
+"""What the stages of the search compute, read, hold and write, as estimates does for the other stages."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
+from pipeline.planning import devices
+from pipeline.planning.case import CANDIDATE_TOKENS, DISK, START_S, Case, Estimate
+from pipeline.planning.memory import activation_bytes
+from pipeline.planning.ranges import ZERO, Range
+from pipeline.puzzle.bld_cost import (
+    bounded_rounds,
+    held_bytes,
+    layer_costs,
+    split_layers,
+    training_flops_per_token,
+)
+from pipeline.puzzle.block_keys import library_keys
+
+NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws
+MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
+
+
+def channel_importance(case: Case) -> Estimate:
+    """Return what passing the calibration tokens through the parent costs, once per round."""
+    config = case.recipe.channel_importance
+    length = case.recipe.distillation_mix.sequence_length
+    weights = case.model_bytes(config.precision)
+    batch_bytes = 4.0 * config.batch_size * length * (case.sizes.parent.blocks[0].ffn.intermediate_size or 0)
+    parent = case.sizes.parent
+    per_token = case.sizes.parent_flops(context_tokens=length, with_head=False)
+    heads = case.sizes.space.parent.attention.num_key_value_heads or 0
+    num_statistics = parent.num_hidden_layers * (3 * (case.sizes.space.parent.ffn.intermediate_size or 0) + heads)
+    return Estimate(
+        tokens=Range.of(config.tokens),
+        work=((Range.of(config.channel_rounds * config.tokens * per_token), devices.FORWARD),),
+        memory=Range(low=weights, expected=weights + 2 * batch_bytes, high=1.2 * weights + 6 * batch_bytes),
+        memory_parts={"parent": weights, "activations": 2 * batch_bytes},
+        disk=Range.of(4.0 * num_statistics),
+        extra_s=START_S,
+    )
+
+
+def block_library(case: Case) -> Estimate:
+    """Return what training every block costs, the passes of the parent that feed them included."""
+    recipe, parent, space = case.recipe, case.sizes.parent, case.sizes.space
+    config = recipe.block_library
+    length = recipe.distillation_mix.sequence_length
+    keys = library_keys(space, config)
+    trained = float(sum(block_parameters(parent, key.block) for key in keys))
+    flops_per_token = case.sizes.parent_flops(context_tokens=length, with_head=False)
+    flops_per_token += training_flops_per_token(parent, keys, context_tokens=length)
+    stretches = split_layers(layer_costs(parent, keys, context_tokens=length), case.execution.num_ranks)
+    max_gib = case.execution.block_memory_gib
+    rounds = [
+        bounded_rounds(
+            parent,
+            [key for key in keys if key.layer in stretch],
+            max_bytes=None if max_gib is None else max_gib * 2**30,
+        )
+        for stretch in stretches
+    ]
+    # In every round the parent runs anew.
+    num_rounds = max(len(one) for one in rounds)
+    flops_per_token += (num_rounds - 1) * case.sizes.parent_flops(context_tokens=length, with_head=False)
+    longest = max(len(stretch) for stretch in stretches)
+    layer = block_parameters(parent, space.parent)
+    outside = parent.vocab_size * parent.hidden_size  # the embedding, on the first rank
+    weights = BYTES_PER_PARAMETER[config.precision] * (longest * layer + outside)
+    state = max(held_bytes(parent, keys_of_round) for one in rounds for keys_of_round in one or ((),))
+    num_tokens = config.batch_size * length
+    one_layer = parent.with_blocks([space.parent])
+    batch = activation_bytes(one_layer, num_tokens=num_tokens, precision=config.precision)
+    # The parent's three hidden states, and fp32 copies of prediction, target, error and its square for the loss.
+    batch += num_tokens * parent.hidden_size * (3 * BYTES_PER_PARAMETER[config.precision] + 16.0)
+    return Estimate(
+        tokens=Range.of(config.tokens),
+        work=((Range.of(config.tokens * flops_per_token), devices.BLOCK_TRAINING),),
+        memory=Range(low=weights + state, expected=weights + state + batch, high=1.2 * (weights + state) + 3 * batch),
+        memory_parts={"parent": weights, "blocks and their AdamW": state, "activations": batch},
+        disk=Range.of(4.0 * trained),
+        working_disk=Range(low=0, expected=2 * 12.0 * trained / num_rounds, high=2 * 12.0 * trained),
+        extra_s=START_S + Range.of(8 * trained).over(DISK),
+        on_all_ranks=True,
+    )
+
+
+def block_scores(case: Case) -> Estimate:
+    """Return what scoring every block around the parent costs."""
+    config = case.recipe.block_scores
+    return _scoring(case, tokens=config.tokens, rounds=Range.of(1), num_models=Range.of(0))
+
+
+def refined_solution(case: Case) -> Estimate:
+    """Return what scoring the pool as whole models, and every block again in each round, costs."""
+    search = case.recipe.search
+    # A round proposes one child for max_changed_layers, its half, ... and 1; rounds end when none is better.
+    proposals = search.refinement.max_changed_layers.bit_length()
+    num_rounds = search.refinement.rounds
+    rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
+    return _scoring(
+        case,
+        tokens=search.refinement.tokens,
+        rounds=rounds,
+        num_models=rounds.times(proposals) + search.pool.num_solutions,
+    )
+
+
+def baselines(case: Case) -> Estimate:
+    """Return what scoring and timing the children of simpler methods costs."""
+    config = case.recipe.baselines
+    num_children = NUM_METHODS + config.num_random
+    scored = _scoring(
+        case, tokens=case.recipe.search.refinement.tokens, rounds=Range.of(0), num_models=Range.of(num_children)
+    )
+    times = num_children * (config.rounds + config.warmups)
+    tokens, flops, read = _timings(case, num_parent=times, num_children=times)
+    return replace(
+        scored,
+        tokens=scored.tokens + tokens,
+        work=(*scored.work, (flops, devices.FORWARD)),
+        read_bytes=read,
+    )
+
+
+def _scoring(case: Case, *, tokens: int, rounds: Range, num_models: Range) -> Estimate:
+    """Return that many rounds of every block's score on these tokens, and that many whole children scored."""
+    precision, space = case.recipe.block_scores.precision, case.sizes.space
+    length = case.recipe.distillation_mix.sequence_length
+    head, num_layers = case.sizes.head_flops, len(space.layers)
+    layer = case.sizes.parent_flops(context_tokens=length, with_head=False) / num_layers
+    windows = max(1, CANDIDATE_TOKENS // length)  # of one pass
+    at_once = max(1, CANDIDATE_TOKENS // (min(windows, max(1, tokens // length)) * length))
+    flops = 2 * num_layers * layer + head
+    for index, options in enumerate(space.layers):
+        num_candidates = len(options.blocks) - 1
+        # A candidate is no larger than the layer it stands for; the parent's logits serve all of a pass.
+        flops += num_candidates * ((num_layers - index) * layer + head) + math.ceil(num_candidates / at_once) * head
+    weights = case.model_bytes(precision)
+    hidden = 2 * BYTES_PER_PARAMETER[precision] * tokens * case.sizes.parent.hidden_size
+    logits = 8.0 * min(tokens, 8192) * case.sizes.parent.vocab_size
+    whole = num_layers * layer + head
+    return Estimate(
+        tokens=(rounds.times(space.num_candidates) + num_models).times(tokens),
+        work=((rounds.times(tokens * flops) + num_models.times(tokens * whole), devices.FORWARD),),
+        memory=Range(
+            low=weights + hidden, expected=weights + hidden + logits, high=1.5 * weights + hidden + 3 * logits
+        ),
+        memory_parts={"parent": weights, "hidden states": hidden, "logits": logits},
+        extra_s=START_S,
+    )
+
+
+def _timings(case: Case, *, num_parent: float, num_children: float) -> tuple[Range, Range, Range]:
+    """Return tokens, FLOPs and bytes read of timing every scenario that often on each model."""
+    size = BYTES_PER_PARAMETER[case.recipe.block_profile.precision]
+    tokens, flops, read = ZERO, ZERO, ZERO
+    for scenario in case.recipe.block_profile.scenarios:
+        steps = min(scenario.generation_tokens, MAX_DECODE_STEPS)
+        passed = scenario.batch_size * (scenario.prompt_tokens + (scenario.generation_tokens - steps) / 2)
+        context = scenario.prompt_tokens
+        cached = scenario.batch_size * context * kv_bytes_per_token(case.sizes.parent, bytes_per_value=size)
+        # Logits of a prompt's last token alone.
+        per_pass = case.sizes.child_flops(context_tokens=context, with_head=False).times(num_children)
+        per_pass = per_pass + num_parent * case.sizes.parent_flops(context_tokens=context, with_head=False)
+        tokens = tokens + (num_parent + num_children) * (passed + scenario.batch_size * steps)
+        flops = flops + per_pass.times(passed)
+        weights = case.sizes.child_parameters.times(size * num_children) + num_parent * case.model_bytes(
+            case.recipe.block_profile.precision
+        )
+        read = read + weights.times(steps) + (num_parent + num_children) * steps * cached
+    return tokens, flops, read
+
+
+def _cache_bytes(case: Case) -> float:
+    size = BYTES_PER_PARAMETER[case.recipe.block_profile.precision]
+    return max(
+        scenario.batch_size
+        * (scenario.prompt_tokens + scenario.generation_tokens)
+        * kv_bytes_per_token(case.sizes.parent, bytes_per_value=size)
+        for scenario in case.recipe.block_profile.scenarios
+    )
+
+
+def block_profile(case: Case) -> Estimate:
+    """Return what timing every variant costs."""
+    profile = case.recipe.block_profile
+    # Each round runs the parent twice and a model of all variants, no shallower than the parent, once.
+    num_files, timings = 0, 3
+    if profile.backend == "llama_cpp":
+        # A whole model per variant and three more; llama-bench repeats five times after a warm-up and a filling.
+        num_files = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
+        timings = 7 * num_files
+    tokens, flops, read = _timings(case, num_parent=timings * (profile.repeats + profile.warmups), num_children=0.0)
+    weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case)
+    disk = Range.of(num_files * case.model_bytes(profile.precision))
+    return Estimate(
+        tokens=tokens,
+        work=((flops, devices.FORWARD),),
+        read_bytes=read,
+        memory=Range(low=weights, expected=weights + cache, high=1.3 * weights + 2 * cache),
+        memory_parts={"two models, or one and another's file": weights, "cache": cache},
+        disk=disk,
+        extra_s=START_S + disk.over(DISK),
+    )
+
+
+def measured(num_parent: float, num_children: float, *, stored_children: int) -> Callable[[Case], Estimate]:
+    """Return the estimate of timing the parent and children beside it, that many of each."""
+
+    def timed(case: Case) -> Estimate:
+        recipe = case.recipe
+        rounds = recipe.speed_report.rounds + recipe.speed_report.warmups
+        tokens, flops, read = _timings(case, num_parent=num_parent * rounds, num_children=num_children * rounds)
+        size = BYTES_PER_PARAMETER[recipe.block_profile.precision]
+        parent, child = case.model_bytes(recipe.block_profile.precision), case.sizes.child_parameters.times(size)
+        memory = child.times(num_children) + parent + _cache_bytes(case)
+        disk = case.sizes.child_parameters.times(case.stored_bytes * stored_children)
+        again = 1 + (recipe.search.max_recalibrations if stored_children else 0)
+        return Estimate(
+            tokens=tokens,
+            work=((Range(low=flops.low, expected=flops.expected, high=again * flops.high), devices.FORWARD),),
+            read_bytes=Range(low=read.low, expected=read.expected, high=again * read.high),
+            memory=memory,
+            memory_parts={
+                "parent": parent,
+                "children": child.expected * num_children,
+                "cache": _cache_bytes(case),
+            },
+            disk=disk,
+            extra_s=START_S + disk.times(4).over(DISK),
+        )
+
+    return timed
+
+
+def mip_solution(case: Case) -> Estimate:
+    """Return what solving the programme takes, which no model sees."""
+    return Estimate(
+        disk=Range(low=1e4, expected=1e5, high=1e6),
+        extra_s=Range(low=0.1, expected=3.0, high=max(3.0, case.recipe.search.time_limit_s)),
+    )
