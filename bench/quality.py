@@ -103,7 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.25, 1.5, 2.0])
     parser.add_argument("--kd-tokens", type=int, default=50_000, help="0: compare before distillation alone")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--results", type=Path, default=Path("bench/quality.json"))
+    parser.add_argument("--results", type=Path, default=refit_home() / "bench-quality" / "results.json")
     parser.add_argument("--work-dir", type=Path, default=refit_home() / "bench-quality")
     return parser.parse_args()
 

@@ -20,6 +20,7 @@ from pipeline.reasoning.rows import TraceRow
 # 32 bands of 4: a pair at J = 0.8 is missed once in ten million, one at 0.5 is looked at in 87% of the cases.
 _NUM_BANDS = 32
 _BAND_ROWS = 4
+_SEEDS = np.random.default_rng(1997).integers(0, 2**64, size=_NUM_BANDS * _BAND_ROWS, dtype=np.uint64)
 _WORD = re.compile(r"\w+")
 
 
@@ -73,13 +74,12 @@ def _jaccard(first: frozenset[int], second: frozenset[int]) -> float:
 
 def _signature(shingles: frozenset[int]) -> NDArray[np.uint64]:
     """Return the smallest hash of the set under each of as many hash functions: h_k(x) = mix(x ^ seed_k)."""
-    seeds = np.random.default_rng(1997).integers(0, 2**64, size=_NUM_BANDS * _BAND_ROWS, dtype=np.uint64)
     values = np.array(sorted(shingles), dtype=np.uint64)
     if not len(values):
-        return seeds
+        return _SEEDS
     # The finaliser of splitmix64; with a linear map in its place the smallest values are no random ones, and pairs are
     # missed.
-    mixed = values[None, :] ^ seeds[:, None]
+    mixed = values[None, :] ^ _SEEDS[:, None]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (mixed ^ (mixed >> np.uint64(31))).min(axis=1)

@@ -15,7 +15,7 @@ from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey
 from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.recipe import BlockLibraryConfig
-from tests.pipeline.puzzle.conftest import Workplace
+from tests.pipeline.puzzle.workplace import Workplace
 
 SETTINGS = BlockLibraryConfig(
     mode="decoupled",

@@ -28,8 +28,8 @@ from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import block_library
 from pipeline.stages.configs import BlockLibraryStage
-from tests.pipeline.puzzle.conftest import Workplace
-from tests.pipeline.puzzle.test_stages import BLD, SPACE
+from tests.pipeline.puzzle.line import BLD, SPACE
+from tests.pipeline.puzzle.workplace import Workplace
 from tests.pipeline.training import run_stages
 from tests.pipeline.training.builders import write_spec
 

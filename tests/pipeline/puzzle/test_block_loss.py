@@ -14,8 +14,8 @@ from pipeline.puzzle.bld import TrainedBlock, train_blocks
 from pipeline.puzzle.block_loss import block_loss, output_curvature, output_gradients
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.parent_layers import ParentLayers
-from tests.pipeline.puzzle.conftest import Workplace
 from tests.pipeline.puzzle.test_bld import ALL, SETTINGS, train
+from tests.pipeline.puzzle.workplace import Workplace
 
 LAYER = 1
 

@@ -11,7 +11,7 @@ from pipeline.model.heterogeneous import attention_inputs
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.importance import count_non_finite, load_importance, measure_importance, save_importance
 from pipeline.puzzle.parent_layers import ParentLayers
-from tests.pipeline.puzzle.conftest import IMPORTANCE, Workplace
+from tests.pipeline.puzzle.workplace import IMPORTANCE, Workplace
 
 
 def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed(workplace: Workplace):

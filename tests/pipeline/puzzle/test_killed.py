@@ -13,33 +13,18 @@ import pytest
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.puzzle.tables import SCORES
-from pipeline.recipe import BlockLibraryConfig, BlockScoresConfig, SearchSpaceConfig
+from pipeline.recipe import BlockScoresConfig, SearchSpaceConfig
 from pipeline.stage import ExecutionSettings
 from pipeline.stages import block_library, block_scores
 from pipeline.stages.configs import BlockLibraryStage, BlockScoresStage
 from pipeline.stages.spec import SPEC_FILE, StageSpec, config_type_name
-from tests.pipeline.puzzle.conftest import Workplace, publish
+from tests.pipeline.puzzle.line import BLD as LINE_BLD
+from tests.pipeline.puzzle.workplace import Workplace, publish
 
 SPACE = SearchSpaceConfig(
     attention=("parent", 1, "linear", "no_op"), ffn=("parent", 32, 16, "linear", "no_op"), overrides=(), portable=False
 )
-BLD = BlockLibraryConfig(
-    mode="decoupled",
-    coupled_space=None,
-    tokens=32,
-    closed_form_tokens=0,
-    loss="tensor",
-    batch_size=2,
-    learning_rate=3e-3,
-    min_learning_rate_ratio=0.1,
-    warmup_ratio=0.0,
-    schedule="cosine",
-    weight_decay=0.0,
-    betas=(0.9, 0.95),
-    max_grad_norm=1.0,
-    overrides=(),
-    precision="fp32",
-)
+BLD = LINE_BLD.model_copy(update={"tokens": 32})
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pipeline.puzzle.measure import Measurements, measure_models, median_interva
 from pipeline.puzzle.profiling import Samples, SubblockClock, profile_blocks
 from pipeline.puzzle.search_space import resolve
 from pipeline.recipe import MeasurementConfig, ProfileConfig, Scenario, SearchSpaceConfig
-from tests.pipeline.puzzle.conftest import Workplace
+from tests.pipeline.puzzle.workplace import Workplace
 
 CHAT = Scenario(name="chat", batch_size=2, prompt_tokens=12, generation_tokens=3)
 

@@ -16,8 +16,8 @@ from pipeline.puzzle.library import BlockKey
 from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.puzzle.refit import RIDGE, halves, last_matrix, refit_blocks
 from pipeline.recipe import BlockLoss, OptimizerConfig
-from tests.pipeline.puzzle.conftest import Workplace
 from tests.pipeline.puzzle.test_bld import ALL, LINEAR, LINEAR_FFN, NARROW, ONE_HEAD, SETTINGS
+from tests.pipeline.puzzle.workplace import Workplace
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3,

@@ -30,7 +30,7 @@ from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.recipe import SearchSpaceConfig
-from tests.pipeline.puzzle.conftest import Workplace
+from tests.pipeline.puzzle.workplace import Workplace
 
 BF16 = torch.bfloat16
 
