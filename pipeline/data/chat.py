@@ -162,7 +162,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
         date_string=TEMPLATE_DATE,
     )
     assert isinstance(text, str)
-    ids: list[int] = tokenizer(text, addspecial_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise DataError(f"the chat template starts with {tokenizer.bos_token} twice: keep one in the template")
     return ids

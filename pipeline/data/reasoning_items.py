@@ -79,25 +79,26 @@ def generate_items(
     return items
 
 
-def score_answer(
-    item: ReasoningItem, answer: str, *, errors: Counter[str] | None = None, raises: bool = False
-) -> float:
+def ask_scorer(item: ReasoningItem, answer: str) -> float:
     """Return 1.0 when the task's own scorer gives exactly 1.0, else 0.0; partial credit is what junk answers live on.
 
-    A scorer that raises (some do on anything but a number) scores 0.0; `errors` counts that by `task: exception`.
-    With `raises`, what the scorer raises goes on to the caller instead.
+    Whatever the scorer raises goes on to the caller.
     """
     dataset = _dataset(item.task, canonical_json(item.config), item.seed)
-    entry = dataset[item.index]
+    return 1.0 if dataset.score_answer(answer.strip(), dataset[item.index]) == 1.0 else 0.0
+
+
+def score_answer(item: ReasoningItem, answer: str, *, errors: Counter[str] | None = None) -> float:
+    """Return what the task's scorer gives, as ask_scorer does.
+
+    A scorer that raises (some do on anything but a number) scores 0.0; `errors` counts that by `task: exception`.
+    """
     try:
-        score = dataset.score_answer(answer.strip(), entry)
-    except Exception as err:  # a scorer is third-party code fed with whatever a model wrote
-        if raises:
-            raise
+        return ask_scorer(item, answer)
+    except Exception as err:  # noqa: BLE001  a scorer is third-party code fed with whatever a model wrote
         if errors is not None:
             errors[f"{item.task}: {type(err).__name__}"] += 1
         return 0.0
-    return 1.0 if score == 1.0 else 0.0
 
 
 def regenerate_entry(item: ReasoningItem) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from pipeline.data.repetition import repeated_share
 from pipeline.evaluation.intervals import Estimate, share, weighted_mean
 from pipeline.evaluation.results import ChainHealth
 
@@ -26,19 +27,13 @@ def chain_health(texts: Sequence[str]) -> ChainHealth:
     if not chains:
         nothing = Estimate(value=0.0, low=0.0, high=0.0, num_samples=0)
         return ChainHealth(num_words=nothing, repeated_share=nothing, looping=nothing, self_bleu=math.nan)
-    repeated = [repeated_share(chain) for chain in chains]
+    repeated = [repeated_share(chain, num_words=REPEATED_WORDS) for chain in chains]
     return ChainHealth(
         num_words=weighted_mean([[(float(len(chain)), 1.0) for chain in chains]]),
         repeated_share=weighted_mean([[(value, 1.0) for value in repeated]]),
         looping=share(sum(value > MAX_REPEATED_SHARE for value in repeated), num_samples=len(chains)),
         self_bleu=self_bleu(chains[:MAX_COMPARED]),
     )
-
-
-def repeated_share(words: Sequence[str]) -> float:
-    """Return the share of runs of REPEATED_WORDS words that stood in the chain before; 0 for a shorter chain."""
-    runs = [tuple(words[start : start + REPEATED_WORDS]) for start in range(len(words) - REPEATED_WORDS + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def self_bleu(chains: Sequence[Sequence[str]]) -> float:

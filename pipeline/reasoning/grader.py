@@ -11,7 +11,7 @@ import resource
 import sys
 from typing import Any
 
-from pipeline.data.reasoning_items import ReasoningItem, score_answer
+from pipeline.data.reasoning_items import ReasoningItem, ask_scorer
 
 READY = "ready"
 _MAX_MEMORY_BYTES = 4 * 2**30
@@ -42,7 +42,7 @@ def _plain(text: str) -> str:
 def _judge(question: dict[str, Any]) -> bool:
     if question["kind"] == "task":
         item = ReasoningItem.model_validate(question["item"])
-        return score_answer(item, question["answer"], raises=True) == 1.0
+        return ask_scorer(item, question["answer"]) == 1.0
     return is_equal_answer(question["answer"], reference=question["reference"])
 
 

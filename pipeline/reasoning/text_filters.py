@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from pipeline.data.chat import split_thinking
+from pipeline.data.repetition import repeated_share
 from pipeline.errors import RecipeError
 from pipeline.reasoning.rows import TraceRow
 
@@ -82,16 +83,9 @@ def _language(text: str) -> str | None:
     return most if found[most] >= _MIN_FUNCTION_WORDS else None
 
 
-def repeated_share(text: str, *, num_words: int) -> float:
-    """Return the share of n-grams of words that stood in the text before; 0 for a text of fewer words."""
-    words = text.split()
-    ngrams = [tuple(words[start : start + num_words]) for start in range(len(words) - num_words + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
 def repetition_flaw(row: TraceRow, *, num_words: int, max_share: float) -> str | None:
     """Return whether too much of an output repeats itself."""
-    share = repeated_share(row.output, num_words=num_words)
+    share = repeated_share(row.output.split(), num_words=num_words)
     return f"more than {max_share:.0%} of it repeats" if share > max_share else None
 
 

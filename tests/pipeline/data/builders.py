@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -54,13 +54,18 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that plays Llama 3's base model: its EOS is not the token that ends a turn."""
-    return make_tokenizer(
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        bos="<|begin_of_text|>",
+    """Return a tokenizer that plays Llama 3's: its EOS does not end a turn, and it puts BOS before any text itself."""
+    bos = "<|begin_of_text|>"
+    tokenizer = make_tokenizer(
+        [bos, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        bos=bos,
         eos="<|end_of_text|>",
         chat_template=LLAMA3,
     )
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
 
 
 def make_documents(num_documents: int, *, num_words: int, seed: int) -> list[Document]:

@@ -4,13 +4,7 @@ import math
 
 import pytest
 
-from pipeline.evaluation.chains import chain_health, repeated_share, self_bleu
-
-
-def test_repeated_share_of_a_loop_by_hand():
-    # Eight words, three times over: 17 runs of eight words, eight of them different.
-    assert repeated_share(["a", "b", "c", "d", "e", "f", "g", "h"] * 3) == pytest.approx(1 - 8 / 17)
-    assert repeated_share(["a"] * 7) == 0.0
+from pipeline.evaluation.chains import chain_health, self_bleu
 
 
 def test_self_bleu_of_equal_and_of_unlike_chains():

@@ -28,7 +28,6 @@ from pipeline.reasoning.text_filters import (
     check_languages,
     code_flaw,
     language_flaw,
-    repeated_share,
     repetition_flaw,
 )
 from pipeline.recipe import ReasoningTask
@@ -185,12 +184,6 @@ def test_check_languages_refuses_what_cannot_be_told():
     check_languages(["en", "de"])
     with pytest.raises(RecipeError, match="names xx, which cannot be told"):
         check_languages(["en", "xx"])
-
-
-def test_repeated_share_matches_a_hand_count():
-    # a b | b c | c a | a b | b c: five pairs, three of them new.
-    assert repeated_share("a b c a b c", num_words=2) == pytest.approx(2 / 5)
-    assert repeated_share("a b", num_words=3) == 0.0
 
 
 def test_repetition_flaw_drops_a_loop():
