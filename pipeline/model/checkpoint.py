@@ -24,7 +24,7 @@ from pipeline.architecture import Architecture
 from pipeline.artifacts import write_atomically
 from pipeline.errors import CheckpointError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, empty_model
-from pipeline.model.shards import INDEX_FILE, MAX_SHARD_BYTES, WEIGHTS_FILE, index_json, shard_name
+from pipeline.model.shards import INDEX_FILE, MAX_SHARD_BYTES, WEIGHTS_FILE, checkpoint_shapes, index_json, shard_name
 
 ARCHITECTURE_FILE = "architecture.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -105,14 +105,6 @@ class TensorReader:
         return self._file(name).get_slice(name)
 
 
-def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that a checkpoint of this architecture holds."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(architecture).state_dict().items()}
-    if architecture.tie_word_embeddings:
-        del shapes[_HEAD]
-    return shapes
-
-
 def save_checkpoint(
     directory: Path,
     *,
@@ -134,7 +126,7 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     if isinstance(tensors, Mapping):
         tensors = _without_tied_head(cast("Mapping[str, Tensor]", tensors), architecture).items()
-    write_tensors(directory, _checked(tensors, tensor_shapes(architecture), where=str(directory)))
+    write_tensors(directory, _checked(tensors, checkpoint_shapes(architecture), where=str(directory)))
     write_architecture(directory, architecture)
     if tokenizer_dir is not None:
         copy_tokenizer(tokenizer_dir, directory)
@@ -203,7 +195,7 @@ def load_model(directory: Path, *, dtype: torch.dtype) -> HeterogeneousLlamaForC
         CheckpointError: when a tensor is missing, unexpected, cut off or of the wrong shape.
     """
     architecture = read_architecture(directory)
-    checked = _checked(TensorReader(directory), tensor_shapes(architecture), where=str(directory))
+    checked = _checked(TensorReader(directory), checkpoint_shapes(architecture), where=str(directory))
     return model_from_tensors(architecture, checked, dtype=dtype)
 
 
@@ -219,7 +211,7 @@ def load_layers(
     """
     architecture = read_architecture(directory)
     prefixes = (*(f"model.layers.{layer}." for layer in layers), *((_EMBEDDING,) if 0 in layers else ()))
-    expected = {name: shape for name, shape in tensor_shapes(architecture).items() if name.startswith(prefixes)}
+    expected = {name: shape for name, shape in checkpoint_shapes(architecture).items() if name.startswith(prefixes)}
     reader = TensorReader(directory)
     named = ((name, reader.read(name)) for name in reader.names if name.startswith(prefixes))
     tensors = {name: tensor.to(device, dtype) for name, tensor in _checked(named, expected, where=str(directory))}

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, RopeScaling, swiglu
 from pipeline.errors import CheckpointError
-from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, read_architecture, tensor_shapes
+from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, read_architecture
 from pipeline.model.gguf_tokenizer import add_tokenizer
 from pipeline.model.repacking import RepackedTensors, portable
+from pipeline.model.shards import checkpoint_shapes
 from pipeline.recipe import GGUFPrecision
 
 ARCHITECTURE_NAME = "deci"
@@ -181,8 +182,8 @@ def _with_zero_ffns(architecture: Architecture) -> Architecture:
 def _planned_tensors(
     architecture: Architecture, read: Callable[[str], Tensor], *, precision: GGUFPrecision
 ) -> Iterator[_PlannedTensor]:
-    own = set(tensor_shapes(architecture))
-    for name, shape in tensor_shapes(_with_zero_ffns(architecture)).items():
+    own = set(checkpoint_shapes(architecture))
+    for name, shape in checkpoint_shapes(_with_zero_ffns(architecture)).items():
         yield _PlannedTensor(
             name=_gguf_name(name),
             shape=shape,

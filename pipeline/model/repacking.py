@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, gqa, swiglu
-from pipeline.model.checkpoint import TensorReader, tensor_shapes
+from pipeline.model.checkpoint import TensorReader
 from pipeline.model.decilm_config import padded_width
+from pipeline.model.shards import checkpoint_shapes
 
 _ATTENTION_MODULES = ("input_layernorm", "self_attn")
 
@@ -102,7 +103,7 @@ class RepackedTensors:
     def __init__(self, reader: TensorReader, repacking: Repacking) -> None:
         self._reader = reader
         self._sources: Sequence[Sources] = repacking.sources
-        self._shapes = tensor_shapes(repacking.architecture)
+        self._shapes = checkpoint_shapes(repacking.architecture)
         self.dtype: torch.dtype = reader.dtype("model.embed_tokens.weight")
 
     @property

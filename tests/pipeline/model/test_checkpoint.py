@@ -14,8 +14,8 @@ from pipeline.model.checkpoint import (
     load_tokenizer,
     read_architecture,
     save_checkpoint,
-    tensor_shapes,
 )
+from pipeline.model.shards import checkpoint_shapes
 from tests.pipeline.model.builders import (
     layer_tensors,
     make_architecture,
@@ -43,7 +43,7 @@ def test_round_trip_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ti
     ids_BT = random_ids(9)
     assert torch.equal(model(ids_BT).logits, make_model(architecture)(ids_BT).logits)
     assert read_architecture(tmp_path) == architecture
-    assert set(TensorReader(tmp_path).names) == set(tensor_shapes(architecture))
+    assert set(TensorReader(tmp_path).names) == set(checkpoint_shapes(architecture))
     assert ("lm_head.weight" in TensorReader(tmp_path).names) == (not tied)
     assert (tmp_path / "model.safetensors.index.json").is_file() == (max_shard_bytes == 20_000)
     assert not list(tmp_path.glob(".*"))

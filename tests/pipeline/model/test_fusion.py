@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, gqa, swiglu
-from pipeline.model.checkpoint import model_from_tensors, tensor_shapes
+from pipeline.model.checkpoint import model_from_tensors
 from pipeline.model.fusion import NormRule, arrange, fuse, fuse_ffns
 from pipeline.model.fusion_runs import FusionRun
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, attention_inputs, empty_model
+from pipeline.model.shards import checkpoint_shapes
 from tests.pipeline.model.builders import make_architecture, make_blocks, make_model, random_ids
 
 A, F = gqa(2), swiglu(48)
@@ -81,7 +82,7 @@ def fused_model(
 ) -> tuple[HeterogeneousLlamaForCausalLM, Architecture]:
     fused = fuse(architecture, source=Tensors(make_model(architecture)), runs=[run], norm_rule=norm_rule)
     tensors = dict(fused.tensors)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == tensor_shapes(fused.architecture)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == checkpoint_shapes(fused.architecture)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = empty_model(fused.architecture)
     model.load_state_dict(tensors, strict=True, assign=True)
