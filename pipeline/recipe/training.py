@@ -59,11 +59,13 @@ class SFTStage(Frozen):
     """One stage of fine-tuning, on one blend of the toggle dataset, with an optimizer of its own.
 
     With `shuffle` the blend is gone through as often as the tokens ask for, reshuffled every epoch; without, it is read
-    once in its own order.
+    once in its own order. `replay_share` of the windows are text of the pre-training mixture, evenly between the rest:
+    what is not rehearsed is forgotten.
     """
 
     blend: Name
     shuffle: bool
+    replay_share: Annotated[float, Field(ge=0, lt=1)]
     tokens: Positive
     global_batch_size: Positive
     optimizer: OptimizerConfig

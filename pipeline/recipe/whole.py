@@ -114,6 +114,13 @@ class Recipe(Frozen):
                 raise ValueError(
                     f"sft.stages shuffles the blend {stage.blend!r}, whose order is short_first: change one of them"
                 )
+            text, samples = self.pretraining_mix.sequence_length, self.reasoning_toggle_dataset.sequence_length
+            if stage.replay_share > 0 and text != samples:
+                raise ValueError(
+                    f"sft.stages replays text beside the blend {stage.blend!r}: pretraining_mix.sequence_length is "
+                    f"{text:,}, reasoning_toggle_dataset.sequence_length {samples:,}; make them equal, or "
+                    "replay_share 0"
+                )
         if self.search.objective == "task_error" and self.block_scores.task is None:
             raise ValueError(
                 "search.objective is task_error, but block_scores.task is null: name a multiple-choice set there, such "

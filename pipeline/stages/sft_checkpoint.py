@@ -3,7 +3,8 @@
     python -m pipeline materialize sft_checkpoint          # on every rank that the execution settings name
 
 The samples are packed into windows, and attention never crosses from one to the next. Each stage trains on one blend
-from the weights of the stage before, with an optimizer of its own (Llama-Nemotron, section 4.2).
+from the weights of the stage before, with an optimizer of its own (Llama-Nemotron, section 4.2). Text of the
+pre-training mixture may be replayed between the samples.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline.data.packed import blend_split, load_packed
 from pipeline.recipe import SFTConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
-from pipeline.training.batches import plan_batches
+from pipeline.training.batches import plan_batches, with_replay
 from pipeline.training.fitting import Phase, fit_checkpoint, fitting_result, prepare_process
 from pipeline.training.objectives import NextTokenObjective
 from pipeline.training.validation import mean_cross_entropy, require_masked, validation_rows
@@ -21,16 +22,17 @@ _NUM_VALIDATION_ROWS = 8
 
 
 def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Train cpt_checkpoint on reasoning_toggle_dataset."""
+    """Train cpt_checkpoint on reasoning_toggle_dataset, and on what is replayed of pretraining_mix."""
     device = prepare_process(inputs.execution)
     dataset_dir = inputs["reasoning_toggle_dataset"]
+    text = load_packed(inputs["pretraining_mix"], "train")
     trained_shares = []
     phases = []
     for number, stage in enumerate(config.stages):
-        data = load_packed(dataset_dir, blend_split(stage.blend))
-        trained_shares.append(require_masked(data, what=f"{dataset_dir} blend {stage.blend}"))
+        blend = load_packed(dataset_dir, blend_split(stage.blend))
+        trained_shares.append(require_masked(blend, what=f"{dataset_dir} blend {stage.blend}"))
         plan = plan_batches(
-            data,
+            with_replay(blend, text, share=stage.replay_share, what=f"sft.stages[{number}]"),
             tokens=stage.tokens,
             global_batch_size=stage.global_batch_size,
             shuffle_seed=config.seed if stage.shuffle else None,

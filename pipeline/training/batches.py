@@ -1,6 +1,7 @@
 """Which windows a step trains on: a pure function of the step, so that resuming needs no state of the data."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,35 @@ def plan_batches(
             "enlarge the mixture or train on fewer tokens"
         )
     return BatchPlan(data=data, global_batch_size=global_batch_size, num_steps=num_steps, shuffle_seed=shuffle_seed)
+
+
+def with_replay(blend: PackedTokens, text: PackedTokens, *, share: float, what: str) -> PackedTokens:
+    """Return a blend with windows of plain text between its own, evenly, so that they are `share` of all.
+
+    The blend keeps its order; the text is read from its beginning, and again where it is too short.
+
+    Raises:
+        DataError: when the text has no windows, or windows of another length.
+    """
+    num_replayed = math.floor(share / (1 - share) * len(blend) + 0.5)
+    if num_replayed == 0:
+        return blend
+    if len(text) == 0 or text.sequence_length != blend.sequence_length:
+        raise DataError(
+            f"{what}.replay_share is {share:g}: the pre-training mixture has {len(text):,} windows of "
+            f"{text.sequence_length:,} tokens, the blend windows of {blend.sequence_length:,}; give both the same "
+            "sequence_length, or set the share to 0"
+        )
+    # The k-th of n replayed windows belongs behind (k + 1/2) / n of the blend.
+    places = [(index / len(blend), index) for index in range(len(blend))]
+    places += [((index + 0.5) / num_replayed, len(blend) + index) for index in range(num_replayed)]
+    order = [index for _, index in sorted(places)]
+    read = torch.arange(num_replayed) % len(text)
+    return PackedTokens(
+        tokens_NT=torch.cat([blend.tokens_NT, text.tokens_NT[read]])[order],
+        labels_NT=torch.cat([blend.labels_NT, text.labels_NT[read]])[order],
+        position_ids_NT=torch.cat([blend.position_ids_NT, text.position_ids_NT[read]])[order],
+    )
 
 
 @functools.lru_cache(maxsize=2)

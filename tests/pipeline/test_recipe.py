@@ -193,6 +193,15 @@ def test_recipe_limit_with_unknown_scenario_is_named():
         parse_recipe(data, origin="test")
 
 
+def test_recipe_that_replays_windows_of_another_length_is_refused():
+    data = _tiny()
+    data["sft"]["stages"][0]["replay_share"] = 0.1
+    assert data["pretraining_mix"]["sequence_length"] != data["reasoning_toggle_dataset"]["sequence_length"]
+
+    with pytest.raises(RecipeError, match=r"sft\.stages replays text .* make them equal, or replay_share 0"):
+        parse_recipe(data, origin="test")
+
+
 def test_recipe_several_mistakes_are_all_listed():
     data = _tiny()
     data["kd"]["tokens"] = -1

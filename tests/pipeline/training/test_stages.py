@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.data.packed import blend_split, long_context_split, save_packed
+from pipeline.data.packed import blend_split, load_packed, long_context_split, save_packed
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.progress import SilentReporter
 from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig, SFTStage
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
 from pipeline.training.schedules import learning_rate_factor
+from pipeline.training.validation import mean_cross_entropy
 from tests.pipeline.training.builders import (
     OPTIMIZER,
+    VOCAB_SIZE,
     Interrupted,
     InterruptingReporter,
     child_architecture,
@@ -37,7 +39,11 @@ KD = DistillationConfig(
 )
 CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, long_context=(), optimizer=OPTIMIZER, precision="bf16")
 SFT = SFTConfig(
-    stages=(SFTStage(blend="all", shuffle=True, tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER),),
+    stages=(
+        SFTStage(
+            blend="all", shuffle=True, replay_share=0.0, tokens=20 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER
+        ),
+    ),
     precision="bf16",
     seed=0,
 )
@@ -123,8 +129,22 @@ def test_sft_stages_train_one_after_the_other_on_their_blends(inputs: StageInput
     config = SFT.model_copy(
         update={
             "stages": (
-                SFTStage(blend="first", shuffle=True, tokens=6 * 4 * 16, global_batch_size=4, optimizer=OPTIMIZER),
-                SFTStage(blend="second", shuffle=False, tokens=8 * 2 * 16, global_batch_size=2, optimizer=optimizer),
+                SFTStage(
+                    blend="first",
+                    shuffle=True,
+                    replay_share=0.0,
+                    tokens=6 * 4 * 16,
+                    global_batch_size=4,
+                    optimizer=OPTIMIZER,
+                ),
+                SFTStage(
+                    blend="second",
+                    shuffle=False,
+                    replay_share=0.0,
+                    tokens=8 * 2 * 16,
+                    global_batch_size=2,
+                    optimizer=optimizer,
+                ),
             )
         }
     )
@@ -136,6 +156,38 @@ def test_sft_stages_train_one_after_the_other_on_their_blends(inputs: StageInput
     # Each stage has a schedule of its own.
     assert curve["learning_rate"][6:].max() <= 1e-4 < curve["learning_rate"][:6].max()
     assert result.metrics["validation_loss_ratio"] < 1
+
+
+def test_replayed_text_is_forgotten_less(inputs: StageInputs, tmp_path: Path):
+    pretrained = tmp_path / "pretrained"
+    fast = OPTIMIZER.model_copy(update={"learning_rate": 2e-2})
+    cpt_checkpoint.run(CPT.model_copy(update={"optimizer": fast}), inputs, pretrained)
+    # Samples that go down the vocabulary, where text goes up.
+    samples = sample_windows(30)
+    mirrored = dataclasses.replace(
+        samples,
+        tokens_NT=VOCAB_SIZE - 1 - samples.tokens_NT,
+        labels_NT=torch.where(samples.labels_NT < 0, samples.labels_NT, VOCAB_SIZE - 1 - samples.labels_NT),
+    )
+    toggle = tmp_path / "toggle"
+    save_packed(toggle, blend_split("all"), mirrored)
+    save_packed(toggle, "validation", mirrored)
+    artifacts = {**inputs.artifacts, "cpt_checkpoint": pretrained, "reasoning_toggle_dataset": toggle}
+    given = dataclasses.replace(inputs, artifacts=artifacts)
+    text = load_packed(inputs["pretraining_mix"], "validation")
+
+    def loss_on_text(directory: Path) -> float:
+        model = load_model(directory, dtype=torch.float32)
+        return mean_cross_entropy(model, text, batch_size=2, device=torch.device("cpu"))
+
+    losses = {}
+    for share in (0.0, 0.5):
+        stage = SFT.stages[0].model_copy(update={"replay_share": share, "optimizer": fast})
+        sft_checkpoint.run(SFT.model_copy(update={"stages": (stage,)}), given, tmp_path / str(share))
+        losses[share] = loss_on_text(tmp_path / str(share))
+    before = loss_on_text(pretrained)
+    assert losses[0.0] > before + 0.1
+    assert losses[0.5] < losses[0.0] - 0.5 * (losses[0.0] - before)
 
 
 def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: Path):
