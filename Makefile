@@ -3,7 +3,7 @@
 #   make demo                         the whole recipe on a real model, ending in a table and two answers
 #   make demo RECIPE=tiny             the same graph on a toy model, in minutes
 #   make plan | explain | doctor      before a run, between runs, and when something is odd
-#   make materialize SELECT=corpora   one asset, or any Dagster selection; TARGET=name where it has targets
+#   make materialize SELECT=corpora   one asset, or any selection; TARGET=name where it has targets
 #   make serve                        the finished child as an OpenAI-compatible server on 127.0.0.1
 #   make ui | test | check | bench
 

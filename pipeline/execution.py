@@ -223,7 +223,7 @@ class _Resolver:
             if found is None:
                 raise MissingInputError(
                     f"{reader.name} reads {name}, which is not materialized for recipe {self._workspace.recipe.name} "
-                    f"({name}/{key} is not in {store.root}): run `make materialize SELECT=+{name}"
+                    f"({name}/{key} is not in {store.root}): run `make materialize SELECT='*{name}'"
                     + (f" TARGET={self._target}`" if upstream.per_target else "`")
                     + " first"
                 )
