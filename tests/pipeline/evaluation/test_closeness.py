@@ -49,3 +49,11 @@ def test_a_model_beside_itself_differs_in_nothing():
     model = make_model(make_architecture())
     (same,) = compare(model, PACKED, [Reference.of(model, PACKED)]).to_references
     assert (same.kl_nats.value, same.relative_output_error) == (0.0, 0.0)
+
+
+def test_an_interval_of_two_windows_stays_where_divergences_are():
+    model, other = make_model(make_architecture(), seed=0), make_model(make_architecture(), seed=1)
+    two = PACKED.take(2 * PACKED.sequence_length)
+    (got,) = compare(model, two, [Reference.of(other, two)]).to_references
+    assert got.kl_nats.num_samples == 2
+    assert 0 <= got.kl_nats.low < got.kl_nats.value
