@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 INSTALLED := $(VENV)/.refit-installed
+LM_EVAL_INSTALLED := $(VENV)/.refit-lm-eval-installed
 # What serves children is installed apart: none of it shares an environment with training.
 REFIT_RUNTIMES ?= $(REFIT_HOME)/runtimes
 LLAMA_CPP := llama-cpp-python==0.3.36
@@ -46,11 +47,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 FIND_TARGET = target="$(TARGET)"; \
 	target="$${target:-$$($(PYTHON) -c 'import os; from pipeline.recipe_file import load_recipe; print(load_recipe(os.environ["RECIPE"]).default_target)')}"; \
 	[ -n "$$target" ] || exit 1
+# A recipe that asks lm-eval something needs it; it is too large to install for those that do not.
+INSTALL_WHAT_IS_ASKED = $(PYTHON) -c 'import os, sys; from pipeline.recipe_file import load_recipe; \
+	sys.exit(3 if load_recipe(os.environ["RECIPE"]).evaluation.lm_eval else 0)' 2>/dev/null; \
+	[ $$? -ne 3 ] || $(MAKE) --no-print-directory install-lm-eval
 # Dagster's own step events are DEBUG; what stages say is INFO.
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx lint check bench graph screenshots clean
+.PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx install-lm-eval test-lm-eval lint check bench graph screenshots clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
@@ -84,6 +89,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## Run every stage of RECIPE, print the results, ask the child a question in both modes
+	@$(INSTALL_WHAT_IS_ASKED)
 	@$(PYTHON) -m resources.home
 	@set -e; $(FIND_TARGET); \
 	echo "==> Recipe $(RECIPE), target $$target: every stage; what is already in $(REFIT_HOME) is reused"; \
@@ -105,6 +111,7 @@ doctor: $(INSTALLED) ## Look for dead runs, stuck locks, broken artifacts and ga
 	@$(PYTHON) -m pipeline doctor
 
 materialize: $(INSTALLED) ## Materialize SELECT (default: all) of RECIPE; name the TARGET where SELECT has one
+	@$(INSTALL_WHAT_IS_ASKED)
 	@$(PYTHON) -m resources.home
 	@set -e; if [ '$(SELECT)' = '*' ]; then $(FIND_TARGET); else target="$(TARGET)"; fi; \
 	echo "==> Recipe $(RECIPE): $(SELECT)$${target:+ for target $$target}"; \
@@ -114,6 +121,13 @@ ui: $(INSTALLED) ## Serve Dagster's UI for RECIPE on http://127.0.0.1:3000 (PORT
 	@$(PYTHON) -m resources.home
 	@echo "==> http://127.0.0.1:$(PORT) shows recipe $(RECIPE); there is no login, so it listens on this machine only"
 	@exec $(BIN)/dagster dev -w $(DAGSTER_HOME)/workspace.yaml -h 127.0.0.1 -p $(PORT)
+
+install-lm-eval: $(LM_EVAL_INSTALLED) ## Install lm-eval into .venv (360 MB), for recipes with evaluation.lm_eval
+
+$(LM_EVAL_INSTALLED): $(INSTALLED)
+	@echo "==> Installing lm-eval into .venv"
+	@$(PYTHON) -m pip install --quiet -e '.[dev,lm-eval]'
+	@touch $@
 
 serve: $(INSTALLED) ## Serve TARGET's exported model on http://127.0.0.1:8080 (PORT) by llama.cpp or vLLM
 	@$(PYTHON) -m pipeline serve $(if $(TARGET),--target $(TARGET)) --port $(if $(filter file,$(origin PORT)),8080,$(PORT)) $(if $(RUNTIME),--runtime $(RUNTIME))
@@ -142,6 +156,10 @@ install-mlx: $(INSTALLED) ## Create an environment with mlx-lm (350 MB)
 test-serving: $(INSTALLED) ## Compare exports in llama.cpp, vLLM and mlx-lm with ours (needs the three install-*)
 	@echo "==> Serving tests"
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/serving -m serving
+
+test-lm-eval: $(LM_EVAL_INSTALLED) ## Compare lm-eval with our own scorers, and run tasks through it (installs it)
+	@echo "==> lm-eval tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PYTHON) -m pytest tests/pipeline/evaluation -m lm_eval
 
 test: $(INSTALLED) ## Run the tests (under ten minutes on two cores)
 	@echo "==> Tests"

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,14 +30,15 @@ from pipeline.artifacts import (
     sha256_file,
     write_atomically,
 )
-from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
+from pipeline.errors import DataError, MissingInputError, RecipeError, RefitError, StageError
+from pipeline.evaluation.task_files import files_read_by
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import llama_cpp_id
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
-from pipeline.stages.configs import CorporaStage, ParentStage
+from pipeline.stages.configs import CorporaStage, EvaluationStage, ParentStage
 from pipeline.stages.process import REPOSITORY, ProgressListener, run_stage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE
@@ -295,6 +297,8 @@ def _environment(config: Frozen) -> dict[str, str]:
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
         return _file_hashes(Path(config.parent.path).expanduser(), "*")
     found: dict[str, str] = {}
+    if isinstance(config, EvaluationStage) and config.evaluation.lm_eval is not None:
+        found |= _task_file_hashes(config.evaluation.lm_eval.include_path)
     if isinstance(config, CorporaStage):
         for source in config.corpora.sources:
             if source.kind == "embedded" and source.name == "python-stdlib":
@@ -307,8 +311,20 @@ def _environment(config: Frozen) -> dict[str, str]:
     return found
 
 
+def _task_file_hashes(include_path: str | None) -> dict[str, str]:
+    if include_path is None:
+        return {}
+    try:
+        return _hashes(files_read_by(include_path))
+    except DataError:  # the stage says what is wrong with them; an identity must be there to be asked for
+        return _file_hashes(Path(include_path).expanduser(), "**/*")
+
+
 def _file_hashes(directory: Path, pattern: str) -> dict[str, str]:
-    files = sorted(path for path in directory.glob(pattern) if path.is_file()) if directory.is_dir() else []
+    return _hashes(sorted(path for path in directory.glob(pattern) if path.is_file()) if directory.is_dir() else [])
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
     return {str(file): _hash_unchanged(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 

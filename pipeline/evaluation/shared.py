@@ -103,8 +103,9 @@ class Evaluator:
             {
                 "checkpoint": checkpoint_key(checkpoint_dir),
                 "parent": checkpoint_key(self._parent_dir),
-                "evaluation_sets": _manifest(self._sets_dir).content_hash,
-                "config": self._config,
+                "evaluation_sets": content_hash_of(self._sets_dir),
+                # lm-eval's tasks are measured, and kept, apart.
+                "config": self._config.model_dump(mode="json", exclude={"lm_eval"}),
                 "harness_version": HARNESS_VERSION,
             }
         )
@@ -129,6 +130,11 @@ def checkpoint_key(directory: Path) -> str:
             if name in (ARCHITECTURE_FILE, *TOKENIZER_FILES) or name.startswith("model")
         }
     )
+
+
+def content_hash_of(directory: Path) -> str:
+    """Return the hash of a published artifact's content, read from its manifest."""
+    return _manifest(directory).content_hash
 
 
 def _tokenizer_hashes(directory: Path) -> dict[str, str]:

@@ -5,15 +5,14 @@ attention over the whole window: a forward pass is one, a training step three (f
 is given to the rate that decides it: FLOPs to a share of the peak, bytes to a share of the bandwidth.
 """
 
+import math
 from collections.abc import Callable
 
 from pipeline.costs import BYTES_PER_PARAMETER
 from pipeline.planning import devices, fusion_estimates, puzzle_estimates, training_estimates
 from pipeline.planning.case import DISK, IN_PROCESS_S, PROMPT_TOKENS, START_S, Case, Estimate
-from pipeline.planning.ranges import Range
-from pipeline.recipe import (
-    RandomParent,
-)
+from pipeline.planning.ranges import ZERO, Range
+from pipeline.recipe import OWN_REASONING_TASKS, OWN_TASK_PREFIX, RandomParent
 
 PACKED_BYTES_PER_TOKEN = 12.0  # token, label and position as int32
 DOCUMENT_BYTES = Range(low=300, expected=3000, high=20_000)
@@ -104,6 +103,35 @@ def _rl_prompts(case: Case) -> Estimate:
     )
 
 
+def _lm_eval(case: Case) -> tuple[Range, Range]:
+    """Return the tokens that lm-eval passes through one checkpoint, and those that it has generated.
+
+    Of the recipe's own tasks the items are known; how many another has, and how long they are, its data alone says.
+    """
+    config, sets = case.recipe.evaluation, case.recipe.evaluation_sets
+    read, generated = ZERO, ZERO
+    if config.lm_eval is None:
+        return read, generated
+    most = math.inf if config.lm_eval.max_items is None else config.lm_eval.max_items
+    for task in config.lm_eval.tasks:
+        num_prompts = len(task.prompts)
+        if task.name in OWN_REASONING_TASKS:
+            families = case.recipe.reasoning_tasks if task.name == OWN_REASONING_TASKS[0] else sets.held_out_tasks
+            num_items = min(most, len(families) * sets.reasoning_items_per_task)
+            limits = {"on": config.max_new_tokens_on, "off": config.max_new_tokens_off}
+            new = sum(limits[prompt] for prompt in task.prompts)
+            generated = generated + Range(low=0.1, expected=0.7, high=1.0).times(num_items * new)
+            read = read + num_items * num_prompts * PROMPT_TOKENS
+        elif task.is_own:
+            sizes = {f"{OWN_TASK_PREFIX}{one.name}": one.num_items for one in sets.multiple_choice}
+            read = read + min(most, sizes[task.name]) * num_prompts * 2 * BENCHMARK_TOKENS_PER_CHOICE
+        else:
+            num_examples = 1 + (task.num_fewshot or 0)
+            items = Range(low=min(most, 100), expected=min(most, 2000), high=min(most, 20_000))
+            read = read + items.times(num_prompts * num_examples * 4 * BENCHMARK_TOKENS_PER_CHOICE)
+    return read, generated
+
+
 def _evaluations(num_parents: int, num_children: int) -> Callable[[Case], Estimate]:
     def evaluations(case: Case) -> Estimate:
         config, sets = case.recipe.evaluation, case.recipe.evaluation_sets
@@ -114,6 +142,11 @@ def _evaluations(num_parents: int, num_children: int) -> Callable[[Case], Estima
         most_new = config.max_new_tokens_on + config.max_new_tokens_off
         generated = Range(low=0.1, expected=0.7, high=1.0).times(num_items * most_new)
         per_checkpoint = generated + text + choices + 2 * num_items * PROMPT_TOKENS
+        read, answered = _lm_eval(case)
+        is_last_alone = config.lm_eval is not None and config.lm_eval.checkpoints == "last"
+        share = 1 / max(1, num_children) if is_last_alone else 1.0
+        generated = generated + answered.times(share)
+        per_checkpoint = per_checkpoint + (read + answered).times(share)
         length = config.sequence_length
         child, parent = case.sizes.child_flops(context_tokens=length), case.sizes.parent_flops(context_tokens=length)
         size = BYTES_PER_PARAMETER[config.precision]

@@ -20,8 +20,13 @@ from pipeline.recipe.data import (
 )
 from pipeline.recipe.delivery import ExportConfig, GGUFPrecision
 from pipeline.recipe.measuring import (
+    OWN_REASONING_TASKS,
+    OWN_TASK_PREFIX,
     BaselinesConfig,
     EvaluationConfig,
+    LmEvalConfig,
+    LmEvalPrompt,
+    LmEvalTask,
     MeasurementConfig,
     SampledConfig,
     SpeedReportConfig,
@@ -94,6 +99,8 @@ from pipeline.recipe.whole import Recipe
 
 __all__ = [
     "GRPO",
+    "OWN_REASONING_TASKS",
+    "OWN_TASK_PREFIX",
     "RLOO",
     "RPO",
     "AttentionOption",
@@ -129,6 +136,9 @@ __all__ = [
     "KVHeadMode",
     "LayerOverride",
     "Limit",
+    "LmEvalConfig",
+    "LmEvalPrompt",
+    "LmEvalTask",
     "LocalParent",
     "LongContextPhase",
     "LongContextTokens",

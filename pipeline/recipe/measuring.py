@@ -1,8 +1,8 @@
 """How checkpoints are measured, and what each artifact must reach."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.recipe.types import Positive, PositiveFloat, Precision, Ratio
@@ -17,10 +17,64 @@ class SampledConfig(Frozen):
     top_p: PositiveFloat
 
 
+# What stands in front of an lm-eval task: the task's own text alone, or the chat template under one of the two modes.
+LmEvalPrompt = Literal["plain", "on", "off"]
+
+# Tasks of lm-eval's that are made of the recipe's own evaluation sets: these, and `refit_` with a multiple-choice set.
+OWN_TASK_PREFIX = "refit_"
+OWN_REASONING_TASKS = ("refit_reasoning", "refit_held_out_tasks")
+
+
+class LmEvalTask(Frozen):
+    """One task of lm-eval's: its own by name, one of `include_path`, or one of the recipe's evaluation sets.
+
+    `prompts` says how it is asked, each being a measurement of its own. `num_fewshot` null keeps what the task says.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    prompts: Annotated[tuple[LmEvalPrompt, ...], Field(min_length=1)]
+    num_fewshot: Annotated[int, Field(ge=0)] | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the task is made of the recipe's evaluation sets."""
+        return self.name.startswith(OWN_TASK_PREFIX)
+
+    @model_validator(mode="after")
+    def _prompts_make_sense(self) -> Self:
+        if len(set(self.prompts)) != len(self.prompts):
+            raise ValueError(f"task {self.name} names a prompt twice: {list(self.prompts)}")
+        if self.name in OWN_REASONING_TASKS and "plain" in self.prompts:
+            raise ValueError(f"task {self.name} is a conversation, so its prompts are on and off, got plain")
+        return self
+
+
+class LmEvalConfig(Frozen):
+    """Tasks measured through lm-eval's library beside the project's own harness; needs the extra `lm-eval`.
+
+    `include_path` is a directory of task files. Of a task with more than `max_items` items so many are drawn with
+    `seed`: the first of a file are often its easiest. `checkpoints` are measured beside the parent.
+    """
+
+    tasks: Annotated[tuple[LmEvalTask, ...], Field(min_length=1)]
+    include_path: str | None
+    max_items: Positive | None
+    seed: int
+    checkpoints: Literal["last", "all"]
+
+    @model_validator(mode="after")
+    def _tasks_differ(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a task is named twice: {names}; give its prompts in one entry")
+        return self
+
+
 class EvaluationConfig(Frozen):
     """How every checkpoint is measured; parent and children by the same harness.
 
-    `robustness_items` of the reasoning items are asked under unusual system prompts; 0: none.
+    `robustness_items` of the reasoning items are asked under unusual system prompts; 0: none. `lm_eval` null: lm-eval
+    is not asked.
     """
 
     robustness_items: Annotated[int, Field(ge=0)]
@@ -31,6 +85,7 @@ class EvaluationConfig(Frozen):
     max_new_tokens_on: Positive
     max_new_tokens_off: Positive
     precision: Precision
+    lm_eval: LmEvalConfig | None
 
 
 class MeasurementConfig(Frozen):

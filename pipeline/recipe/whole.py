@@ -7,7 +7,14 @@ from pydantic import Field, model_validator
 from pipeline.architecture import Frozen
 from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
 from pipeline.recipe.delivery import ExportConfig
-from pipeline.recipe.measuring import BaselinesConfig, EvaluationConfig, SpeedReportConfig, Thresholds
+from pipeline.recipe.measuring import (
+    OWN_REASONING_TASKS,
+    OWN_TASK_PREFIX,
+    BaselinesConfig,
+    EvaluationConfig,
+    SpeedReportConfig,
+    Thresholds,
+)
 from pipeline.recipe.parent import ParentConfig
 from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
@@ -126,9 +133,21 @@ class Recipe(Frozen):
                 "search.objective is task_error, but block_scores.task is null: name a multiple-choice set there, such "
                 "as {name: piqa, num_items: 100}"
             )
+        _require_own_tasks(self.evaluation, self.evaluation_sets)
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self
+
+
+def _require_own_tasks(evaluation: EvaluationConfig, sets: EvaluationSetsConfig) -> None:
+    """Refuse an lm-eval task of an evaluation set that the recipe does not have."""
+    known = [f"{OWN_TASK_PREFIX}{choice.name}" for choice in sets.multiple_choice]
+    known += OWN_REASONING_TASKS[: 2 if sets.held_out_tasks else 1]
+    for task in evaluation.lm_eval.tasks if evaluation.lm_eval is not None else ():
+        if task.is_own and task.name not in known:
+            raise ValueError(
+                f"evaluation.lm_eval names {task.name}, but of this recipe's evaluation_sets there are {known}"
+            )
 
 
 def _require_windows(

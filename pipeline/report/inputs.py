@@ -1,9 +1,9 @@
 """What a report or a model card reads of the artifacts before it, as frozen values. All its reading of files is here.
 
 Every artifact tells its metrics, facts and tables in result.json; that is read of all of them. Beyond it:
-architecture.json of checkpoints, curve.parquet of trainings, evaluation.json, scores.parquet, losses.parquet and
-dependencies.parquet. What is not among the given artifacts is absent from the result, and the section that would show
-it is left out.
+architecture.json of checkpoints, curve.parquet of trainings, evaluation.json, lm_eval.json, scores.parquet,
+losses.parquet and dependencies.parquet. What is not among the given artifacts is absent from the result, and the
+section that would show it is left out.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from pipeline.architecture import Architecture, Frozen
 from pipeline.artifacts import MANIFEST, RESULT, Manifest, RunRecord, read_json
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.lm_eval_results import LmEvalResult, read_lm_eval
 from pipeline.evaluation.results import CheckpointEvaluation, read_evaluations
 from pipeline.puzzle.tables import DEPENDENCIES, LOSSES, SCORES, read_table
 from pipeline.stage import Number, StageResult
@@ -54,6 +55,7 @@ class ReportInputs:
     records: Mapping[str, StageRecord]
     architectures: Mapping[str, Architecture]
     evaluations: Mapping[str, CheckpointEvaluation]
+    lm_eval: Mapping[str, tuple[LmEvalResult, ...]]
     curves: Mapping[str, pl.DataFrame]
     scores: pl.DataFrame | None
     library_losses: pl.DataFrame | None
@@ -111,6 +113,7 @@ def read_inputs(artifacts: Mapping[str, Path]) -> ReportInputs:
             if asset.endswith("_checkpoint") and (path / ARCHITECTURE_FILE).is_file()
         },
         evaluations=read_evaluations(artifacts["evaluation"]) if "evaluation" in artifacts else {},
+        lm_eval=read_lm_eval(artifacts["evaluation"]) if "evaluation" in artifacts else {},
         curves={
             asset: read_curve(artifacts[asset])
             for asset in TRAINED

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.data.chat import THINKING_OFF, THINKING_ON
 from pipeline.recipe import HubParent, LocalParent, ParentConfig, Target, WheelParent
-from pipeline.report import content, evaluation_tables
+from pipeline.report import content, evaluation_tables, lm_eval_tables
 from pipeline.report.html import TEMPLATES_DIR, write_cell
 from pipeline.report.inputs import ReportInputs
 from pipeline.stage import Table
@@ -52,6 +52,9 @@ def render_model_card(inputs: ReportInputs, *, subject: CardSubject) -> str:
         quality=evaluation_tables.quality_table(inputs.evaluations),
         choices=evaluation_tables.multiple_choice_table(inputs.evaluations),
         reasoning=evaluation_tables.reasoning_table(inputs.evaluations),
+        lm_eval=lm_eval_tables.lm_eval_table(inputs.lm_eval),
+        lm_eval_words=lm_eval_tables.LM_EVAL,
+        lm_eval_version=lm_eval_tables.lm_eval_facts(inputs.lm_eval).get("lm_eval"),
         speed=content.speed_table(inputs),
         speed_facts=_facts(inputs, "speed_report"),
         data_tables=content.tables_of(inputs, ["corpora", "reasoning_toggle_dataset"]),

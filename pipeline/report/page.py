@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from pipeline.hardware import describe_hardware
-from pipeline.report import content, evaluation_tables
+from pipeline.report import content, evaluation_tables, lm_eval_tables
 from pipeline.report.html import Page, Section, describe_blocks
 from pipeline.report.inputs import ReportInputs
 from pipeline.stage import Table
@@ -65,6 +65,12 @@ def compose_page(
         ),
         _quality_section(inputs, figures=figures),
         _toggle_section(inputs, figures=figures),
+        _section(
+            "lm-eval",
+            "Tasks through lm-eval",
+            intro=lm_eval_tables.LM_EVAL,
+            tables={"Scores": lm_eval_tables.lm_eval_table(inputs.lm_eval)},
+        ),
         _section("curves", "Loss curves", figures=_pick(figures, "curves")),
         _section(
             "search",
@@ -162,6 +168,7 @@ def _facts(inputs: ReportInputs, *, recipe_name: str, target_name: str) -> tuple
     if parent is not None:
         facts.append(("evaluation harness", f"version {parent.harness_version}, {parent.precision}"))
         facts.append(("chat template sha256", parent.template_sha256))
+    facts += list(lm_eval_tables.lm_eval_facts(inputs.lm_eval).items())
     facts.append(("versions", ", ".join(f"{package} {version(package)}" for package in VERSIONS)))
     return tuple(facts)
 

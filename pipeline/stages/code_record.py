@@ -27,6 +27,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 CONSTANTS = {
     "pipeline.puzzle.library.BLD_VERSION": "pipeline.stages.block_library",
     "pipeline.evaluation.suite.HARNESS_VERSION": "pipeline.evaluation.shared",
+    "pipeline.evaluation.lm_eval_store.LM_EVAL_VERSION": "pipeline.evaluation.lm_eval_store",
 }
 
 # Recipes, configs and the registry reach a fingerprint by value; the rest cannot change what an artifact holds.

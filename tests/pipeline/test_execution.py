@@ -16,9 +16,9 @@ from pipeline.execution import (
     stage_fingerprint,
     stage_identity,
 )
-from pipeline.recipe import CorporaConfig, FileSource
+from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask
 from pipeline.recipe_file import load_recipe
-from pipeline.stage import ExecutionSettings
+from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish, publish_all
 
@@ -149,6 +149,33 @@ def test_fingerprint_of_corpora_follows_the_bytes_of_local_files(workspace: Work
 
     assert first != second
     assert stage_fingerprint(mine, corpora, "fused") == first
+
+
+def test_fingerprint_of_evaluations_follows_the_task_files_and_what_they_read(workspace: Workspace, tmp_path: Path):
+    tasks, data = tmp_path / "tasks", tmp_path / "items.jsonl"
+    tasks.mkdir()
+    task = f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
+    asked = LmEvalConfig(
+        tasks=(LmEvalTask(name="mine", prompts=("plain",), num_fewshot=None),),
+        include_path=str(tasks),
+        max_items=None,
+        seed=1,
+        checkpoints="last",
+    )
+    evaluation = workspace.recipe.evaluation.model_copy(update={"lm_eval": asked})
+    mine = open_tiny(tmp_path, recipe=workspace.recipe.model_copy(update={"evaluation": evaluation}))
+    for name in ("parent_checkpoint", "corpora", "evaluation_sets"):
+        key = stage_fingerprint(mine, get_stage(name), "fused")
+        mine.store.publish(name, key, result=StageResult(), wall_s=0.0, provenance={})
+
+    def after(task_text: str, data_text: str) -> str:
+        (tasks / "mine.yaml").write_text(task_text)
+        data.write_text(data_text)
+        return stage_fingerprint(mine, get_stage("parent_evaluation"), "fused")
+
+    first = after(task, "{}")
+    assert len({first, after(f"{task}num_fewshot: 2\n", "{}"), after(task, "{ }"), after("task: [", "{}")}) == 4
+    assert after(task, "{}") == first
 
 
 def test_open_workspace_puts_all_state_below_refit_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -166,6 +166,34 @@ def test_recipe_with_one_wrong_value_names_its_key(change: Callable[[dict[str, A
         parse_recipe(data, origin="test")
 
 
+def _lm_eval(*tasks: dict[str, Any]) -> dict[str, Any]:
+    return {"tasks": list(tasks), "include_path": None, "max_items": None, "seed": 1, "checkpoints": "last"}
+
+
+def _task(name: str, *prompts: str) -> dict[str, Any]:
+    return {"name": name, "prompts": list(prompts), "num_fewshot": None}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (_lm_eval(), r"evaluation\.lm_eval\.tasks: .*at least 1 item"),
+        (_lm_eval(_task("piqa")), r"lm_eval\.tasks\.0\.prompts: .*at least 1 item"),
+        (_lm_eval(_task("piqa", "chat")), r"prompts\.0: .*'plain', 'on' or 'off'"),
+        (_lm_eval(_task("piqa", "on", "on")), r"task piqa names a prompt twice"),
+        (_lm_eval(_task("piqa", "on"), _task("piqa", "off")), r"a task is named twice"),
+        (_lm_eval(_task("refit_reasoning", "plain")), r"its prompts are on and off, got plain"),
+        (_lm_eval(_task("refit_hellaswag", "plain")), r"names refit_hellaswag, but .* there are \['refit_piqa'"),
+    ],
+)
+def test_recipe_with_an_lm_eval_task_that_cannot_be_asked_says_why(section: dict[str, Any], message: str):
+    data = yaml.safe_load((RECIPES_DIR / "smol.yaml").read_text(encoding="utf-8"))
+    data["evaluation"]["lm_eval"] = section
+
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(data, origin="test")
+
+
 @pytest.mark.parametrize("key", sorted(Recipe.model_fields))
 def test_recipe_without_a_key_names_it(key: str):
     data = _tiny()

@@ -1,15 +1,22 @@
 """A small random parent with its tokenizer, a model that differs from it, and one torch thread."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.model.checkpoint import load_model, load_tokenizer
+from pipeline.artifacts import ArtifactStore
+from pipeline.data.benchmarks import MultipleChoiceItem
+from pipeline.data.documents import Document
+from pipeline.data.evaluation_sets import save_held_out, save_held_out_items, save_multiple_choice, save_reasoning_items
+from pipeline.data.reasoning_items import generate_items
+from pipeline.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import RandomParent
+from tests.pipeline.evaluation.stages import OTHER_TASK, TASK, publish
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +52,26 @@ def tokenizer(parent_dir: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def other(parent: HeterogeneousLlamaForCausalLM) -> HeterogeneousLlamaForCausalLM:
     return build_model(parent.architecture, dtype=torch.float32, seed=7, initializer_range=0.2)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path, parent_dir: Path, other: HeterogeneousLlamaForCausalLM) -> dict[str, Path]:
+    store = ArtifactStore(tmp_path)
+    shutil.copytree(parent_dir, store.directory("parent_checkpoint", "f00"))
+    sets_dir = store.directory("evaluation_sets", "f00")
+    save_held_out(
+        sets_dir, "prose", [Document(document_id=str(n), text=f"Sentence {n} of a text. " * 4) for n in range(4)]
+    )
+    save_multiple_choice(sets_dir, "quiz", [MultipleChoiceItem(prompt="1 + 1 =", choices=("2", "three"), gold=0)])
+    save_reasoning_items(sets_dir, generate_items(TASK, num_items=3, seed=5, exclude_questions=frozenset()))
+    save_held_out_items(sets_dir, generate_items(OTHER_TASK, num_items=2, seed=5, exclude_questions=frozenset()))
+    for name in ("child", "fused", "kd", "cpt", "sft", "rl"):
+        directory = store.directory(f"{name}_checkpoint", "f00")
+        save_checkpoint(
+            directory, architecture=other.architecture, tensors=other.state_dict(), tokenizer_dir=parent_dir
+        )
+        (directory / "notes.json").write_text(f'"{name}"')  # artifacts differ, checkpoints do not
+    names = ("parent", "child", "fused", "kd", "cpt", "sft", "rl")
+    found = {f"{name}_checkpoint": publish(store, f"{name}_checkpoint") for name in names}
+    found["evaluation_sets"] = publish(store, "evaluation_sets")
+    return found

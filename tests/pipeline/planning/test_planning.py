@@ -299,6 +299,23 @@ def test_the_parent_is_evaluated_alone_and_a_child_beside_it():
     assert estimate("evaluation", settings).memory_parts["models"] == pytest.approx(parent + 2 * child)
 
 
+def test_tokens_of_lm_eval_are_those_of_its_tasks():
+    recipe = load_recipe("smol-full")
+    without = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"lm_eval": None})})
+
+    def added(stage_name: str, **changes: Any) -> float:
+        assert recipe.evaluation.lm_eval is not None
+        asked = recipe.evaluation.lm_eval.model_copy(update=changes)
+        other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"lm_eval": asked})})
+        return estimate(stage_name, case(other)).tokens.expected - estimate(stage_name, case(without)).tokens.expected
+
+    once = 2 * 300 * 2 * 64  # two sets of 300 items, two choices of 64 tokens
+    assert added("parent_evaluation") == pytest.approx(once)
+    assert added("evaluation") == pytest.approx(once)
+    assert added("evaluation", checkpoints="all") == pytest.approx(6 * once)
+    assert added("evaluation", max_items=30) == pytest.approx(once / 10)
+
+
 def test_logits_of_sampled_replies_count():
     # llama-8b scores 16 replies of up to 1,024 tokens at once: 12 bytes besides the bf16 logits, for 128,256 words.
     parts = estimate("rl_checkpoint", case(load_recipe("llama-8b"), micro_batch_size=1)).memory_parts

@@ -1,0 +1,41 @@
+"""The two stages that evaluate, on artifacts small enough for a test: a parent and one model as six checkpoints."""
+
+from pathlib import Path
+
+from pipeline.artifacts import ArtifactStore
+from pipeline.recipe import EvaluationConfig, ReasoningTask, SampledConfig
+from pipeline.stage import StageInputs, StageResult
+from pipeline.stages import evaluation, parent_evaluation
+from pipeline.stages.configs import EvaluationStage
+
+CONFIG = EvaluationStage(
+    evaluation=EvaluationConfig(
+        robustness_items=1,
+        sampled=SampledConfig(num_items=2, num_samples=2, temperature=0.6, top_p=0.95),
+        sequence_length=32,
+        text_tokens_per_set=128,
+        batch_size=4,
+        max_new_tokens_on=6,
+        max_new_tokens_off=4,
+        precision="fp32",
+        lm_eval=None,
+    )
+)
+TASK = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+OTHER_TASK = ReasoningTask(name="count_bits", config={"max_n": 15})
+
+
+def publish(store: ArtifactStore, asset: str, fingerprint: str = "f00") -> Path:
+    result = StageResult()
+    return store.publish(asset, fingerprint, result=result, wall_s=1.0, provenance={}).path
+
+
+def run_both(artifacts: dict[str, Path], root: Path, *, config: EvaluationStage = CONFIG) -> StageResult:
+    inputs = StageInputs(artifacts=artifacts, store_root=root, downloads=root)
+    parent_out = root / "parent_evaluation" / "f00"
+    parent_out.mkdir(parents=True, exist_ok=True)
+    parent_evaluation.run(config, inputs, parent_out)
+    out_dir = root / "evaluation" / "f00"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    given = {**artifacts, "parent_evaluation": parent_out}
+    return evaluation.run(config, StageInputs(artifacts=given, store_root=root, downloads=root), out_dir)
