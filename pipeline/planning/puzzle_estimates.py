@@ -97,7 +97,7 @@ def refined_solution(case: Case) -> Estimate:
     search = case.recipe.search
     # A round proposes one child for max_changed_layers, its half, ... and 1; rounds end when none is better.
     proposals = search.refinement.max_changed_layers.bit_length()
-    num_rounds = search.refinement.rounds
+    num_rounds = search.most_rounds(num_layers=len(case.sizes.space.layers))
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
     return _scoring(
         case,

@@ -8,7 +8,7 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from pipeline.architecture import Architecture, BlockSpec, Frozen
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.puzzle.calibration import Calibration
@@ -138,9 +138,12 @@ def record_solution(
 def build_problem(
     scores: pl.DataFrame, *, costs: CostModel, requirements: Requirements, settings: SearchConfig
 ) -> Problem:
-    """Return the candidates that the pins leave, with their scores, and the target's limits.
+    """Return the candidates that the pins and `settings.layers` leave, with their scores, and the target's limits.
 
     A score is what the block adds to the measure of the model that was scored, so that this model's own blocks score 0.
+
+    Raises:
+        RecipeError: when the pins leave a layer none of its scored blocks, or `settings.layers` leaves no child.
     """
     parent = costs.parent.homogeneous_block()
     base = base_value(scores, settings.objective)
@@ -154,11 +157,21 @@ def build_problem(
         layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective] - base))
     for pin in requirements.pins:
         layers = _pinned(layers, pin, parent=parent)
+    if settings.layers == "depth_only":
+        layers = _kept_or_dropped(layers, parent=parent)
     blocks = [candidate.block for candidates in layers for candidate in candidates]
-    return Problem(
+    problem = Problem(
         layers=tuple(tuple(candidates) for candidates in layers),
         limits=linear_limits(requirements.limits, costs=costs, blocks=blocks, speed_margin=settings.speed_margin),
+        pattern=settings.layers,
     )
+    if not problem.alternatives:
+        raise RecipeError(
+            f"search.layers is {settings.layers}, but what search_space, its overrides and the target's pins leave has "
+            "nothing of that kind in common over all layers: take the overrides or pins out, or set search.layers: "
+            "heterogeneous"
+        )
+    return problem
 
 
 def base_value(scores: pl.DataFrame, objective: Objective) -> float:
@@ -216,6 +229,19 @@ def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpe
                 f"{[candidate.block.key for candidate in layers[layer]]}: add the option to search_space"
             )
     return pinned
+
+
+def _kept_or_dropped(layers: Sequence[Sequence[Candidate]], *, parent: BlockSpec) -> list[list[Candidate]]:
+    """Return, layer by layer, the parent's own block and the empty one, as far as they were scored."""
+    whole = {(parent.attention, parent.ffn), (NO_ATTENTION, NO_FFN)}
+    found = [[one for one in candidates if (one.block.attention, one.block.ffn) in whole] for candidates in layers]
+    for layer, candidates in enumerate(found):
+        if not candidates:
+            raise RecipeError(
+                f"search.layers is depth_only, but layer {layer} may be neither the parent's nor left out: it has "
+                f"{[one.block.key for one in layers[layer]]}; change search_space.overrides or the target's pins there"
+            )
+    return found
 
 
 def _limit_record(limit: LinearLimit, blocks: Sequence[BlockSpec], *, is_met: bool) -> LimitRecord:

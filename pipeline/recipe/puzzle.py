@@ -68,6 +68,19 @@ class SearchSpaceConfig(Frozen):
                 raise ValueError(f"search_space.{name} must list 'parent': every layer may stay as it is")
         return self
 
+    def require_droppable_layers(self) -> None:
+        """Raise a ValueError unless some layer may lose both its attention and its FFN."""
+        lists = [(self.attention, self.ffn)]
+        lists += [
+            (self.attention if one.attention is None else one.attention, self.ffn if one.ffn is None else one.ffn)
+            for one in self.overrides
+        ]
+        if not any("no_op" in attention and "no_op" in ffn for attention, ffn in lists):
+            raise ValueError(
+                "search.layers is depth_only, but search_space nowhere lists 'no_op' for attention and ffn together, "
+                "so no layer can be left out: add it to both"
+            )
+
 
 KVHeadMode = Literal["mean", "contribution"]
 
@@ -245,6 +258,10 @@ class ProfileConfig(Frozen):
 Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error", "task_error"]
 
 
+LayerPattern = Literal["heterogeneous", "homogeneous", "homogeneous_attention", "homogeneous_ffn", "depth_only"]
+"""What layers may become: any block each; one block for all; one attention, or one FFN, for all; kept or left out."""
+
+
 class PoolConfig(Frozen):
     """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it.
 
@@ -270,11 +287,15 @@ class RefinementConfig(Frozen):
 class SearchConfig(Frozen):
     """The integer programme: which score it minimises, when the solver may stop, and what is done with its answers.
 
+    `layers` says what a child's layers have in common. `heterogeneous`: nothing. `homogeneous`: all are the same block.
+    `homogeneous_attention` and `homogeneous_ffn`: all have the same attention, or the same FFN. `depth_only`: each is
+    the parent's or is left out whole.
     Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
     `speed_tolerance`.
     """
 
     objective: Objective
+    layers: LayerPattern
     pool: PoolConfig
     refinement: RefinementConfig
     time_limit_s: PositiveFloat
@@ -282,6 +303,12 @@ class SearchConfig(Frozen):
     max_recalibrations: Annotated[int, Field(ge=0)]
     speed_margin: Annotated[float, Field(ge=0, lt=1)]
     speed_tolerance: Ratio
+
+    def most_rounds(self, *, num_layers: int) -> int:
+        """Return how many rounds of refinement there can be: none where all layers only change together and may not."""
+        if self.layers == "homogeneous" and self.refinement.max_changed_layers < num_layers:
+            return 0
+        return self.refinement.rounds
 
 
 Quantity = Literal[

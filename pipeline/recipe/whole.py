@@ -119,6 +119,8 @@ class Recipe(Frozen):
                 "search.objective is task_error, but block_scores.task is null: name a multiple-choice set there, such "
                 "as {name: piqa, num_items: 100}"
             )
+        if self.search.layers == "depth_only":
+            self.search_space.require_droppable_layers()
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self

@@ -32,6 +32,11 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["long_context windows must grow", "[128, 64]"],
     ),
     "space without the parent": ({"search_space.ffn": [96]}, ["search_space.ffn must list 'parent'"]),
+    "layers of an unknown pattern": ({"search.layers": "any"}, ["search.layers", "'depth_only'"]),
+    "layers that cannot be left out": (
+        {"search.layers": "depth_only", "search_space.attention": ["parent", 1]},
+        ["search.layers is depth_only", "so no layer can be left out: add it to both"],
+    ),
     "limit without its scenario": (
         {"targets.light.limits": [{"quantity": "decode_speed", "scenario": None, "bound": 2, "relative_to": "parent"}]},
         ["limit decode_speed", "needs one"],

@@ -65,6 +65,7 @@ PROFILE = ProfileConfig(
 )
 SEARCH = SearchConfig(
     objective="kl",
+    layers="heterogeneous",
     pool=PoolConfig(num_solutions=3, max_overlap=0.7),
     refinement=RefinementConfig(tokens=32, rounds=2, max_changed_layers=2),
     time_limit_s=10,
