@@ -21,8 +21,9 @@ from pipeline.costs import kv_bytes_per_token, num_parameters
 from pipeline.errors import InfeasibleError
 from pipeline.model.architecture_files import load_architecture, parent_architecture
 from pipeline.puzzle.calibration import calibrate
+from pipeline.puzzle.limits import GB, cached_tokens
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve
-from pipeline.puzzle.predictions import GB, CostModel, cached_tokens, linear_limits, predict
+from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.puzzle.roofline import (
     Pass,
     Setting,

@@ -41,7 +41,11 @@ def greedy(problem: Problem) -> tuple[Candidate, ...] | None:
 
 def _greedy(problem: Problem) -> tuple[Candidate, ...] | None:
     num_layers = len(problem.layers)
-    share = [(limit.upper - limit.fixed) / num_layers for limit in problem.limits]
+    # A peak is shared by all layers: the widest candidate's is set aside, and the sum is left to spend.
+    share = [
+        (limit.upper - limit.fixed - max(({} if limit.peak is None else limit.peak).values(), default=0.0)) / num_layers
+        for limit in problem.limits
+    ]
     saved = [0.0] * len(problem.limits)
     chosen: list[Candidate | None] = [None] * num_layers
     for layer in sorted(range(num_layers), key=lambda index: _mean_score(problem.layers[index])):

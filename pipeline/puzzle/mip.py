@@ -9,13 +9,14 @@ Patterns over layers (one block, attention or FFN for all) are families of the p
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.architecture import BlockSpec
 from pipeline.errors import InfeasibleError
-from pipeline.puzzle.predictions import LOWER_BOUNDS, LinearLimit
+from pipeline.puzzle.limits import LOWER_BOUNDS, LinearLimit
+from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.programme import (
     VERIFICATION_TOLERANCE,
     Answer,
@@ -27,13 +28,6 @@ from pipeline.puzzle.programme import (
     solve_programme,
 )
 from pipeline.recipe import LayerPattern, PoolConfig
-
-# What all layers share under each pattern that ties them; the others leave every layer its own choice.
-SHARED: Mapping[LayerPattern, Callable[[BlockSpec], str]] = {
-    "homogeneous": lambda block: block.key,
-    "homogeneous_attention": lambda block: block.attention.key,
-    "homogeneous_ffn": lambda block: block.ffn.key,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +53,13 @@ class Problem:
         return Programme(
             scores=tuple(tuple(candidate.score for candidate in candidates) for candidates in self.layers),
             rows=tuple(
-                Row(name=limit.name, fixed=limit.fixed, upper=limit.upper, cost=self._values(limit.cost))
+                Row(
+                    name=limit.name,
+                    fixed=limit.fixed,
+                    upper=limit.upper,
+                    cost=self._values(limit.cost),
+                    peak=None if limit.peak is None else self._values(limit.peak),
+                )
                 for limit in self.limits
             ),
             families=None

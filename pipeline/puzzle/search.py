@@ -8,12 +8,14 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, Frozen
+from pipeline.architecture import Architecture, BlockSpec, Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.puzzle.calibration import Calibration
+from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve_pool, violated_limits
-from pipeline.puzzle.predictions import CostModel, LinearLimit, linear_limits, predict
+from pipeline.puzzle.patterns import is_kept_or_dropped
+from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
 from pipeline.puzzle.tables import PROFILE, read_table
 from pipeline.recipe import Limit, Objective, Pin, ProfileConfig, Requirements, SearchConfig
@@ -233,8 +235,7 @@ def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpe
 
 def _kept_or_dropped(layers: Sequence[Sequence[Candidate]], *, parent: BlockSpec) -> list[list[Candidate]]:
     """Return, layer by layer, the parent's own block and the empty one, as far as they were scored."""
-    whole = {(parent.attention, parent.ffn), (NO_ATTENTION, NO_FFN)}
-    found = [[one for one in candidates if (one.block.attention, one.block.ffn) in whole] for candidates in layers]
+    found = [[one for one in candidates if is_kept_or_dropped(one.block, parent=parent)] for candidates in layers]
     for layer, candidates in enumerate(found):
         if not candidates:
             raise RecipeError(

@@ -226,6 +226,15 @@ class ProfileConfig(Frozen):
     warmups: Positive
     repeats: Positive
 
+    @property
+    def num_devices(self) -> int:
+        """How many devices hold the model together."""
+        return self.tensor_parallel_size or 1
+
+    def scenario(self, name: str) -> Scenario:
+        """Return a scenario by name."""
+        return next(scenario for scenario in self.scenarios if scenario.name == name)
+
     @model_validator(mode="after")
     def _device_belongs_to_roofline(self) -> Self:
         if self.backend != "roofline":
@@ -317,6 +326,7 @@ Quantity = Literal[
     "throughput",
     "latency_ms",
     "time_to_first_token_ms",
+    "weights_and_cache_mib",
     "memory_mib",
     "cached_tokens",
     "num_parameters",
@@ -330,9 +340,10 @@ class Limit(Frozen):
 
     `decode_speed` and `prefill_speed` are tokens per second of one phase of `scenario`; `throughput` is the scenario's
     prompt and generated tokens per second of its `latency_ms` (Puzzle, appendix B); `time_to_first_token_ms` is its
-    prefill. `memory_mib` is weights plus the scenario's KV cache. `cached_tokens` is how many tokens' KV cache fits
-    beside the weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are
-    counted. Speeds and cached tokens are lower bounds, everything else upper bounds.
+    prefill. `weights_and_cache_mib` is weights plus the scenario's KV cache, what published memory limits count;
+    `memory_mib` adds the activations of its prefill. `cached_tokens` is how many tokens' KV cache fits beside the
+    weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are counted. Speeds
+    and cached tokens are lower bounds, everything else upper bounds.
     """
 
     quantity: Quantity

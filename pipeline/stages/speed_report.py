@@ -18,6 +18,7 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.puzzle.backends import measure_as_profiled, runtime_name
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
+from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
 from pipeline.puzzle.verification import MeasuredLimit, check_model
@@ -113,33 +114,44 @@ def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str
 
 
 def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> dict[str, Any]:
-    """Return what one model holds, and how many cached tokens fit the device once its weights are there."""
+    """Return what one model holds, and how many cached tokens fit the device.
+
+    `cached_tokens_that_fit` counts weights alone, as published figures do; in a scenario the activations of its prefill
+    take their place as well.
+    """
     size = BYTES_PER_PARAMETER[config.profile.served_precision]
     count = num_parameters(model.architecture)
     kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size)
     weights = weight_mib(count, bytes_per_parameter=size)
     free_bytes = config.speed.device_memory_gib * GIB - weights * MIB
-    scenarios = {
-        f"{scenario.name}_memory_mib": round(
-            weights + kv_bytes * scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens) / MIB, 2
-        )
-        for scenario in config.profile.scenarios
-    }
+
+    def that_fit(available_bytes: float) -> int:
+        # Without attention nothing is cached, and any number of tokens fits.
+        return max(0, int(available_bytes // kv_bytes)) if kv_bytes else -1
+
+    scenarios: dict[str, Any] = {}
+    for scenario in config.profile.scenarios:
+        memory = memory_of(model.architecture, scenario=scenario, profile=config.profile)
+        scenarios |= {
+            f"{scenario.name}_weights_and_cache_mib": round(memory.weights_and_cache_mib, 2),
+            f"{scenario.name}_activations_mib": round(memory.activation_bytes / MIB, 2),
+            f"{scenario.name}_memory_mib": round(memory.total_mib, 2),
+            f"{scenario.name}_cached_tokens_that_fit": that_fit(free_bytes - memory.activation_bytes),
+        }
     return {
         "model": name,
         "num_parameters": count,
         "weights_mib": round(weights, 3),
         "kv_bytes_per_token": kv_bytes,
-        # Without attention nothing is cached, and any number of tokens fits.
-        "cached_tokens_per_gib": int(GIB // kv_bytes) if kv_bytes else -1,
-        "cached_tokens_that_fit": max(0, int(free_bytes // kv_bytes)) if kv_bytes else -1,
+        "cached_tokens_per_gib": that_fit(GIB),
+        "cached_tokens_that_fit": that_fit(free_bytes),
         **scenarios,
     }
 
 
 def _peak_memory(device: torch.device) -> str:
     if device.type != "cuda":
-        return "not separable by model on a CPU; weights and caches are counted"
+        return "not separable by model on a CPU; weights, caches and activations are counted"
     return f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB with all models loaded"
 
 

@@ -9,8 +9,9 @@ import pytest
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.errors import InfeasibleError
 from pipeline.puzzle.baselines import greedy
+from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, solve, solve_pool, violated_limits
-from pipeline.puzzle.predictions import LinearLimit, linear_limits, predict
+from pipeline.puzzle.predictions import linear_limits, predict
 from pipeline.recipe import LayerPattern, Limit, PoolConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
@@ -146,6 +147,7 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
         "latency_ms",
         "time_to_first_token_ms",
         "memory_mib",
+        "weights_and_cache_mib",
         "num_parameters",
         "kv_bytes_per_token",
     )
@@ -159,6 +161,9 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
     assert got["throughput"] == pytest.approx(predicted["chat_throughput"] / parent["chat_throughput"])
     assert got["time_to_first_token_ms"] == pytest.approx(predicted["chat_prefill_ms"] / parent["chat_prefill_ms"])
     assert got["memory_mib"] == pytest.approx(predicted["chat_memory_mib"] / parent["chat_memory_mib"])
+    assert got["weights_and_cache_mib"] == pytest.approx(
+        predicted["chat_weights_and_cache_mib"] / parent["chat_weights_and_cache_mib"]
+    )
     assert got["num_parameters"] == pytest.approx(predicted["num_parameters"] / parent["num_parameters"])
     # Two of three layers keep 2 heads of 8 values for keys and values, 4 bytes each.
     assert predicted["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4

@@ -237,3 +237,11 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     # 3 layers x 2 heads x 8 values for keys and for values, 4 bytes each.
     assert result.metrics["parent_cached_tokens"] == (2**29 - weights_bytes) // (3 * 2 * 8 * 2 * 4)
     assert len(result.tables["speed"].rows) == 3 * 2
+    memory = dict(zip(result.tables["memory"].columns, result.tables["memory"].rows[0], strict=True))
+    held_mib = (weights_bytes + 16 * 3 * 2 * 8 * 2 * 4) / 2**20
+    assert memory["chat_weights_and_cache_mib"] == pytest.approx(held_mib, abs=0.01)
+    # The head's logits aside: embedding, input, what attention returned and the normed one, and three of the FFN's 48.
+    activation_bytes = 4 * 12 * (4 * parent.hidden_size + 3 * 48) + 2 * 4 * 8 * 12
+    assert memory["chat_activations_mib"] == pytest.approx(activation_bytes / 2**20, abs=0.01)
+    assert memory["chat_memory_mib"] == pytest.approx(held_mib + activation_bytes / 2**20, abs=0.02)
+    assert memory["chat_cached_tokens_that_fit"] == (2**29 - weights_bytes - activation_bytes) // (3 * 2 * 8 * 2 * 4)
