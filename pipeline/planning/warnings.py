@@ -15,6 +15,7 @@ from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
 from pipeline.planning.estimates import estimate
 from pipeline.planning.sizes import admissible_blocks
+from pipeline.puzzle.batches import at_batch, swept_scenarios
 from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
 from pipeline.puzzle.patterns import free_choices
 from pipeline.recipe import Limit, Recipe, Target
@@ -202,8 +203,15 @@ def target_warnings(case: Case, target: Target) -> list[str]:
             f"target: search.layers is {pattern}, and no child is of that kind: search_space, its overrides and the "
             "pins leave the layers nothing in common; set search.layers: heterogeneous"
         ]
+    batches = swept_scenarios(target.limits, case.recipe.block_profile)
+    wanted = [at_batch(target.requirements, scenario).limits for scenario in batches] or [target.limits]
+    # One batch size that can be served is enough; where none can, the one with the fewest limits out of reach is told.
+    return min((_out_of_reach(case, limits, choices) for limits in wanted), key=len)
+
+
+def _out_of_reach(case: Case, limits: Sequence[Limit], choices: Sequence[Sequence[Sequence[BlockSpec]]]) -> list[str]:
     found = []
-    for limit in target.limits:
+    for limit in limits:
         is_lower_bound = limit.quantity in LOWER_BOUNDS
         reached = [_best(case, limit, layers=one) for one in choices]
         best, is_exact = max(reached) if is_lower_bound else min(reached)

@@ -1,7 +1,7 @@
 """From the tables of scores and times to a solution: builds the programme, solves it, and records what it promises."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 from pipeline.architecture import Architecture, BlockSpec, Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.errors import ArtifactError, RecipeError
+from pipeline.puzzle.batches import BatchAnswer, best_batch, settle, solve_batches, swept_scenarios
 from pipeline.puzzle.calibration import Calibration
 from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve_pool, violated_limits
@@ -18,7 +19,16 @@ from pipeline.puzzle.patterns import is_kept_or_dropped
 from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
 from pipeline.puzzle.tables import PROFILE, read_table
-from pipeline.recipe import Limit, Objective, Pin, ProfileConfig, Requirements, SearchConfig
+from pipeline.recipe import (
+    Limit,
+    Objective,
+    Pin,
+    PoolConfig,
+    ProfileConfig,
+    Requirements,
+    Scenario,
+    SearchConfig,
+)
 
 CALIBRATION_FILE = "calibration.json"
 ARCHITECTURE_FILE = "architecture.json"
@@ -111,6 +121,44 @@ def search(
         )
         for solution in solutions
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSearch:
+    """The pool of the batch that was chosen, and what was found at each; no batches where the target sweeps none."""
+
+    records: tuple[SolutionRecord, ...]
+    batches: tuple[BatchAnswer[SolutionRecord], ...]
+    chosen: Scenario | None
+
+
+def search_batches(
+    scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
+) -> BatchSearch:
+    """Solve one programme for each batch size of the target's scenario, and the best of them for its pool of answers.
+
+    Raises:
+        InfeasibleError: when no choice of blocks meets the limits at any batch.
+        RecipeError: as search.
+    """
+
+    def solve_for(wanted: Requirements, settings: SearchConfig) -> tuple[SolutionRecord, ...]:
+        _, settled = settle(requirements, costs, wanted.limits)
+        return search(scores, costs=settled, target_name=target_name, requirements=wanted, settings=settings)
+
+    scenarios = swept_scenarios(requirements.limits, costs.profile)
+    if not scenarios:
+        return BatchSearch(records=solve_for(requirements, settings), batches=(), chosen=None)
+    one_answer = settings.model_copy(update={"pool": PoolConfig(num_solutions=1, max_overlap=0.0)})
+    found = solve_batches(
+        requirements,
+        scenarios,
+        solve=lambda wanted: solve_for(wanted, one_answer)[0],
+        objective=lambda record: record.objective,
+        tokens_per_s=lambda record, scenario: record.predicted[f"{scenario.name}_throughput"],
+    )
+    best = best_batch(found, settings.batch_choice)
+    return BatchSearch(records=solve_for(best.requirements, settings), batches=found, chosen=best.scenario)
 
 
 def record_solution(

@@ -30,6 +30,7 @@ from pipeline.recipe.measuring import (
 from pipeline.recipe.parent import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 from pipeline.recipe.puzzle import (
     AttentionOption,
+    BatchChoice,
     BlockLibraryConfig,
     BlockLoss,
     BlockScoresConfig,
@@ -99,6 +100,7 @@ __all__ = [
     "RPO",
     "AttentionOption",
     "BaselinesConfig",
+    "BatchChoice",
     "BlendConfig",
     "BlockLibraryConfig",
     "BlockLoss",

@@ -191,13 +191,15 @@ class BlockScoresConfig(Frozen):
 class Scenario(Frozen):
     """One way the model is used: a batch of prompts, each answered with generation_tokens.
 
-    A decode step is timed half-way through the generation: it costs what the steps cost on average.
+    A decode step is timed half-way through the generation: it costs what the steps cost on average. A list as
+    `batch_size` in a recipe stands for one scenario each, which `sweep` names after the one that was written.
     """
 
     name: Name
     batch_size: Positive
     prompt_tokens: Positive
     generation_tokens: Positive
+    sweep: Name | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -225,6 +227,39 @@ class ProfileConfig(Frozen):
     num_threads: Positive
     warmups: Positive
     repeats: Positive
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out_batch_sizes(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("scenarios"), list):
+            return data
+        written: list[Any] = []
+        for scenario in data["scenarios"]:
+            sizes = scenario.get("batch_size") if isinstance(scenario, dict) else None
+            if not isinstance(sizes, list):
+                written.append(scenario)
+                continue
+            if len(set(map(str, sizes))) < len(sizes) or len(sizes) < 2:
+                raise ValueError(
+                    f"block_profile.scenarios: {scenario.get('name')} has batch_size {sizes}: give one number, or two "
+                    "and more different ones"
+                )
+            name = scenario.get("name")
+            written += [{**scenario, "name": f"{name}-batch-{one}", "batch_size": one, "sweep": name} for one in sizes]
+        return {**data, "scenarios": written}
+
+    @model_validator(mode="after")
+    def _scenarios_have_names_of_their_own(self) -> Self:
+        names = [*(scenario.name for scenario in self.scenarios), *self.sweeps]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"block_profile.scenarios has {twice[0]!r} twice: name each scenario differently")
+        return self
+
+    @property
+    def sweeps(self) -> dict[str, tuple[Scenario, ...]]:
+        """The scenarios that were written with several batch sizes, by name, one scenario per size."""
+        names = dict.fromkeys(scenario.sweep for scenario in self.scenarios if scenario.sweep is not None)
+        return {name: tuple(one for one in self.scenarios if one.sweep == name) for name in names}
 
     @property
     def num_devices(self) -> int:
@@ -281,6 +316,10 @@ class PoolConfig(Frozen):
     max_overlap: Annotated[float, Field(ge=0, lt=1)]
 
 
+BatchChoice = Literal["lowest_loss", "highest_throughput"]
+"""Which batch size of a swept scenario is kept: the one where the search finds the least loss, or the most tokens/s."""
+
+
 class RefinementConfig(Frozen):
     """Scoring of whole children, and the rounds that improve the best of them.
 
@@ -298,7 +337,8 @@ class SearchConfig(Frozen):
 
     `layers` says what a child's layers have in common. `heterogeneous`: nothing. `homogeneous`: all are the same block.
     `homogeneous_attention` and `homogeneous_ffn`: all have the same attention, or the same FFN. `depth_only`: each is
-    the parent's or is left out whole.
+    the parent's or is left out whole. Of a scenario with several batch sizes, `batch_choice` keeps the one with the
+    `lowest_loss` or the `highest_throughput`.
     Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
     `speed_tolerance`.
     """
@@ -307,6 +347,7 @@ class SearchConfig(Frozen):
     layers: LayerPattern
     pool: PoolConfig
     refinement: RefinementConfig
+    batch_choice: BatchChoice
     time_limit_s: PositiveFloat
     relative_gap: NonNegativeFloat
     max_recalibrations: Annotated[int, Field(ge=0)]

@@ -16,11 +16,13 @@ from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.puzzle.backends import measure_as_profiled, runtime_name
+from pipeline.puzzle.batches import settled_limits, settled_profile
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
+from pipeline.puzzle.search import read_solution
 from pipeline.puzzle.verification import MeasuredLimit, check_model
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import SpeedStage
@@ -31,6 +33,9 @@ GIB = 2**30
 
 def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write speed.json: every median with its interval, the memory of each model, and the limits of the target."""
+    solution = read_solution(inputs["child_checkpoint"])
+    limits = settled_limits(config.limits, config.profile, [one.limit for one in solution.limits])
+    config = config.model_copy(update={"limits": limits, "profile": settled_profile(config.profile, limits)})
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
     measurements = measure_as_profiled(
@@ -43,7 +48,7 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     )
     speed_rows = _speed_rows(config, measurements)
     memory_rows = [_memory_row(name, model, config=config) for name, model in models.items()]
-    limits = check_model(
+    checked = check_model(
         config.limits,
         measurements,
         model="final",
@@ -53,13 +58,13 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         tolerance=config.speed_tolerance,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    report = {"speed": speed_rows, "memory": memory_rows, "limits": [asdict(limit) for limit in limits]}
+    report = {"speed": speed_rows, "memory": memory_rows, "limits": [asdict(limit) for limit in checked]}
     write_atomically(out_dir / "speed.json", (json.dumps(report, indent=1) + "\n").encode())
     metrics: dict[str, Number] = {
         "num_rounds": config.speed.rounds,
-        "num_limits": len(limits),
-        "num_missed_limits": sum(not limit.is_met for limit in limits),
-        "num_limits_within_tolerance": sum(limit.needs_tolerance for limit in limits),
+        "num_limits": len(checked),
+        "num_missed_limits": sum(not limit.is_met for limit in checked),
+        "num_limits_within_tolerance": sum(limit.needs_tolerance for limit in checked),
         "speed_tolerance": config.speed_tolerance,
     }
     headline = {phase: headline_scenario(config.limits, f"{phase}_speed", profile=config.profile) for phase in PHASES}
@@ -84,7 +89,7 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
             "interval": f"{100 * coverage:.1f}% by order statistics",
             "peak memory": _peak_memory(device),
         },
-        tables={"speed": _table(speed_rows), "memory": _table(memory_rows), "limits": _limit_table(limits)},
+        tables={"speed": _table(speed_rows), "memory": _table(memory_rows), "limits": _limit_table(checked)},
     )
 
 

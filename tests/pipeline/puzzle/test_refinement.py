@@ -67,6 +67,7 @@ def run(
         layers=layers,
         pool=PoolConfig(num_solutions=1, max_overlap=0.5),
         refinement=RefinementConfig(tokens=1, rounds=rounds, max_changed_layers=max_changed_layers),
+        batch_choice="lowest_loss",
         time_limit_s=10,
         relative_gap=0.0,
         max_recalibrations=0,
