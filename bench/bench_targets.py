@@ -15,14 +15,17 @@ child, and in how many seconds. The published children are put through the same 
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.architecture import Architecture, AttentionSpec, BlockSpec, FFNSpec
 from pipeline.costs import kv_bytes_per_token, num_parameters
 from pipeline.errors import InfeasibleError
 from pipeline.model.architecture_files import load_architecture, parent_architecture
+from pipeline.puzzle.batches import best_batch, solve_batches, swept_scenarios
 from pipeline.puzzle.calibration import calibrate
+from pipeline.puzzle.limits import GB, cached_tokens
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve
-from pipeline.puzzle.predictions import GB, CostModel, cached_tokens, linear_limits, predict
+from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.puzzle.roofline import (
     Pass,
     Setting,
@@ -34,7 +37,7 @@ from pipeline.puzzle.roofline import (
     time_ms,
 )
 from pipeline.puzzle.search_space import SearchSpace, resolve
-from pipeline.recipe import Limit, ProfileConfig, Recipe, Scenario
+from pipeline.recipe import Limit, ProfileConfig, Recipe, Requirements, Scenario
 from pipeline.recipe_file import load_recipe
 
 DEVICE = "h100-80gb"
@@ -64,7 +67,7 @@ def synthetic_score(attention: AttentionSpec, ffn: FFNSpec, *, layer: int, num_l
     return max(narrowed, removed) + 0.5 * min(narrowed, removed)
 
 
-def roofline_profile(recipe: Recipe, scenarios: Sequence[Scenario], *, num_gpus: int) -> ProfileConfig:
+def roofline_profile(recipe: Recipe, scenarios: Sequence[Scenario | dict[str, Any]], *, num_gpus: int) -> ProfileConfig:
     """Return the recipe's profile as a roofline of H100s."""
     return ProfileConfig.model_validate(
         recipe.block_profile.model_dump()
@@ -154,30 +157,39 @@ def bench_super() -> dict[str, object]:
     base = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == "throughput")
     reference = at_largest_batch(parent, base)
     wanted = SUPER_SPEEDUP * reference["tokens_per_s"]
-    found: dict[int, tuple[Solution, dict[str, float]]] = {}
-    infeasible: dict[int, str] = {}
-    for batch in SUPER_BATCHES:
-        scenarios = {number: with_batch(base, number) for number in (batch, SUPER_BATCH)}
-        costs = roofline_costs(parent, space, profile=roofline_profile(recipe, list(scenarios.values()), num_gpus=1))
-        limits = [
-            Limit(quantity="throughput", scenario=f"batch-{batch}", bound=wanted, relative_to="absolute"),
-            Limit(
-                quantity="latency_ms", scenario=f"batch-{SUPER_BATCH}", bound=SUPER_LATENCY_MS, relative_to="absolute"
-            ),
-            Limit(
-                quantity="cached_tokens",
-                scenario=None,
-                bound=max(SUPER_TOKENS, scenarios[batch].num_tokens),
-                relative_to="absolute",
-                device_memory_gb=SUPER_GB,
-            ),
-        ]
-        try:
-            solution = solve_for(limits, space=space, costs=costs)
-        except InfeasibleError as err:
-            infeasible[batch] = str(err)
-            continue
-        found[batch] = solution, predict(solution.blocks, costs=costs)
+    # The roofline of every batch at once; the reference batch stands beside the sweep for the limit on latency.
+    written = {**base.model_dump(), "batch_size": list(SUPER_BATCHES), "name": "throughput"}
+    del written["sweep"]
+    profile = roofline_profile(recipe, [written, with_batch(base, SUPER_BATCH).model_dump()], num_gpus=1)
+    costs = roofline_costs(parent, space, profile=profile)
+    latency = Limit(
+        quantity="latency_ms", scenario=f"batch-{SUPER_BATCH}", bound=SUPER_LATENCY_MS, relative_to="absolute"
+    )
+    cached = Limit(
+        quantity="cached_tokens",
+        scenario=None,
+        bound=SUPER_TOKENS,
+        relative_to="absolute",
+        device_memory_gb=SUPER_GB,
+    )
+    throughput = Limit(quantity="throughput", scenario="throughput", bound=wanted, relative_to="absolute")
+    batches = swept_scenarios([throughput], profile)
+
+    def tokens_per_s(solution: Solution, scenario: Scenario) -> float:
+        return predict(solution.blocks, costs=costs)[f"{scenario.name}_throughput"]
+
+    try:
+        found = solve_batches(
+            Requirements(limits=(throughput, latency, cached), pins=()),
+            batches,
+            solve=lambda wanted: solve_for(wanted.limits, space=space, costs=costs),
+            objective=lambda solution: solution.objective,
+            tokens_per_s=tokens_per_s,
+        )
+    except InfeasibleError as err:
+        found, infeasible = (), str(err)
+    else:
+        infeasible = ""
     published = load_architecture("llama-3.3-nemotron-super-49b")
     setting = Setting.of(roofline_profile(recipe, [base], num_gpus=1))
     report: dict[str, object] = {
@@ -185,29 +197,30 @@ def bench_super() -> dict[str, object]:
         "parent": described(parent, memory_gb=SUPER_GB) | reference,
         "published_parent_tokens_per_s": SUPER_PUBLISHED_PARENT,
         "wanted_tokens_per_s": round(wanted, 1),
-        "objective_by_batch": {batch: round(found[batch][0].objective, 3) for batch in sorted(found)},
+        "objective_by_batch": {
+            one.scenario.batch_size: round(one.objective, 3) for one in found if one.answer is not None
+        },
         "published_child": described(published, memory_gb=SUPER_GB)
         | at_largest_batch(published, base)
         | {"latency_256_ms": round(whole_model_ms(published, with_batch(base, SUPER_BATCH), setting=setting))},
         "published_child_tokens_per_s": SUPER_PUBLISHED_CHILD,
     }
     if found:
-        batch = min(found, key=lambda one: (found[one][0].objective, one))
-        solution, predicted = found[batch]
-        child = parent.with_blocks(solution.blocks)
+        best = best_batch(found, "lowest_loss")
+        assert best.answer is not None
+        child = parent.with_blocks(best.answer.blocks)
+        predicted = predict(best.answer.blocks, costs=costs)
         report["child"] = described(child, memory_gb=SUPER_GB) | {
-            "objective": round(solution.objective, 4),
-            "relative_gap": round(solution.gap, 5),
-            "batch": batch,
-            "tokens_per_s": round(predicted[f"batch-{batch}_throughput"], 1),
-            "speedup": round(predicted[f"batch-{batch}_throughput"] / reference["tokens_per_s"], 3),
+            "objective": round(best.objective, 4),
+            "relative_gap": round(best.answer.gap, 5),
+            "batch": best.scenario.batch_size,
+            "tokens_per_s": round(best.tokens_per_s, 1),
+            "speedup": round(best.tokens_per_s / reference["tokens_per_s"], 3),
             "latency_256_ms": round(predicted[f"batch-{SUPER_BATCH}_latency_ms"]),
             "at_its_largest_batch": at_largest_batch(child, base),
         }
     else:
-        report["infeasible"] = infeasible[
-            SUPER_BATCH
-        ]  # each message says by how much, and what each limit alone allows
+        report["infeasible"] = infeasible  # by how much at each batch, and what each limit alone allows
     return report | {"seconds": round(time.perf_counter() - began, 2), "programmes": len(SUPER_BATCHES)}
 
 

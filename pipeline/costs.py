@@ -3,9 +3,14 @@
 Every count is checked against hand-counted tensors in tests/pipeline/test_costs.py.
 """
 
+from dataclasses import dataclass
+
 from pipeline.architecture import Architecture, AttentionSpec, BlockSpec, FFNSpec
 
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+# What runs between matmuls stays in 16 bits where weights and caches are narrower; norms compute in 32.
+LEAST_ACTIVATION_BYTES = 2.0
+NORM_BYTES = 4.0
 MIB = 2**20
 
 
@@ -80,3 +85,98 @@ def forward_flops_per_token(model: Architecture, *, context_tokens: int) -> floa
         if block.attention.kind == "gqa":
             flops += 4.0 * model.num_attention_heads * model.head_dim * context_tokens
     return flops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedMemory:
+    """What a model needs while it serves a batch, in bytes: what stays, and the most that it computes with at once."""
+
+    weights_bytes: float
+    cache_bytes: float
+    activation_bytes: float
+
+    @property
+    def weights_and_cache_mib(self) -> float:
+        """What stays for as long as the batch is served."""
+        return (self.weights_bytes + self.cache_bytes) / MIB
+
+    @property
+    def total_mib(self) -> float:
+        """All three."""
+        return (self.weights_bytes + self.cache_bytes + self.activation_bytes) / MIB
+
+
+def served_memory(
+    model: Architecture,
+    *,
+    batch_size: int,
+    prompt_tokens: int,
+    generation_tokens: int,
+    bytes_per_value: float,
+    num_devices: int,
+) -> ServedMemory:
+    """Return the memory of all devices together; activations are those of the prefill, which a decode step is below."""
+    prefill = {
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_tokens,
+        "bytes_per_value": bytes_per_value,
+        "num_devices": num_devices,
+    }
+    blocks = max(block_activation_bytes(model, block, **prefill) for block in model.blocks)
+    tokens = batch_size * (prompt_tokens + generation_tokens)
+    return ServedMemory(
+        weights_bytes=bytes_per_value * num_parameters(model),
+        cache_bytes=tokens * kv_bytes_per_token(model, bytes_per_value=bytes_per_value),
+        activation_bytes=max(blocks, outer_activation_bytes(model, **prefill)),
+    )
+
+
+def block_activation_bytes(
+    model: Architecture,
+    block: BlockSpec,
+    *,
+    batch_size: int,
+    prompt_tokens: int,
+    bytes_per_value: float,
+    num_devices: int,
+) -> float:
+    """Return the most that one layer holds at once in the prefill of a batch, weights and cache aside.
+
+    As PyTorch's eager modules hold it, with an attention that never writes its scores out; fused kernels hold less. Two
+    hidden vectors per token, those of the embedding and of the layer's input, are held by who calls the layer. On top:
+
+        norm        two hidden vectors in fp32
+        attention   the normed one; queries, keys, values; then turning the queries by their positions, three more of
+                    them, or the turned queries and three more of the keys
+        FFN         what attention returned, unless it is a no-op; the normed one; gate, up and their product
+
+    Over several devices each holds all hidden vectors, and its share of what is wider.
+    """
+    size = max(LEAST_ACTIVATION_BYTES, bytes_per_value)
+    hidden = num_devices * model.hidden_size
+    norm = 2 * hidden * NORM_BYTES
+    held = 2 * hidden
+    stages = [0.0]
+    if block.attention.kind != "no_op":
+        stages.append(size * held + norm)
+    if block.attention.kind == "gqa":
+        queries = model.num_attention_heads * model.head_dim
+        both = kv_values_per_token(model, block.attention)
+        turned = max(3 * queries, queries + 3 * both / 2)
+        stages.append(size * (held + hidden + queries + both + turned))
+    if block.ffn.kind != "no_op":
+        held += hidden * (block.attention.kind != "no_op")
+        stages.append(size * held + norm)
+        stages.append(size * (held + hidden + 3 * (block.ffn.intermediate_size or 0)))
+    positions = 2 * size * num_devices * model.head_dim * prompt_tokens  # cosines and sines
+    return batch_size * prompt_tokens * max(stages) + positions
+
+
+def outer_activation_bytes(
+    model: Architecture, *, batch_size: int, prompt_tokens: int, bytes_per_value: float, num_devices: int
+) -> float:
+    """Return the most held at once outside the layers: at the final norm, or the logits of each prompt's last token."""
+    size = max(LEAST_ACTIVATION_BYTES, bytes_per_value)
+    hidden, tokens = num_devices * model.hidden_size, batch_size * prompt_tokens
+    at_norm = tokens * (2 * size + 2 * NORM_BYTES) * hidden + 2 * size * num_devices * model.head_dim * prompt_tokens
+    return max(at_norm, size * (tokens * hidden + batch_size * model.vocab_size))

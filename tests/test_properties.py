@@ -49,14 +49,46 @@ def programmes(draw: st.DrawFn) -> Programme:
         return tuple(tuple(float(draw(st.integers(0, largest))) for _ in range(size)) for size in sizes)
 
     rows = tuple(
-        Row(name=f"row {number}", fixed=float(draw(st.integers(0, 3))), upper=upper, cost=values(6))
+        Row(
+            name=f"row {number}",
+            fixed=float(draw(st.integers(0, 3))),
+            upper=upper,
+            cost=values(6),
+            peak=values(8) if draw(st.booleans()) else None,
+        )
         for number, upper in enumerate(draw(st.lists(st.integers(1, 20).map(float), min_size=2, max_size=3)))
     )
-    return Programme(scores=values(9), rows=rows)
+    families = None
+    if draw(st.booleans()):
+        families = tuple(("a", *(draw(st.sampled_from("abc")) for _ in range(size - 1))) for size in sizes)
+    return Programme(scores=values(9), rows=rows, families=families)
 
 
 def choices(programme: Programme) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(len(scores)) for scores in programme.scores)))
+    """Every choice of one candidate per layer, all of one family where the programme has families."""
+    every = itertools.product(*(range(len(scores)) for scores in programme.scores))
+    if programme.families is None:
+        return list(every)
+    return [
+        choice
+        for choice in every
+        if len({labels[index] for labels, index in zip(programme.families, choice, strict=True)}) == 1
+    ]
+
+
+def needed(row: Row, choice: tuple[int, ...]) -> float:
+    """The fixed part, the costs, and the largest peak."""
+    peaks = [0.0] if row.peak is None else [values[index] for values, index in zip(row.peak, choice, strict=True)]
+    return row.fixed + sum(values[index] for values, index in zip(row.cost, choice, strict=True)) + max(peaks)
+
+
+@FEW
+@given(programmes())
+def test_the_least_that_a_row_can_need_is_that_of_some_choice(programme: Programme):
+    for row in programme.rows:
+        totals = [needed(row, choice) for choice in choices(programme)]
+        assert programme.least(row) == min(totals)
+        assert [row.total(choice) for choice in choices(programme)] == totals
 
 
 @FEW

@@ -1,7 +1,7 @@
 """What the stages of the search compute, read, hold and write, as estimates does for the other stages."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
@@ -17,6 +17,7 @@ from pipeline.puzzle.bld_cost import (
     training_flops_per_token,
 )
 from pipeline.puzzle.block_keys import library_keys
+from pipeline.recipe import Scenario
 
 NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
@@ -97,7 +98,7 @@ def refined_solution(case: Case) -> Estimate:
     search = case.recipe.search
     # A round proposes one child for max_changed_layers, its half, ... and 1; rounds end when none is better.
     proposals = search.refinement.max_changed_layers.bit_length()
-    num_rounds = search.refinement.rounds
+    num_rounds = search.most_rounds(num_layers=len(case.sizes.space.layers))
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
     return _scoring(
         case,
@@ -115,7 +116,7 @@ def baselines(case: Case) -> Estimate:
         case, tokens=case.recipe.search.refinement.tokens, rounds=Range.of(0), num_models=Range.of(num_children)
     )
     times = num_children * (config.rounds + config.warmups)
-    tokens, flops, read = _timings(case, num_parent=times, num_children=times)
+    tokens, flops, read = _timings(case, num_parent=times, num_children=times, scenarios=_served(case))
     return replace(
         scored,
         tokens=scored.tokens + tokens,
@@ -152,11 +153,13 @@ def _scoring(case: Case, *, tokens: int, rounds: Range, num_models: Range) -> Es
     )
 
 
-def _timings(case: Case, *, num_parent: float, num_children: float) -> tuple[Range, Range, Range]:
-    """Return tokens, FLOPs and bytes read of timing every scenario that often on each model."""
+def _timings(
+    case: Case, *, num_parent: float, num_children: float, scenarios: Sequence[Scenario]
+) -> tuple[Range, Range, Range]:
+    """Return tokens, FLOPs and bytes read of timing these scenarios that often on each model."""
     size = BYTES_PER_PARAMETER[case.recipe.block_profile.precision]
     tokens, flops, read = ZERO, ZERO, ZERO
-    for scenario in case.recipe.block_profile.scenarios:
+    for scenario in scenarios:
         steps = min(scenario.generation_tokens, MAX_DECODE_STEPS)
         passed = scenario.batch_size * (scenario.prompt_tokens + (scenario.generation_tokens - steps) / 2)
         context = scenario.prompt_tokens
@@ -171,6 +174,13 @@ def _timings(case: Case, *, num_parent: float, num_children: float) -> tuple[Ran
         )
         read = read + weights.times(steps) + (num_parent + num_children) * steps * cached
     return tokens, flops, read
+
+
+def _served(case: Case) -> list[Scenario]:
+    """Return the scenarios that children are timed in: of a sweep, the largest batch, since the choice is not known."""
+    profile = case.recipe.block_profile
+    largest = [max(batches, key=lambda one: one.batch_size) for batches in profile.sweeps.values()]
+    return [one for one in profile.scenarios if one.sweep is None or one in largest]
 
 
 def _cache_bytes(case: Case) -> float:
@@ -192,7 +202,8 @@ def block_profile(case: Case) -> Estimate:
         # A whole model per variant and three more; llama-bench repeats five times after a warm-up and a filling.
         num_files = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
         timings = 7 * num_files
-    tokens, flops, read = _timings(case, num_parent=timings * (profile.repeats + profile.warmups), num_children=0.0)
+    num_parent = timings * (profile.repeats + profile.warmups)
+    tokens, flops, read = _timings(case, num_parent=num_parent, num_children=0.0, scenarios=profile.scenarios)
     weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case)
     disk = Range.of(num_files * case.model_bytes(profile.precision))
     return Estimate(
@@ -212,7 +223,9 @@ def measured(num_parent: float, num_children: float, *, stored_children: int) ->
     def timed(case: Case) -> Estimate:
         recipe = case.recipe
         rounds = recipe.speed_report.rounds + recipe.speed_report.warmups
-        tokens, flops, read = _timings(case, num_parent=num_parent * rounds, num_children=num_children * rounds)
+        tokens, flops, read = _timings(
+            case, num_parent=num_parent * rounds, num_children=num_children * rounds, scenarios=_served(case)
+        )
         size = BYTES_PER_PARAMETER[recipe.block_profile.precision]
         parent, child = case.model_bytes(recipe.block_profile.precision), case.sizes.child_parameters.times(size)
         memory = child.times(num_children) + parent + _cache_bytes(case)
@@ -236,8 +249,9 @@ def measured(num_parent: float, num_children: float, *, stored_children: int) ->
 
 
 def mip_solution(case: Case) -> Estimate:
-    """Return what solving the programme takes, which no model sees."""
+    """Return what solving the programme takes, which no model sees; one for each batch size of a swept scenario."""
+    num_programmes = 1 + max(map(len, case.recipe.block_profile.sweeps.values()), default=0)
     return Estimate(
         disk=Range(low=1e4, expected=1e5, high=1e6),
-        extra_s=Range(low=0.1, expected=3.0, high=max(3.0, case.recipe.search.time_limit_s)),
+        extra_s=Range(low=0.1, expected=3.0, high=max(3.0, case.recipe.search.time_limit_s)).times(num_programmes),
     )

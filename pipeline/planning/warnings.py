@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from pipeline.architecture import BlockSpec
 from pipeline.costs import (
     BYTES_PER_PARAMETER,
-    MIB,
     block_parameters,
     embedding_parameters,
     kv_values_per_token,
@@ -15,7 +15,9 @@ from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
 from pipeline.planning.estimates import estimate
 from pipeline.planning.sizes import admissible_blocks
-from pipeline.puzzle.predictions import SPEEDS, describe_limit
+from pipeline.puzzle.batches import at_batch, swept_scenarios
+from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
+from pipeline.puzzle.patterns import free_choices
 from pipeline.recipe import Limit, Recipe, Target
 
 GIB = 2**30
@@ -190,13 +192,32 @@ def target_warnings(case: Case, target: Target) -> list[str]:
     if any(not blocks for blocks in layers):
         empty = next(index for index, blocks in enumerate(layers) if not blocks)
         return [f"target: its pins leave layer {empty} without a block: add the option to search_space"]
+    pattern = case.recipe.search.layers
+    choices = [
+        one
+        for one in free_choices(layers, pattern, parent=case.sizes.parent.homogeneous_block())
+        if all(blocks for blocks in one)
+    ]
+    if not choices:
+        return [
+            f"target: search.layers is {pattern}, and no child is of that kind: search_space, its overrides and the "
+            "pins leave the layers nothing in common; set search.layers: heterogeneous"
+        ]
+    batches = swept_scenarios(target.limits, case.recipe.block_profile)
+    wanted = [at_batch(target.requirements, scenario).limits for scenario in batches] or [target.limits]
+    # One batch size that can be served is enough; where none can, the one with the fewest limits out of reach is told.
+    return min((_out_of_reach(case, limits, choices) for limits in wanted), key=len)
+
+
+def _out_of_reach(case: Case, limits: Sequence[Limit], choices: Sequence[Sequence[Sequence[BlockSpec]]]) -> list[str]:
     found = []
-    for limit in target.limits:
-        least, bound, is_exact = _least(case, target, limit)
-        if least > bound * (1 + 1e-9):
+    for limit in limits:
+        is_lower_bound = limit.quantity in LOWER_BOUNDS
+        reached = [_best(case, limit, layers=one) for one in choices]
+        best, is_exact = max(reached) if is_lower_bound else min(reached)
+        if best < limit.bound * (1 - 1e-9) if is_lower_bound else best > limit.bound * (1 + 1e-9):
             kind = "" if is_exact else " by the bytes a decode step reads (an estimate)"
-            reach = f"{1 / least if limit.quantity in SPEEDS else least:,.6g}"
-            reach += " times the parent's" if limit.relative_to == "parent" else ""
+            reach = f"{best:,.6g}" + (" times the parent's" if limit.relative_to == "parent" else "")
             found.append(
                 f"target: {describe_limit(limit)} cannot be met by any choice of blocks{kind}: the best is {reach}: "
                 "loosen it, or add smaller variants to search_space"
@@ -204,39 +225,27 @@ def target_warnings(case: Case, target: Target) -> list[str]:
     return found
 
 
-def _least(case: Case, target: Target, limit: Limit) -> tuple[float, float, bool]:
-    """Return the least that any choice needs and the bound, both in the limit's unit, and whether that is exact."""
-    parent = case.sizes.parent
-    layers = admissible_blocks(case.sizes.space, target=target)
-    size = BYTES_PER_PARAMETER[case.recipe.block_profile.served_precision]
-    scenario = next((one for one in case.recipe.block_profile.scenarios if one.name == limit.scenario), None)
-    per_parameter, per_kv_value, fixed = 0.0, 0.0, 0.0
-    if limit.quantity == "num_parameters":
-        per_parameter, fixed = 1.0, float(embedding_parameters(parent))
-    elif limit.quantity == "kv_bytes_per_token":
-        per_kv_value = size
-    else:
-        assert scenario is not None
-        tokens = scenario.prompt_tokens + scenario.generation_tokens
-        if limit.quantity != "memory_mib":
-            tokens = scenario.prompt_tokens + scenario.generation_tokens / 2
-        per_parameter, per_kv_value = size / MIB, size * scenario.batch_size * tokens / MIB
-        fixed = per_parameter * embedding_parameters(parent)
-        if limit.quantity != "memory_mib" and not parent.tie_word_embeddings:
-            fixed -= per_parameter * parent.vocab_size * parent.hidden_size  # of the input table one row is read
-
-    def cost(block: BlockSpec) -> float:
-        kv_values = kv_values_per_token(parent, block.attention)
-        return per_parameter * block_parameters(parent, block) + per_kv_value * kv_values
-
-    least = fixed + sum(min(map(cost, blocks)) for blocks in layers)
-    if limit.relative_to == "parent":
-        least /= fixed + sum(map(cost, parent.blocks))
-    if limit.quantity in ("num_parameters", "kv_bytes_per_token", "memory_mib"):
-        return least, limit.bound, True
+def _best(case: Case, limit: Limit, *, layers: Sequence[Sequence[BlockSpec]]) -> tuple[float, bool]:
+    """Return the best that any choice reaches, in the limit's unit, and whether that is exact."""
+    parent, profile = case.sizes.parent, case.recipe.block_profile
+    blocks = {block.key: block for layer in layers for block in layer}
+    if limit.quantity not in TIMED:
+        return counted_limit(limit, model=parent, profile=profile, blocks=blocks).best(layers), True
     if limit.relative_to == "absolute" or limit.quantity == "prefill_speed":
-        return 0.0, limit.bound, False  # only a clock can tell
-    return least, 1 / limit.bound if limit.quantity in SPEEDS else limit.bound, False
+        return (math.inf if limit.quantity in LOWER_BOUNDS else 0.0), False  # only a clock can tell
+    assert limit.scenario is not None  # as every timed limit has one
+    scenario, size = profile.scenario(limit.scenario), BYTES_PER_PARAMETER[profile.served_precision]
+    tokens = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens / 2)
+
+    def read_bytes(block: BlockSpec) -> float:
+        return size * (block_parameters(parent, block) + tokens * kv_values_per_token(parent, block.attention))
+
+    fixed = size * embedding_parameters(parent)
+    if not parent.tie_word_embeddings:
+        fixed -= size * parent.vocab_size * parent.hidden_size  # of the input table one row is read
+    least = fixed + sum(min(map(read_bytes, options)) for options in layers)
+    of_parent = fixed + sum(map(read_bytes, parent.blocks))
+    return (of_parent / least if limit.quantity in SPEEDS else least / of_parent), False
 
 
 def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:

@@ -11,6 +11,7 @@
 """
 
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,9 +33,19 @@ def greedy(problem: Problem) -> tuple[Candidate, ...] | None:
 
     Layers go in ascending order of their candidates' mean score; each takes the lowest score that fits its share, and
     what it leaves goes to the next. A layer in which nothing fits takes its cheapest candidate and leaves a debt.
+    Where layers must share something, it chooses for each thing that they may share, and the lowest sum is taken.
     """
+    found = [choice for one in problem.alternatives if (choice := _greedy(one)) is not None]
+    return min(found, key=lambda choice: math.fsum(candidate.score for candidate in choice), default=None)
+
+
+def _greedy(problem: Problem) -> tuple[Candidate, ...] | None:
     num_layers = len(problem.layers)
-    share = [(limit.upper - limit.fixed) / num_layers for limit in problem.limits]
+    # A peak is shared by all layers: the widest candidate's is set aside, and the sum is left to spend.
+    share = [
+        (limit.upper - limit.fixed - max(({} if limit.peak is None else limit.peak).values(), default=0.0)) / num_layers
+        for limit in problem.limits
+    ]
     saved = [0.0] * len(problem.limits)
     chosen: list[Candidate | None] = [None] * num_layers
     for layer in sorted(range(num_layers), key=lambda index: _mean_score(problem.layers[index])):
@@ -135,7 +146,7 @@ def _solve_with(
         for candidates in problem.layers
     )
     answer = solve(
-        Problem(layers=layers, limits=problem.limits),
+        replace(problem, layers=layers),
         time_limit_s=settings.time_limit_s,
         relative_gap=settings.relative_gap,
     )

@@ -4,26 +4,30 @@ Blocks and limits become the numbers of pipeline.puzzle.programme, and its answe
 of somebody else's library:
 
     python -m pipeline.puzzle.mip TABLE.json --minimize kl_div --limit memory_mib=80000 --limit runtime_ms=51200
+
+Patterns over layers (one block, attention or FFN for all) are families of the programme.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.architecture import BlockSpec
 from pipeline.errors import InfeasibleError
-from pipeline.puzzle.predictions import LinearLimit
+from pipeline.puzzle.limits import LOWER_BOUNDS, LinearLimit
+from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.programme import (
     VERIFICATION_TOLERANCE,
     Answer,
     Programme,
     Row,
+    Values,
     least_overrun,
     solve_diverse,
     solve_programme,
 )
-from pipeline.recipe import PoolConfig
+from pipeline.recipe import LayerPattern, PoolConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +40,16 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """The candidates of every layer and the limits on their sum."""
+    """The candidates of every layer, the limits on their sum, and what the layers must have in common."""
 
     layers: tuple[tuple[Candidate, ...], ...]
     limits: tuple[LinearLimit, ...]
+    pattern: LayerPattern = "heterogeneous"
 
     @property
     def programme(self) -> Programme:
         """The same in plain numbers; rows stand in the order of the limits."""
+        shared = SHARED.get(self.pattern)
         return Programme(
             scores=tuple(tuple(candidate.score for candidate in candidates) for candidates in self.layers),
             rows=tuple(
@@ -51,22 +57,45 @@ class Problem:
                     name=limit.name,
                     fixed=limit.fixed,
                     upper=limit.upper,
-                    cost=tuple(
-                        tuple(limit.cost[candidate.block.key] for candidate in candidates) for candidates in self.layers
-                    ),
+                    cost=self._values(limit.cost),
+                    peak=None if limit.peak is None else self._values(limit.peak),
                 )
                 for limit in self.limits
             ),
+            families=None
+            if shared is None
+            else tuple(tuple(shared(candidate.block) for candidate in candidates) for candidates in self.layers),
         )
 
     @property
-    def blocks(self) -> tuple[tuple[BlockSpec, ...], ...]:
-        """The blocks that every layer may become."""
-        return tuple(tuple(candidate.block for candidate in candidates) for candidates in self.layers)
+    def alternatives(self) -> "tuple[Problem, ...]":
+        """Problems whose layers choose freely and which together hold every choice: one for each thing to share."""
+        return tuple(
+            replace(
+                self,
+                pattern="heterogeneous",
+                layers=tuple(
+                    tuple(candidates[index] for index in indices)
+                    for candidates, indices in zip(self.layers, allowed, strict=True)
+                ),
+            )
+            for allowed in self.programme.alternatives
+        )
+
+    def best(self, limit: LinearLimit) -> float:
+        """Return the best that any choice reaches of one limit, in the unit of its bound, other limits aside."""
+        reached = [
+            limit.best([[candidate.block for candidate in candidates] for candidates in alternative.layers])
+            for alternative in self.alternatives
+        ]
+        return max(reached) if limit.limit.quantity in LOWER_BOUNDS else min(reached)
 
     def choose(self, chosen: Sequence[int]) -> tuple[Candidate, ...]:
         """Return the candidates at these places, one per layer."""
         return tuple(candidates[index] for candidates, index in zip(self.layers, chosen, strict=True))
+
+    def _values(self, of_block: Mapping[str, float]) -> Values:
+        return tuple(tuple(of_block[candidate.block.key] for candidate in candidates) for candidates in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +170,7 @@ def solve_near(
     )
     row = Row(name="changed layers", fixed=0.0, upper=float(max_changed_layers), cost=changed)
     answer = solve_programme(
-        Programme(scores=programme.scores, rows=(*programme.rows, row)),
+        replace(programme, rows=(*programme.rows, row)),
         time_limit_s=time_limit_s,
         relative_gap=relative_gap,
     )
@@ -159,18 +188,17 @@ def _solution(problem: Problem, answer: Answer) -> Solution:
 
 def _require_each_limit_reachable(problem: Problem, programme: Programme) -> None:
     out_of_reach = [
-        limit for limit, row in zip(problem.limits, programme.rows, strict=True) if not row.is_met(row.least())
+        limit for limit, row in zip(problem.limits, programme.rows, strict=True) if not row.is_met(programme.least(row))
     ]
     if out_of_reach:
         raise InfeasibleError(
             "no choice of blocks meets "
             + "; ".join(
-                f"{limit.name}: the best of all candidates is {limit.best(problem.blocks):,.4g}"
-                for limit in out_of_reach
+                f"{limit.name}: the best of all candidates is {problem.best(limit):,.4g}" for limit in out_of_reach
             )
             + ". "
             + _reachable_alone(problem)
-            + " Loosen the limit, or add smaller variants to search_space"
+            + f" Loosen the limit{_or_untie(problem)}, or add smaller variants to search_space"
         )
 
 
@@ -181,13 +209,17 @@ def _jointly_infeasible(problem: Problem, programme: Programme, *, time_limit_s:
     nearest = "; ".join(f"{limit.name} reaches {limit.reached(blocks):,.4g}" for limit in missed)
     return InfeasibleError(
         f"the limits can each be met but not together: in the nearest choice of blocks {nearest}, all others met. "
-        f"{_reachable_alone(problem)} Loosen one of them, or add variants to search_space"
+        f"{_reachable_alone(problem)} Loosen one of them{_or_untie(problem)}, or add variants to search_space"
     )
 
 
 def _reachable_alone(problem: Problem) -> str:
-    reach = ", ".join(f"{limit.name}: {limit.best(problem.blocks):,.4g}" for limit in problem.limits)
+    reach = ", ".join(f"{limit.name}: {problem.best(limit):,.4g}" for limit in problem.limits)
     return f"Best reachable for each limit alone: {reach}."
+
+
+def _or_untie(problem: Problem) -> str:
+    return "" if problem.pattern == "heterogeneous" else f", set search.layers: heterogeneous ({problem.pattern} now)"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
     variables    x[i,j] in {0, 1}: layer i takes its candidate j
     objective    min  sum_ij score[i,j] * x[i,j]
     one choice   sum_j x[i,j] = 1                                         for every layer i
-    limits       (fixed_k + sum_ij cost_k[i,j] * x[i,j]) / upper_k <= 1   for every row k
+    limits       (fixed_k + sum_ij cost_k[i,j] * x[i,j] + z_k) / upper_k <= 1   for every row k
+    peaks        z_k >= sum_j peak_k[i,j] * x[i,j]                        for every layer i, where row k has peaks
+    one family   sum_(j in f) x[i,j] = u[f], u[f] in {0, 1}               for every layer i and family f, where asked
     diversity    sum_i x[i, y_i] <= L - min_different                     for every earlier answer y
 
-(Puzzle, section 4.3 and appendix B.) Rows are divided by their bound, so milliseconds, bytes and parameters meet the
-solver at one scale. Without earlier answers, a candidate that is no better than another of its layer, neither in its
-score nor in any row, is left out first: the optimum is the same, and among equals the one that comes first is taken. A
-diverse answer may want such a candidate, so there all stay.
+(Puzzle, section 4.3 and appendix B; peaks and families are ours.) A peak is what layers need in turn and not together,
+such as activations: its maximum is exact, where the widest candidate's as a constant would refuse children that are
+narrow throughout. Rows are divided by their bound, so milliseconds, bytes and parameters meet the solver at one scale.
+Without earlier answers, a candidate that is no better than another of its layer and family, neither in its score nor in
+any row, is left out first: the optimum is the same, and among equals the one that comes first is taken. A diverse
+answer may want such a candidate, so there all stay.
 """
 
 import math
@@ -20,6 +24,7 @@ from typing import Any, Literal
 import pulp
 
 from pipeline.errors import StageError
+from pipeline.puzzle.totals import least_total
 
 # Rows are normalised to 1, so these are relative: below any rounding of a measured time.
 FEASIBILITY_TOLERANCE = 1e-9
@@ -30,20 +35,20 @@ Values = tuple[tuple[float, ...], ...]  # by layer, then by candidate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One limit: `fixed` plus the cost of every chosen candidate stays within `upper`."""
+    """One limit: `fixed`, the cost of every chosen candidate and the largest peak of any stay within `upper`."""
 
     name: str
     fixed: float
     upper: float
     cost: Values
+    peak: Values | None = None
 
     def total(self, chosen: Sequence[int]) -> float:
         """Return what a choice of candidates needs."""
-        return self.fixed + math.fsum(costs[index] for costs, index in zip(self.cost, chosen, strict=True))
-
-    def least(self) -> float:
-        """Return the smallest total of any choice; it separates over layers, so no solver is needed."""
-        return self.fixed + math.fsum(min(costs) for costs in self.cost)
+        used = self.fixed + math.fsum(costs[index] for costs, index in zip(self.cost, chosen, strict=True))
+        if self.peak is None:
+            return used
+        return used + max(peaks[index] for peaks, index in zip(self.peak, chosen, strict=True))
 
     def is_met(self, total: float) -> bool:
         """Return whether a total stays within the bound, rounding aside."""
@@ -52,10 +57,48 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Programme:
-    """The score of every candidate of every layer, and the limits on their sums."""
+    """The score of every candidate of every layer, and the limits on their sums.
+
+    With `families`, by layer and candidate, all layers take candidates of one and the same family.
+    """
 
     scores: Values
     rows: tuple[Row, ...]
+    families: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def common_families(self) -> tuple[str, ...]:
+        """The families that every layer has, in the first layer's order; none where they are not asked for."""
+        if self.families is None:
+            return ()
+        first, *others = self.families
+        return tuple(family for family in dict.fromkeys(first) if all(family in other for other in others))
+
+    @property
+    def alternatives(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The candidates that layers may choose from freely: all, or those of one common family after another."""
+        if self.families is None:
+            return (tuple(tuple(range(len(scores))) for scores in self.scores),)
+        return tuple(
+            tuple(tuple(index for index, one in enumerate(layer) if one == family) for layer in self.families)
+            for family in self.common_families
+        )
+
+    def least(self, row: Row) -> float:
+        """Return the smallest total of a row that any choice needs, other rows aside; infinite without any choice."""
+        return min(
+            (
+                least_total(
+                    row.fixed,
+                    [[row.cost[layer][index] for index in indices] for layer, indices in enumerate(allowed)],
+                    None
+                    if row.peak is None
+                    else [[row.peak[layer][index] for index in indices] for layer, indices in enumerate(allowed)],
+                )
+                for allowed in self.alternatives
+            ),
+            default=math.inf,
+        )
 
     def objective(self, chosen: Sequence[int]) -> float:
         """Return the summed scores of a choice."""
@@ -64,6 +107,12 @@ class Programme:
     def broken_rows(self, chosen: Sequence[int]) -> tuple[Row, ...]:
         """Return the limits that a choice breaks, its costs added up from the tables."""
         return tuple(row for row in self.rows if not row.is_met(row.total(chosen)))
+
+    def is_one_family(self, chosen: Sequence[int]) -> bool:
+        """Return whether a choice keeps to one family, where that is asked for."""
+        if self.families is None:
+            return True
+        return len({families[index] for families, index in zip(self.families, chosen, strict=True)}) == 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +141,11 @@ def solve_programme(
     """
     kept = _undominated(programme) if not earlier else [range(len(scores)) for scores in programme.scores]
     model = pulp.LpProblem("choose", pulp.LpMinimize)
-    variables = _add_choices(model, kept)
+    variables = _add_choices(model, kept, programme)
     model.setObjective(_sum(programme.scores, variables))
     for index, row in enumerate(programme.rows):
-        model.addConstraint(_used(row, variables) <= 1 - row.fixed / row.upper, f"row_{index}")
+        used = _used(model, row, variables, name=f"row_{index}")
+        model.addConstraint(used <= 1 - row.fixed / row.upper, f"row_{index}")
     for index, other in enumerate(earlier):
         shared = pulp.lpSum(choices[other[layer]] for layer, choices in enumerate(variables))
         model.addConstraint(shared <= len(variables) - min_different, f"differs_from_{index}")
@@ -140,21 +190,25 @@ def least_overrun(programme: Programme, *, time_limit_s: float) -> tuple[int, ..
         StageError: when the solver ends without an answer.
     """
     model = pulp.LpProblem("least_overrun", pulp.LpMinimize)
-    variables = _add_choices(model, _undominated(programme))
+    variables = _add_choices(model, _undominated(programme), programme)
     overrun = [model.add_variable(f"overrun_{index}", lowBound=0) for index in range(len(programme.rows))]
     model.setObjective(pulp.lpSum(overrun))
     for index, row in enumerate(programme.rows):
-        model.addConstraint(_used(row, variables) - overrun[index] <= 1 - row.fixed / row.upper, f"row_{index}")
+        used = _used(model, row, variables, name=f"row_{index}")
+        model.addConstraint(used - overrun[index] <= 1 - row.fixed / row.upper, f"row_{index}")
     _run_solver(model, time_limit_s=time_limit_s, relative_gap=0.0)
     _read_status(model, time_limit_s=time_limit_s)
     return _read_choice(variables)
 
 
 def _undominated(programme: Programme) -> list[list[int]]:
-    """Return, layer by layer, the candidates that no other beats or equals in the score and in every row."""
+    """Return, layer by layer, the candidates that no other of their family beats or equals in score and every row."""
     kept: list[list[int]] = []
     for layer, scores in enumerate(programme.scores):
-        needs = [(score, *(row.cost[layer][index] for row in programme.rows)) for index, score in enumerate(scores)]
+        families = None if programme.families is None else programme.families[layer]
+        columns = [scores, *(row.cost[layer] for row in programme.rows)]
+        columns += [row.peak[layer] for row in programme.rows if row.peak is not None]
+        needs = list(zip(*columns, strict=True))
         kept.append(
             [
                 index
@@ -164,22 +218,39 @@ def _undominated(programme: Programme) -> list[list[int]]:
                     # Among equals only the first stays.
                     and (theirs != ours or rival < index)
                     for rival, theirs in enumerate(needs)
-                    if rival != index
+                    if rival != index and (families is None or families[rival] == families[index])
                 )
             ]
         )
     return kept
 
 
-def _add_choices(model: pulp.LpProblem, kept: Sequence[Sequence[int]]) -> list[dict[int, Any]]:
-    """Add the variables of the kept candidates, and the rule that each layer takes one."""
+def _add_choices(model: pulp.LpProblem, kept: Sequence[Sequence[int]], programme: Programme) -> list[dict[int, Any]]:
+    """Add the variables of the kept candidates, and the rules that each layer takes one, all of one family if asked."""
     variables = [
         {index: model.add_variable(f"x_{layer}_{index}", cat=pulp.LpBinary) for index in indices}
         for layer, indices in enumerate(kept)
     ]
     for layer, choices in enumerate(variables):
         model.addConstraint(pulp.lpSum(choices.values()) == 1, f"one_in_layer_{layer:03d}")
+    if programme.families is not None:
+        _add_families(model, variables, programme.families, common=programme.common_families)
     return variables
+
+
+def _add_families(
+    model: pulp.LpProblem,
+    variables: Sequence[dict[int, Any]],
+    families: Sequence[Sequence[str]],
+    *,
+    common: Sequence[str],
+) -> None:
+    chosen = {family: model.add_variable(f"u_{number}", cat=pulp.LpBinary) for number, family in enumerate(common)}
+    model.addConstraint(pulp.lpSum(chosen.values()) == 1, "one_family")
+    for layer, choices in enumerate(variables):
+        for number, family in enumerate(common):
+            members = [one for index, one in choices.items() if families[layer][index] == family]
+            model.addConstraint(pulp.lpSum(members) == chosen[family], f"family_{number}_in_layer_{layer:03d}")
 
 
 def _sum(values: Values, variables: Sequence[dict[int, Any]]) -> Any:
@@ -190,9 +261,17 @@ def _sum(values: Values, variables: Sequence[dict[int, Any]]) -> Any:
     )
 
 
-def _used(row: Row, variables: Sequence[dict[int, Any]]) -> Any:
+def _used(model: pulp.LpProblem, row: Row, variables: Sequence[dict[int, Any]], *, name: str) -> Any:
+    """Return what a choice uses of a row's bound, `fixed` aside; a row with peaks gets a variable for the largest."""
     scaled = tuple(tuple(cost / row.upper for cost in costs) for costs in row.cost)
-    return _sum(scaled, variables)
+    used = _sum(scaled, variables)
+    if row.peak is None:
+        return used
+    largest = model.add_variable(f"peak_of_{name}", lowBound=0)
+    for layer, (choices, peaks) in enumerate(zip(variables, row.peak, strict=True)):
+        need = pulp.lpSum(peaks[index] / row.upper * variable for index, variable in choices.items())
+        model.addConstraint(need <= largest, f"peak_of_{name}_in_layer_{layer:03d}")
+    return used + largest
 
 
 def _run_solver(model: pulp.LpProblem, *, time_limit_s: float, relative_gap: float) -> None:
@@ -231,6 +310,8 @@ def _read_choice(variables: Sequence[dict[int, Any]]) -> tuple[int, ...]:
 
 
 def _verify(answer: Answer, programme: Programme) -> None:
+    if not programme.is_one_family(answer.chosen):
+        raise StageError("the solver's answer takes candidates of several families: lower search.relative_gap")
     broken = programme.broken_rows(answer.chosen)
     if broken:
         raise StageError(

@@ -88,7 +88,7 @@ def refine(
 
     scored = measure({f"{POOL} {number}": record for number, record in enumerate(pool)})
     best = min(scored, key=lambda one: one.value(objective))
-    for number in range(1, settings.refinement.rounds + 1):
+    for number in range(1, settings.most_rounds(num_layers=len(best.record.blocks)) + 1):
         reporter.note(
             f"round {number}: {best.origin} has {objective} {best.value(objective):.4f} as a whole model, "
             f"{best.record.objective:.4f} by its sum"

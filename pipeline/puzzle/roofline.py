@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pipeline.architecture import Architecture, AttentionSpec, FFNSpec
 from pipeline.costs import (
     BYTES_PER_PARAMETER,
+    LEAST_ACTIVATION_BYTES,
     attention_parameters,
     ffn_parameters,
     kv_values_per_token,
@@ -50,8 +51,6 @@ LINK_EFFICIENCY = 0.8
 ALL_REDUCE_S = 10e-6
 # Tensor cores by precision, against bf16: fp32 matrices are multiplied as TF32.
 PEAK_AGAINST_BF16: Mapping[ServedPrecision, float] = {"fp32": 0.5, "bf16": 1.0, "fp8": 2.0}
-# What runs between matmuls stays in 16 bits where weights and caches are narrower.
-LEAST_ACTIVATION_BYTES = 2.0
 
 ProfileKey = tuple[str, Phase, str, str]  # scenario, phase, part, variant
 
@@ -109,7 +108,7 @@ class Setting:
         assert profile.device is not None
         return cls(
             device=DEVICES[profile.device],
-            num_devices=profile.tensor_parallel_size or 1,
+            num_devices=profile.num_devices,
             precision=profile.served_precision,
         )
 

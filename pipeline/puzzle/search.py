@@ -1,7 +1,7 @@
 """From the tables of scores and times to a solution: builds the programme, solves it, and records what it promises."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +11,24 @@ from pydantic import Field
 from pipeline.architecture import Architecture, BlockSpec, Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.errors import ArtifactError, RecipeError
+from pipeline.puzzle.batches import BatchAnswer, best_batch, settle, solve_batches, swept_scenarios
 from pipeline.puzzle.calibration import Calibration
+from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve_pool, violated_limits
-from pipeline.puzzle.predictions import CostModel, LinearLimit, linear_limits, predict
+from pipeline.puzzle.patterns import is_kept_or_dropped
+from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
 from pipeline.puzzle.tables import PROFILE, read_table
-from pipeline.recipe import Limit, Objective, Pin, ProfileConfig, Requirements, SearchConfig
+from pipeline.recipe import (
+    Limit,
+    Objective,
+    Pin,
+    PoolConfig,
+    ProfileConfig,
+    Requirements,
+    Scenario,
+    SearchConfig,
+)
 
 CALIBRATION_FILE = "calibration.json"
 ARCHITECTURE_FILE = "architecture.json"
@@ -111,6 +123,44 @@ def search(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSearch:
+    """The pool of the batch that was chosen, and what was found at each; no batches where the target sweeps none."""
+
+    records: tuple[SolutionRecord, ...]
+    batches: tuple[BatchAnswer[SolutionRecord], ...]
+    chosen: Scenario | None
+
+
+def search_batches(
+    scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
+) -> BatchSearch:
+    """Solve one programme for each batch size of the target's scenario, and the best of them for its pool of answers.
+
+    Raises:
+        InfeasibleError: when no choice of blocks meets the limits at any batch.
+        RecipeError: as search.
+    """
+
+    def solve_for(wanted: Requirements, settings: SearchConfig) -> tuple[SolutionRecord, ...]:
+        _, settled = settle(requirements, costs, wanted.limits)
+        return search(scores, costs=settled, target_name=target_name, requirements=wanted, settings=settings)
+
+    scenarios = swept_scenarios(requirements.limits, costs.profile)
+    if not scenarios:
+        return BatchSearch(records=solve_for(requirements, settings), batches=(), chosen=None)
+    one_answer = settings.model_copy(update={"pool": PoolConfig(num_solutions=1, max_overlap=0.0)})
+    found = solve_batches(
+        requirements,
+        scenarios,
+        solve=lambda wanted: solve_for(wanted, one_answer)[0],
+        objective=lambda record: record.objective,
+        tokens_per_s=lambda record, scenario: record.predicted[f"{scenario.name}_throughput"],
+    )
+    best = best_batch(found, settings.batch_choice)
+    return BatchSearch(records=solve_for(best.requirements, settings), batches=found, chosen=best.scenario)
+
+
 def record_solution(
     solution: Solution,
     *,
@@ -138,9 +188,12 @@ def record_solution(
 def build_problem(
     scores: pl.DataFrame, *, costs: CostModel, requirements: Requirements, settings: SearchConfig
 ) -> Problem:
-    """Return the candidates that the pins leave, with their scores, and the target's limits.
+    """Return the candidates that the pins and `settings.layers` leave, with their scores, and the target's limits.
 
     A score is what the block adds to the measure of the model that was scored, so that this model's own blocks score 0.
+
+    Raises:
+        RecipeError: when the pins leave a layer none of its scored blocks, or `settings.layers` leaves no child.
     """
     parent = costs.parent.homogeneous_block()
     base = base_value(scores, settings.objective)
@@ -154,11 +207,21 @@ def build_problem(
         layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective] - base))
     for pin in requirements.pins:
         layers = _pinned(layers, pin, parent=parent)
+    if settings.layers == "depth_only":
+        layers = _kept_or_dropped(layers, parent=parent)
     blocks = [candidate.block for candidates in layers for candidate in candidates]
-    return Problem(
+    problem = Problem(
         layers=tuple(tuple(candidates) for candidates in layers),
         limits=linear_limits(requirements.limits, costs=costs, blocks=blocks, speed_margin=settings.speed_margin),
+        pattern=settings.layers,
     )
+    if not problem.alternatives:
+        raise RecipeError(
+            f"search.layers is {settings.layers}, but what search_space, its overrides and the target's pins leave has "
+            "nothing of that kind in common over all layers: take the overrides or pins out, or set search.layers: "
+            "heterogeneous"
+        )
+    return problem
 
 
 def base_value(scores: pl.DataFrame, objective: Objective) -> float:
@@ -216,6 +279,18 @@ def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpe
                 f"{[candidate.block.key for candidate in layers[layer]]}: add the option to search_space"
             )
     return pinned
+
+
+def _kept_or_dropped(layers: Sequence[Sequence[Candidate]], *, parent: BlockSpec) -> list[list[Candidate]]:
+    """Return, layer by layer, the parent's own block and the empty one, as far as they were scored."""
+    found = [[one for one in candidates if is_kept_or_dropped(one.block, parent=parent)] for candidates in layers]
+    for layer, candidates in enumerate(found):
+        if not candidates:
+            raise RecipeError(
+                f"search.layers is depth_only, but layer {layer} may be neither the parent's nor left out: it has "
+                f"{[one.block.key for one in layers[layer]]}; change search_space.overrides or the target's pins there"
+            )
+    return found
 
 
 def _limit_record(limit: LinearLimit, blocks: Sequence[BlockSpec], *, is_met: bool) -> LimitRecord:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ class LibraryTable:
 
     variants: Mapping[str, tuple[str, ...]]
     values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+
+    def only(self, names: Sequence[str]) -> "LibraryTable":
+        """Return the table with these variants alone.
+
+        Raises:
+            RecipeError: when that leaves a layer without any.
+        """
+        variants = {layer: tuple(one for one in have if one in names) for layer, have in self.variants.items()}
+        for layer, kept in variants.items():
+            if not kept:
+                raise RecipeError(
+                    f"layer {layer} has none of the variants {', '.join(names)}; it has "
+                    f"{', '.join(self.variants[layer])}"
+                )
+        return replace(self, variants=variants)
 
     def column(self, kind: str, name: str) -> tuple[tuple[float, ...], ...]:
         """Return one metric or stat by layer and variant.
@@ -74,13 +89,21 @@ def read_library_table(path: Path) -> LibraryTable:
 
 
 def search_table(
-    table: LibraryTable, *, minimize: str, limits: Mapping[str, float], num_solutions: int, min_different: int
+    table: LibraryTable,
+    *,
+    minimize: str,
+    limits: Mapping[str, float],
+    num_solutions: int,
+    min_different: int,
+    is_homogeneous: bool,
 ) -> dict[str, Any]:
     """Return the best choices as a JSON object: status, gap, seconds, solutions.
 
+    A homogeneous choice takes the variant of one name in every layer.
+
     Raises:
         InfeasibleError: naming what each limit could reach.
-        RecipeError: for a metric or stat that the table does not have.
+        RecipeError: for a metric or stat that the table does not have, or without a name that all layers have.
         StageError: when the solver finds nothing in its time.
     """
     programme = Programme(
@@ -88,7 +111,10 @@ def search_table(
         rows=tuple(
             Row(name=name, fixed=0.0, upper=upper, cost=table.column("stats", name)) for name, upper in limits.items()
         ),
+        families=tuple(table.variants.values()) if is_homogeneous else None,
     )
+    if not programme.alternatives:
+        raise RecipeError("no variant has one name in all layers: leave --homogeneous out")
     began = time.perf_counter()
     answers = solve_diverse(
         programme,
@@ -111,12 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; an error of ours is one line and exit code 1."""
     given = _parser().parse_args(arguments)
     try:
+        table = read_library_table(given.table)
         found = search_table(
-            read_library_table(given.table),
+            table.only(given.only) if given.only else table,
             minimize=given.minimize,
             limits=dict(_parse_limit(text) for text in given.limit),
             num_solutions=given.solutions,
             min_different=given.min_diversity,
+            is_homogeneous=given.homogeneous,
         )
     except RefitError as err:
         sys.exit(f"error: {err}")
@@ -139,7 +167,7 @@ def _solution(table: LibraryTable, programme: Programme, chosen: Sequence[int]) 
 
 
 def _infeasible(programme: Programme) -> InfeasibleError:
-    least = ", ".join(f"{row.name}: {row.least():,.6g} of {row.upper:,.6g}" for row in programme.rows)
+    least = ", ".join(f"{row.name}: {programme.least(row):,.6g} of {row.upper:,.6g}" for row in programme.rows)
     nearest = least_overrun(programme, time_limit_s=TIME_LIMIT_S)
     missed = "; ".join(
         f"{row.name} needs {row.total(nearest):,.6g} of {row.upper:,.6g}" for row in programme.broken_rows(nearest)
@@ -196,4 +224,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", action="append", default=[], help="NAME=BOUND: the sum of a stat stays within it")
     parser.add_argument("--solutions", type=_positive, default=1, help="how many diverse solutions to look for")
     parser.add_argument("--min-diversity", type=_positive, default=1, help="layers in which any two of them differ")
+    parser.add_argument("--homogeneous", action="store_true", help="take the variant of one name in every layer")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="VARIANT",
+        help="leave every other variant out; given for the parent's and for the empty one, layers stay whole or go",
+    )
     return parser

@@ -11,6 +11,7 @@ Schema = dict[str, type[pl.DataType]]
 SCORES = "scores.parquet"
 PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
+ACTIVATIONS = "activations.parquet"
 LOSSES = "losses.parquet"
 CHILDREN = "children.parquet"
 PARETO = "pareto.parquet"
@@ -48,6 +49,14 @@ SCHEMAS: dict[str, Schema] = {
         "num_parameters": pl.Int64,
         "weights_mib": pl.Float64,
         "kv_bytes_per_token": pl.Float64,
+    },
+    # What one composed block holds at once in a scenario's prefill; a model's peak is the largest of its blocks', or
+    # that of `fixed`, which is outside them.
+    ACTIVATIONS: {
+        "scenario": pl.String,
+        "attention": pl.String,
+        "ffn": pl.String,
+        "activations_mib": pl.Float64,
     },
     # One row per whole child of one target: what chose it, where its weights come from (library or surgery), measures
     # against the parent, and how many times faster than the parent it was measured to be in the target's scenario.

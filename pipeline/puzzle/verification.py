@@ -4,11 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.architecture import Architecture
-from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters
+from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token, num_parameters
 from pipeline.puzzle.calibration import PHASES, Calibration, Phase, calibrate
+from pipeline.puzzle.limits import (
+    GB,
+    LOWER_BOUNDS,
+    SPEEDS,
+    TIMED,
+    cached_tokens,
+    describe_limit,
+    memory_of,
+)
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.mip import VERIFICATION_TOLERANCE
-from pipeline.puzzle.predictions import GB, LOWER_BOUNDS, SPEEDS, TIMED, CostModel, cached_tokens, describe_limit
+from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.search import LimitRecord, SolutionRecord
 from pipeline.recipe import Limit, ProfileConfig, Scenario
 
@@ -59,10 +68,9 @@ def check_model(
         measured = None if scenario is None else _timed(limit, measurements, model=model, scenario=scenario)
         allowed = tolerance
         if measured is None:
-            size = BYTES_PER_PARAMETER[profile.served_precision]
-            measured = _counted(limit, architecture, scenario=scenario, bytes_per_value=size)
+            measured = _counted(limit, architecture, scenario=scenario, profile=profile)
             if limit.relative_to == "parent":
-                measured /= _counted(limit, parent, scenario=scenario, bytes_per_value=size)
+                measured /= _counted(limit, parent, scenario=scenario, profile=profile)
             allowed = VERIFICATION_TOLERANCE
         is_met = _meets(limit, measured, tolerance=allowed)
         found.append(
@@ -123,13 +131,14 @@ def _timed(limit: Limit, measurements: Measurements, *, model: str, scenario: Sc
     return time_ms / parent_ms if is_relative else time_ms
 
 
-def _counted(limit: Limit, architecture: Architecture, *, scenario: Scenario | None, bytes_per_value: float) -> float:
-    count = num_parameters(architecture)
+def _counted(limit: Limit, architecture: Architecture, *, scenario: Scenario | None, profile: ProfileConfig) -> float:
+    if scenario is not None:
+        memory = memory_of(architecture, scenario=scenario, profile=profile)
+        return memory.total_mib if limit.quantity == "memory_mib" else memory.weights_and_cache_mib
+    count, size = num_parameters(architecture), BYTES_PER_PARAMETER[profile.served_precision]
     if limit.quantity == "num_parameters":
         return count
-    kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=bytes_per_value)
-    weights_bytes = bytes_per_value * count
-    if limit.device_memory_gb is not None:
-        memory_bytes = limit.device_memory_gb * GB
-        return cached_tokens(memory_bytes, weights_bytes=weights_bytes, kv_bytes_per_token=kv_bytes)
-    return kv_bytes if scenario is None else (weights_bytes + kv_bytes * scenario.num_tokens) / MIB
+    kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=size)
+    if limit.device_memory_gb is None:
+        return kv_bytes
+    return cached_tokens(limit.device_memory_gb * GB, weights_bytes=size * count, kv_bytes_per_token=kv_bytes)

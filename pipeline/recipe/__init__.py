@@ -35,6 +35,7 @@ from pipeline.recipe.measuring import (
 from pipeline.recipe.parent import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 from pipeline.recipe.puzzle import (
     AttentionOption,
+    BatchChoice,
     BlockLibraryConfig,
     BlockLoss,
     BlockScoresConfig,
@@ -45,6 +46,7 @@ from pipeline.recipe.puzzle import (
     ImportanceConfig,
     KVHeadMode,
     LayerOverride,
+    LayerPattern,
     Limit,
     Objective,
     Pin,
@@ -105,6 +107,7 @@ __all__ = [
     "RPO",
     "AttentionOption",
     "BaselinesConfig",
+    "BatchChoice",
     "BlendConfig",
     "BlockLibraryConfig",
     "BlockLoss",
@@ -135,6 +138,7 @@ __all__ = [
     "ImportedTraces",
     "KVHeadMode",
     "LayerOverride",
+    "LayerPattern",
     "Limit",
     "LmEvalConfig",
     "LmEvalPrompt",

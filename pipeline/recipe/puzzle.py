@@ -68,6 +68,19 @@ class SearchSpaceConfig(Frozen):
                 raise ValueError(f"search_space.{name} must list 'parent': every layer may stay as it is")
         return self
 
+    def require_droppable_layers(self) -> None:
+        """Raise a ValueError unless some layer may lose both its attention and its FFN."""
+        lists = [(self.attention, self.ffn)]
+        lists += [
+            (self.attention if one.attention is None else one.attention, self.ffn if one.ffn is None else one.ffn)
+            for one in self.overrides
+        ]
+        if not any("no_op" in attention and "no_op" in ffn for attention, ffn in lists):
+            raise ValueError(
+                "search.layers is depth_only, but search_space nowhere lists 'no_op' for attention and ffn together, "
+                "so no layer can be left out: add it to both"
+            )
+
 
 KVHeadMode = Literal["mean", "contribution"]
 
@@ -178,13 +191,15 @@ class BlockScoresConfig(Frozen):
 class Scenario(Frozen):
     """One way the model is used: a batch of prompts, each answered with generation_tokens.
 
-    A decode step is timed half-way through the generation: it costs what the steps cost on average.
+    A decode step is timed half-way through the generation: it costs what the steps cost on average. A list as
+    `batch_size` in a recipe stands for one scenario each, which `sweep` names after the one that was written.
     """
 
     name: Name
     batch_size: Positive
     prompt_tokens: Positive
     generation_tokens: Positive
+    sweep: Name | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -212,6 +227,48 @@ class ProfileConfig(Frozen):
     num_threads: Positive
     warmups: Positive
     repeats: Positive
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_out_batch_sizes(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("scenarios"), list):
+            return data
+        written: list[Any] = []
+        for scenario in data["scenarios"]:
+            sizes = scenario.get("batch_size") if isinstance(scenario, dict) else None
+            if not isinstance(sizes, list):
+                written.append(scenario)
+                continue
+            if len(set(map(str, sizes))) < len(sizes) or len(sizes) < 2:
+                raise ValueError(
+                    f"block_profile.scenarios: {scenario.get('name')} has batch_size {sizes}: give one number, or two "
+                    "and more different ones"
+                )
+            name = scenario.get("name")
+            written += [{**scenario, "name": f"{name}-batch-{one}", "batch_size": one, "sweep": name} for one in sizes]
+        return {**data, "scenarios": written}
+
+    @model_validator(mode="after")
+    def _scenarios_have_names_of_their_own(self) -> Self:
+        names = [*(scenario.name for scenario in self.scenarios), *self.sweeps]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"block_profile.scenarios has {twice[0]!r} twice: name each scenario differently")
+        return self
+
+    @property
+    def sweeps(self) -> dict[str, tuple[Scenario, ...]]:
+        """The scenarios that were written with several batch sizes, by name, one scenario per size."""
+        names = dict.fromkeys(scenario.sweep for scenario in self.scenarios if scenario.sweep is not None)
+        return {name: tuple(one for one in self.scenarios if one.sweep == name) for name in names}
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices hold the model together."""
+        return self.tensor_parallel_size or 1
+
+    def scenario(self, name: str) -> Scenario:
+        """Return a scenario by name."""
+        return next(scenario for scenario in self.scenarios if scenario.name == name)
 
     @model_validator(mode="after")
     def _device_belongs_to_roofline(self) -> Self:
@@ -245,6 +302,10 @@ class ProfileConfig(Frozen):
 Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error", "task_error"]
 
 
+LayerPattern = Literal["heterogeneous", "homogeneous", "homogeneous_attention", "homogeneous_ffn", "depth_only"]
+"""What layers may become: any block each; one block for all; one attention, or one FFN, for all; kept or left out."""
+
+
 class PoolConfig(Frozen):
     """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it.
 
@@ -253,6 +314,10 @@ class PoolConfig(Frozen):
 
     num_solutions: Positive
     max_overlap: Annotated[float, Field(ge=0, lt=1)]
+
+
+BatchChoice = Literal["lowest_loss", "highest_throughput"]
+"""Which batch size of a swept scenario is kept: the one where the search finds the least loss, or the most tokens/s."""
 
 
 class RefinementConfig(Frozen):
@@ -270,18 +335,30 @@ class RefinementConfig(Frozen):
 class SearchConfig(Frozen):
     """The integer programme: which score it minimises, when the solver may stop, and what is done with its answers.
 
+    `layers` says what a child's layers have in common. `heterogeneous`: nothing. `homogeneous`: all are the same block.
+    `homogeneous_attention` and `homogeneous_ffn`: all have the same attention, or the same FFN. `depth_only`: each is
+    the parent's or is left out whole. Of a scenario with several batch sizes, `batch_choice` keeps the one with the
+    `lowest_loss` or the `highest_throughput`.
     Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
     `speed_tolerance`.
     """
 
     objective: Objective
+    layers: LayerPattern
     pool: PoolConfig
     refinement: RefinementConfig
+    batch_choice: BatchChoice
     time_limit_s: PositiveFloat
     relative_gap: NonNegativeFloat
     max_recalibrations: Annotated[int, Field(ge=0)]
     speed_margin: Annotated[float, Field(ge=0, lt=1)]
     speed_tolerance: Ratio
+
+    def most_rounds(self, *, num_layers: int) -> int:
+        """Return how many rounds of refinement there can be: none where all layers only change together and may not."""
+        if self.layers == "homogeneous" and self.refinement.max_changed_layers < num_layers:
+            return 0
+        return self.refinement.rounds
 
 
 Quantity = Literal[
@@ -290,6 +367,7 @@ Quantity = Literal[
     "throughput",
     "latency_ms",
     "time_to_first_token_ms",
+    "weights_and_cache_mib",
     "memory_mib",
     "cached_tokens",
     "num_parameters",
@@ -303,9 +381,10 @@ class Limit(Frozen):
 
     `decode_speed` and `prefill_speed` are tokens per second of one phase of `scenario`; `throughput` is the scenario's
     prompt and generated tokens per second of its `latency_ms` (Puzzle, appendix B); `time_to_first_token_ms` is its
-    prefill. `memory_mib` is weights plus the scenario's KV cache. `cached_tokens` is how many tokens' KV cache fits
-    beside the weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are
-    counted. Speeds and cached tokens are lower bounds, everything else upper bounds.
+    prefill. `weights_and_cache_mib` is weights plus the scenario's KV cache, what published memory limits count;
+    `memory_mib` adds the activations of its prefill. `cached_tokens` is how many tokens' KV cache fits beside the
+    weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are counted. Speeds
+    and cached tokens are lower bounds, everything else upper bounds.
     """
 
     quantity: Quantity

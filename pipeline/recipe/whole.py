@@ -86,13 +86,20 @@ class Recipe(Frozen):
                     raise ValueError(f"{where} names {name!r}, which is not in corpora.sources: {sorted(sources)}")
         if self.default_target not in self.targets:
             raise ValueError(f"default_target is {self.default_target!r}; the targets are {sorted(self.targets)}")
-        scenarios = {scenario.name for scenario in self.block_profile.scenarios}
+        sweeps = self.block_profile.sweeps
+        scenarios = {scenario.sweep or scenario.name for scenario in self.block_profile.scenarios}
         for target_name, target in self.targets.items():
             for limit in target.limits:
                 if limit.scenario is not None and limit.scenario not in scenarios:
                     raise ValueError(
                         f"target {target_name} names scenario {limit.scenario!r}; block_profile has {sorted(scenarios)}"
                     )
+            swept = sorted({limit.scenario for limit in target.limits if limit.scenario in sweeps})
+            if len(swept) > 1:
+                raise ValueError(
+                    f"target {target_name} names {' and '.join(swept)}, which have several batch sizes each: a target "
+                    "sweeps one scenario; give the others one batch_size"
+                )
         for stage, tokens, available in (
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
@@ -134,6 +141,8 @@ class Recipe(Frozen):
                 "as {name: piqa, num_items: 100}"
             )
         _require_own_tasks(self.evaluation, self.evaluation_sets)
+        if self.search.layers == "depth_only":
+            self.search_space.require_droppable_layers()
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self

@@ -92,8 +92,12 @@ def read_baselines(directory: Path, *, target: str) -> list[Point]:
     ]
 
 
-def read_checkpoints(evaluation_dir: Path, speed_dir: Path, *, target: str, scenario: str, phase: str) -> list[Point]:
+def read_checkpoints(
+    evaluation_dir: Path, speed_dir: Path, *, target: str, scenarios: Sequence[str], phase: str
+) -> list[Point]:
     """Return the assembled child and the final checkpoint of a target, each timed and read on held-out text.
+
+    Of a swept scenario's batches, given by name, the report has the one that the search chose.
 
     Raises:
         ArtifactError: when the speed report has no such scenario.
@@ -101,9 +105,11 @@ def read_checkpoints(evaluation_dir: Path, speed_dir: Path, *, target: str, scen
     evaluations = read_evaluations(evaluation_dir)
     report = read_json(speed_dir / SPEED_FILE)["speed"]
     assert isinstance(report, list)
-    timed = {row["model"]: row for row in report if (row["scenario"], row["phase"]) == (scenario, phase)}
+    timed = {row["model"]: row for row in report if row["scenario"] in scenarios and row["phase"] == phase}
     if not timed:
-        raise ArtifactError(f"{speed_dir / SPEED_FILE} has no {phase} of scenario {scenario}: make speed_report again")
+        raise ArtifactError(
+            f"{speed_dir / SPEED_FILE} has no {phase} of scenario {' or '.join(scenarios)}: make speed_report again"
+        )
     points = []
     for name, evaluated in EVALUATED.items():
         row, found = timed[name], evaluations[evaluated]
@@ -112,7 +118,7 @@ def read_checkpoints(evaluation_dir: Path, speed_dir: Path, *, target: str, scen
             Point(
                 target=target,
                 method=name,
-                panel=Panel(text="held-out", scenario=scenario, phase=phase),
+                panel=Panel(text="held-out", scenario=row["scenario"], phase=phase),
                 speedup=Span(value=row["speedup"], low=row["speedup_low"], high=row["speedup_high"]),
                 kl=Span(value=kl.value, low=kl.low, high=kl.high),
                 num_parameters=found.num_parameters,

@@ -29,6 +29,7 @@ from pipeline.puzzle.baselines import (
     random_choice,
     uniform,
 )
+from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.importance import block_influence, load_importance
@@ -59,8 +60,14 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
     functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
-    costs = read_costs(inputs["block_profile"], profile=config.profile)
-    chosen = read_solution(inputs["refined_solution"]).blocks
+    solution = read_solution(inputs["refined_solution"])
+    requirements, costs = settle(
+        config.requirements,
+        read_costs(inputs["block_profile"], profile=config.profile),
+        [one.limit for one in solution.limits],
+    )
+    config = config.model_copy(update={"requirements": requirements, "profile": costs.profile})
+    chosen = solution.blocks
     library = library_variants(
         architecture,
         index=read_index(inputs["block_library"]),

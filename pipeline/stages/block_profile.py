@@ -1,4 +1,4 @@
-"""block_profile: prefill and decode time of every subblock variant, with exact weight and KV memory."""
+"""block_profile: prefill and decode time of every subblock variant, with exact weight, KV and activation memory."""
 
 from pathlib import Path
 
@@ -8,10 +8,13 @@ from pipeline.architecture import Architecture
 from pipeline.artifacts import write_atomically
 from pipeline.costs import (
     BYTES_PER_PARAMETER,
+    MIB,
     attention_parameters,
+    block_activation_bytes,
     embedding_parameters,
     ffn_parameters,
     kv_values_per_token,
+    outer_activation_bytes,
     weight_mib,
 )
 from pipeline.hardware import describe_hardware
@@ -25,14 +28,14 @@ from pipeline.puzzle.profiling import Profile, Samples, profile_blocks
 from pipeline.puzzle.roofline import parent_times_ms, roofline_times
 from pipeline.puzzle.search import ARCHITECTURE_FILE, CALIBRATION_FILE
 from pipeline.puzzle.search_space import SearchSpace, resolve
-from pipeline.puzzle.tables import MEMORY, PROFILE, SCHEMAS, write_table
+from pipeline.puzzle.tables import ACTIVATIONS, MEMORY, PROFILE, SCHEMAS, write_table
 from pipeline.recipe import ProfileConfig
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockProfileStage
 
 
 def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Write profile.parquet, memory.parquet, calibration.json and the parent's architecture.json."""
+    """Write profile, memory and activations as Parquet, calibration.json and the parent's architecture.json."""
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
     if config.profile.backend == "roofline":
@@ -52,8 +55,10 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
     out_dir.mkdir(parents=True, exist_ok=True)
     times = _times(profile, num_repeats=num_repeats)
     memory = _memory(architecture, space, profile=config.profile)
+    activations = _activations(architecture, space, profile=config.profile)
     write_table(out_dir, PROFILE, times)
     write_table(out_dir, MEMORY, memory)
+    write_table(out_dir, ACTIVATIONS, activations)
     write_atomically(out_dir / CALIBRATION_FILE, profile.calibration.model_dump_json(indent=1).encode())
     write_atomically(out_dir / ARCHITECTURE_FILE, architecture.model_dump_json(indent=1).encode())
     return StageResult(
@@ -68,6 +73,7 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
             "block_times": _shown(times),
             "parent": _parent_table(profile),
             "memory": _shown(memory),
+            "activations": _shown(activations),
         },
     )
 
@@ -101,7 +107,7 @@ def _roofline(architecture: Architecture, space: SearchSpace, *, profile: Profil
 
 
 def _where(profile: ProfileConfig) -> dict[str, str]:
-    num_devices = profile.tensor_parallel_size or 1
+    num_devices = profile.num_devices
     return {
         "runtime": f"roofline of {profile.device}",
         "dtype": profile.served_precision,
@@ -130,6 +136,23 @@ def _memory(architecture: Architecture, space: SearchSpace, *, profile: ProfileC
         for part, variant, parameters, kv_values in counted
     ]
     return pl.DataFrame(rows, schema=SCHEMAS[MEMORY], orient="row")
+
+
+def _activations(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> pl.DataFrame:
+    blocks = {block.key: block for options in space.layers for block in (*options.blocks, space.parent)}
+    rows: list[tuple[str, str, str, float]] = []
+    for scenario in profile.scenarios:
+        prefill = {
+            "batch_size": scenario.batch_size,
+            "prompt_tokens": scenario.prompt_tokens,
+            "bytes_per_value": BYTES_PER_PARAMETER[profile.served_precision],
+            "num_devices": profile.num_devices,
+        }
+        for block in blocks.values():
+            held = block_activation_bytes(architecture, block, **prefill)
+            rows.append((scenario.name, block.attention.key, block.ffn.key, held / MIB))
+        rows.append((scenario.name, FIXED, FIXED, outer_activation_bytes(architecture, **prefill) / MIB))
+    return pl.DataFrame(rows, schema=SCHEMAS[ACTIVATIONS], orient="row")
 
 
 def _parent_table(profile: Profile) -> Table:

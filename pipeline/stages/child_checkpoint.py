@@ -15,6 +15,7 @@ from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.puzzle.assemble import assemble_child
 from pipeline.puzzle.backends import measure_as_profiled, runtime_name
+from pipeline.puzzle.batches import settle
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.library import read_index
@@ -43,11 +44,17 @@ ONE_ANSWER = PoolConfig(num_solutions=1, max_overlap=0.0)
 def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write the child's checkpoint, the solution it is of, and the log of the search."""
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
-    costs = read_costs(inputs["block_profile"], profile=config.profile)
+    record = read_solution(inputs["refined_solution"])
+    requirements, costs = settle(
+        config.requirements,
+        read_costs(inputs["block_profile"], profile=config.profile),
+        [one.limit for one in record.limits],
+    )
+    # From here on, at the batch that the search chose: others are neither measured nor searched again.
+    config = config.model_copy(update={"requirements": requirements, "profile": costs.profile})
     scores, index = read_scores(inputs["refined_solution"]), read_index(inputs["block_library"])
     parent_dir = inputs["parent_checkpoint"]
     parent = place(load_model(parent_dir, dtype=dtype), device)
-    record = read_solution(inputs["refined_solution"])
     log: list[dict[str, Any]] = []
     while True:
         assemble_child(

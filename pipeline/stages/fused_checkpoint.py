@@ -30,7 +30,7 @@ from pipeline.model.fusion import fuse
 from pipeline.model.fusion_runs import FusionRun, RunRules, find_runs, max_dependency
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.puzzle.devices import Ranks, num_threads, place
-from pipeline.puzzle.predictions import GB
+from pipeline.puzzle.limits import GB
 from pipeline.puzzle.tables import DEPENDENCIES, read_table
 from pipeline.recipe import FusionConfig
 from pipeline.stage import StageInputs, StageResult, Table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.puzzle.predictions import compared_phase
+from pipeline.puzzle.batches import compared_scenarios
 from pipeline.puzzle.tables import PARETO, SCHEMAS, write_table
 from pipeline.report.drawings import save_figures
 from pipeline.report.pareto import (
@@ -33,12 +33,12 @@ def run(config: ParetoStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         if target in found["baselines"]:
             points += read_baselines(found["baselines"][target], target=target)
         if target in found["evaluation"] and target in found["speed_report"]:
-            scenario, phase = compared_phase(limits, profile=config.profile)
+            scenarios, phase = compared_scenarios(limits, config.profile)
             points += read_checkpoints(
                 found["evaluation"][target],
                 found["speed_report"][target],
                 target=target,
-                scenario=scenario,
+                scenarios=scenarios,
                 phase=phase,
             )
     table = _table(points)

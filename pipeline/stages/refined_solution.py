@@ -9,6 +9,7 @@ import polars as pl
 from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
+from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.initial import library_variants
@@ -68,15 +69,20 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         )
         return score_table(scores, space)
 
-    costs = read_costs(inputs["block_profile"], profile=config.profile)
+    pool = read_pool(inputs["mip_solution"]).solutions
+    requirements, costs = settle(
+        config.requirements,
+        read_costs(inputs["block_profile"], profile=config.profile),
+        [one.limit for one in pool[0].limits],
+    )
     with num_threads(inputs.execution.num_threads):
         refinement = refine(
-            read_pool(inputs["mip_solution"]).solutions,
+            pool,
             read_scores(inputs["block_scores"]),
             score_whole_models=score_whole_models,
             score_around=score_around,
             costs=costs,
-            requirements=config.requirements,
+            requirements=requirements,
             settings=config.search,
             reporter=inputs.reporter,
         )

@@ -124,7 +124,7 @@ def _fused(recipe: Recipe, _: str) -> Frozen:
     return configs.FusedStage(
         fusion=recipe.fusion,
         served_precision=recipe.block_profile.served_precision,
-        num_devices=recipe.block_profile.tensor_parallel_size or 1,
+        num_devices=recipe.block_profile.num_devices,
     )
 
 
@@ -252,7 +252,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_profile",
         group="puzzle",
         module="pipeline.stages.block_profile",
-        version=2,
+        version=3,
         inputs=("parent_checkpoint",),
         config=lambda recipe, _: configs.BlockProfileStage(
             search_space=recipe.search_space, profile=recipe.block_profile
@@ -321,7 +321,7 @@ STAGES: tuple[Stage, ...] = (
         name="mip_solution",
         group="target",
         module="pipeline.stages.mip_solution",
-        version=2,
+        version=3,
         inputs=("block_scores", "block_profile"),
         config=_mip,
         description="One variant per layer, the lowest predicted loss that meets every limit; and answers unlike it.",
@@ -332,7 +332,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=2,
+        version=3,
         inputs=(
             "mip_solution",
             "block_scores",
@@ -352,7 +352,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=1,
+        version=2,
         inputs=(
             "refined_solution",
             "block_scores",
@@ -374,7 +374,7 @@ STAGES: tuple[Stage, ...] = (
         name="child_checkpoint",
         group="target",
         module="pipeline.stages.child_checkpoint",
-        version=3,
+        version=4,
         inputs=("refined_solution", "block_profile", "block_library", "parent_checkpoint"),
         config=_child,
         description="The child assembled from the library and measured; the search is repeated where it falls short.",
@@ -502,7 +502,7 @@ STAGES: tuple[Stage, ...] = (
         name="speed_report",
         group="results",
         module="pipeline.stages.speed_report",
-        version=2,
+        version=3,
         inputs=("parent_checkpoint", "child_checkpoint", "rl_checkpoint"),
         config=_speed,
         description="Prefill and decode of parent, child and final checkpoint, measured in turn; cached tokens.",

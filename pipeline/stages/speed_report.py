@@ -16,10 +16,13 @@ from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.puzzle.backends import measure_as_profiled, runtime_name
+from pipeline.puzzle.batches import settled_limits, settled_profile
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
+from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
+from pipeline.puzzle.search import read_solution
 from pipeline.puzzle.verification import MeasuredLimit, check_model
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import SpeedStage
@@ -30,6 +33,9 @@ GIB = 2**30
 
 def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write speed.json: every median with its interval, the memory of each model, and the limits of the target."""
+    solution = read_solution(inputs["child_checkpoint"])
+    limits = settled_limits(config.limits, config.profile, [one.limit for one in solution.limits])
+    config = config.model_copy(update={"limits": limits, "profile": settled_profile(config.profile, limits)})
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
     measurements = measure_as_profiled(
@@ -42,7 +48,7 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     )
     speed_rows = _speed_rows(config, measurements)
     memory_rows = [_memory_row(name, model, config=config) for name, model in models.items()]
-    limits = check_model(
+    checked = check_model(
         config.limits,
         measurements,
         model="final",
@@ -52,13 +58,13 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         tolerance=config.speed_tolerance,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    report = {"speed": speed_rows, "memory": memory_rows, "limits": [asdict(limit) for limit in limits]}
+    report = {"speed": speed_rows, "memory": memory_rows, "limits": [asdict(limit) for limit in checked]}
     write_atomically(out_dir / "speed.json", (json.dumps(report, indent=1) + "\n").encode())
     metrics: dict[str, Number] = {
         "num_rounds": config.speed.rounds,
-        "num_limits": len(limits),
-        "num_missed_limits": sum(not limit.is_met for limit in limits),
-        "num_limits_within_tolerance": sum(limit.needs_tolerance for limit in limits),
+        "num_limits": len(checked),
+        "num_missed_limits": sum(not limit.is_met for limit in checked),
+        "num_limits_within_tolerance": sum(limit.needs_tolerance for limit in checked),
         "speed_tolerance": config.speed_tolerance,
     }
     headline = {phase: headline_scenario(config.limits, f"{phase}_speed", profile=config.profile) for phase in PHASES}
@@ -83,7 +89,7 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
             "interval": f"{100 * coverage:.1f}% by order statistics",
             "peak memory": _peak_memory(device),
         },
-        tables={"speed": _table(speed_rows), "memory": _table(memory_rows), "limits": _limit_table(limits)},
+        tables={"speed": _table(speed_rows), "memory": _table(memory_rows), "limits": _limit_table(checked)},
     )
 
 
@@ -113,33 +119,44 @@ def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str
 
 
 def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> dict[str, Any]:
-    """Return what one model holds, and how many cached tokens fit the device once its weights are there."""
+    """Return what one model holds, and how many cached tokens fit the device.
+
+    `cached_tokens_that_fit` counts weights alone, as published figures do; in a scenario the activations of its prefill
+    take their place as well.
+    """
     size = BYTES_PER_PARAMETER[config.profile.served_precision]
     count = num_parameters(model.architecture)
     kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size)
     weights = weight_mib(count, bytes_per_parameter=size)
     free_bytes = config.speed.device_memory_gib * GIB - weights * MIB
-    scenarios = {
-        f"{scenario.name}_memory_mib": round(
-            weights + kv_bytes * scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens) / MIB, 2
-        )
-        for scenario in config.profile.scenarios
-    }
+
+    def that_fit(available_bytes: float) -> int:
+        # Without attention nothing is cached, and any number of tokens fits.
+        return max(0, int(available_bytes // kv_bytes)) if kv_bytes else -1
+
+    scenarios: dict[str, Any] = {}
+    for scenario in config.profile.scenarios:
+        memory = memory_of(model.architecture, scenario=scenario, profile=config.profile)
+        scenarios |= {
+            f"{scenario.name}_weights_and_cache_mib": round(memory.weights_and_cache_mib, 2),
+            f"{scenario.name}_activations_mib": round(memory.activation_bytes / MIB, 2),
+            f"{scenario.name}_memory_mib": round(memory.total_mib, 2),
+            f"{scenario.name}_cached_tokens_that_fit": that_fit(free_bytes - memory.activation_bytes),
+        }
     return {
         "model": name,
         "num_parameters": count,
         "weights_mib": round(weights, 3),
         "kv_bytes_per_token": kv_bytes,
-        # Without attention nothing is cached, and any number of tokens fits.
-        "cached_tokens_per_gib": int(GIB // kv_bytes) if kv_bytes else -1,
-        "cached_tokens_that_fit": max(0, int(free_bytes // kv_bytes)) if kv_bytes else -1,
+        "cached_tokens_per_gib": that_fit(GIB),
+        "cached_tokens_that_fit": that_fit(free_bytes),
         **scenarios,
     }
 
 
 def _peak_memory(device: torch.device) -> str:
     if device.type != "cuda":
-        return "not separable by model on a CPU; weights and caches are counted"
+        return "not separable by model on a CPU; weights, caches and activations are counted"
     return f"{torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB with all models loaded"
 
 

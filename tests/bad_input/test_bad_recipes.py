@@ -32,6 +32,11 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["long_context windows must grow", "[128, 64]"],
     ),
     "space without the parent": ({"search_space.ffn": [96]}, ["search_space.ffn must list 'parent'"]),
+    "layers of an unknown pattern": ({"search.layers": "any"}, ["search.layers", "'depth_only'"]),
+    "layers that cannot be left out": (
+        {"search.layers": "depth_only", "search_space.attention": ["parent", 1]},
+        ["search.layers is depth_only", "so no layer can be left out: add it to both"],
+    ),
     "limit without its scenario": (
         {"targets.light.limits": [{"quantity": "decode_speed", "scenario": None, "bound": 2, "relative_to": "parent"}]},
         ["limit decode_speed", "needs one"],
@@ -122,6 +127,45 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
             ],
         },
         ["chat has a batch_size above 1, and llama-bench times one sequence", "backend: torch"],
+    ),
+    "two swept scenarios in one target": (
+        {
+            "block_profile.scenarios": [
+                {"name": name, "batch_size": [1, 2], "prompt_tokens": 64, "generation_tokens": 32}
+                for name in ("chat", "talk")
+            ],
+            "targets.light.limits": [
+                {"quantity": "decode_speed", "scenario": name, "bound": 2, "relative_to": "parent"}
+                for name in ("chat", "talk")
+            ],
+        },
+        ["target light names chat and talk, which have several batch sizes each"],
+    ),
+    "one batch of a swept scenario": (
+        {
+            "block_profile.scenarios": [
+                {"name": "chat", "batch_size": [1, 2], "prompt_tokens": 64, "generation_tokens": 32}
+            ],
+            "targets.light.limits": [
+                {"quantity": "decode_speed", "scenario": "chat-batch-2", "bound": 2, "relative_to": "parent"}
+            ],
+        },
+        ["names scenario 'chat-batch-2'", "['chat']"],
+    ),
+    "a batch size given twice": (
+        {
+            "block_profile.scenarios": [
+                {"name": "chat", "batch_size": [2, 2], "prompt_tokens": 64, "generation_tokens": 32}
+            ]
+        },
+        ["chat has batch_size [2, 2]", "give one number, or two and more different ones"],
+    ),
+    "two scenarios of one name": (
+        {
+            "block_profile.scenarios": [{"name": "chat", "batch_size": 1, "prompt_tokens": 64, "generation_tokens": 32}]
+            * 2
+        },
+        ["block_profile.scenarios has 'chat' twice"],
     ),
     "limit in an unknown scenario": (
         {"targets.light.limits": [{"quantity": "memory_mib", "scenario": "x", "bound": 2, "relative_to": "parent"}]},

@@ -33,7 +33,7 @@ def _limit(recipe: Recipe, quantity: str) -> Limit:
 
 def _held_mib(recipe: Recipe, architecture: str) -> float:
     """Weights and cached tokens of the scenario that the recipe's memory limit names, a byte each."""
-    name = _limit(recipe, "memory_mib").scenario
+    name = _limit(recipe, "weights_and_cache_mib").scenario
     scenario = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == name)
     tokens = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens)
     model = load_architecture(architecture)
@@ -51,7 +51,7 @@ def test_memory_limit_holds_the_published_child_and_its_cache_but_not_the_parent
     name: str, tokens: int, parent: str, child: str, limit_bytes: int
 ):
     recipe = load_recipe(name)
-    limit = _limit(recipe, "memory_mib")
+    limit = _limit(recipe, "weights_and_cache_mib")
     scenario = next(scenario for scenario in recipe.block_profile.scenarios if scenario.name == limit.scenario)
     assert scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens) == tokens
     assert recipe.block_profile.served_precision == "fp8"

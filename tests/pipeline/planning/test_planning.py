@@ -184,6 +184,45 @@ def test_targets_that_no_choice_of_blocks_meets(
         assert quantity in found[0]
 
 
+@pytest.mark.parametrize(("bound", "is_hopeless"), [(59_000, False), (60_500, True)])
+def test_cached_tokens_that_no_choice_leaves_room_for(bound: int, is_hopeless: bool, tmp_path: Path):
+    # Beside the smallest child of above, 100 MB hold (100,000,000 - 2 x 42,338,304) / 256 = 59,857 tokens.
+    limit = Limit(quantity="cached_tokens", scenario=None, bound=bound, relative_to="absolute", device_memory_gb=0.1)
+    plan = make_plan(workspace(tmp_path, with_target(load_recipe("smol"), limit)), target_name="made", device=None)
+    found = [warning for warning in plan.warnings if warning.startswith("target")]
+    assert bool(found) == is_hopeless
+    if is_hopeless:
+        assert "the best is 59,857" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "least"),
+    [
+        # smol's space is portable: layer 0 keeps attention and the last layer an FFN, so both stay whole, or all layers
+        # keep one head of keys and values beside FFNs of 256.
+        ("depth_only", 28_312_128 + 2 * 3_540_096),
+        ("homogeneous_attention", 28_312_128 + 30 * (2 * 576 * 576 + 2 * 576 * 64 + 3 * 576 * 256 + 2 * 576)),
+    ],
+)
+def test_what_a_pattern_over_layers_cannot_reach_is_told(layers: Any, least: int, tmp_path: Path):
+    limit = Limit(quantity="num_parameters", scenario=None, bound=0.2, relative_to="parent")
+    recipe = with_target(load_recipe("smol"), limit)
+    recipe = recipe.model_copy(
+        update={
+            "search": recipe.search.model_copy(update={"layers": layers}),
+            "search_space": recipe.search_space.model_copy(
+                update={"ffn": ("parent", 256, *(["no_op"] if layers == "depth_only" else []))}
+            ),
+        }
+    )
+    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
+    (found,) = [warning for warning in plan.warnings if warning.startswith("target")]
+    assert (
+        f"num_parameters <= 0.2 x parent cannot be met by any choice of blocks: the best is {least / 134_515_008:.6g}"
+        in found
+    )
+
+
 def test_pins_that_leave_a_layer_without_a_block_are_told(tmp_path: Path):
     recipe = with_target(load_recipe("smol"), pins=(Pin(layers=(3,), ffn=768),))
     plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)

@@ -65,8 +65,10 @@ PROFILE = ProfileConfig(
 )
 SEARCH = SearchConfig(
     objective="kl",
+    layers="heterogeneous",
     pool=PoolConfig(num_solutions=3, max_overlap=0.7),
     refinement=RefinementConfig(tokens=32, rounds=2, max_changed_layers=2),
+    batch_choice="lowest_loss",
     time_limit_s=10,
     relative_gap=0.0,
     max_recalibrations=2,
@@ -91,10 +93,11 @@ class Line:
     scores: StageResult
     profile_dir: Path
     profile: StageResult
+    profile_config: ProfileConfig = PROFILE
 
     def mip(self, wanted: Requirements, out_dir: Path) -> StageResult:
         """Solve for a target."""
-        config = MipStage(target_name="t", requirements=wanted, search=SEARCH, profile=PROFILE)
+        config = MipStage(target_name="t", requirements=wanted, search=SEARCH, profile=self.profile_config)
         inputs = self.workplace.inputs(block_scores=self.scores_dir, block_profile=self.profile_dir)
         return mip_solution.run(config, inputs, out_dir)
 
@@ -105,7 +108,7 @@ class Line:
             target_name="t",
             requirements=wanted,
             search=SEARCH,
-            profile=PROFILE,
+            profile=self.profile_config,
             task=None,
             precision="fp32",
         )
@@ -122,7 +125,11 @@ class Line:
         refined_dir = out_dir.parent / f"{out_dir.name}-refined"
         self.refined(wanted, mip_dir, refined_dir)
         config = ChildStage(
-            target_name="t", requirements=wanted, search=SEARCH, profile=PROFILE, measurement=SPEED.measurement
+            target_name="t",
+            requirements=wanted,
+            search=SEARCH,
+            profile=self.profile_config,
+            measurement=SPEED.measurement,
         )
         inputs = self.workplace.inputs(
             refined_solution=refined_dir, block_profile=self.profile_dir, block_library=self.library_dir

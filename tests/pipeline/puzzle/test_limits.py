@@ -2,15 +2,18 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, gqa, swiglu
+from pipeline.costs import served_memory
 from pipeline.errors import InfeasibleError
+from pipeline.puzzle.limits import ANY_NUMBER_OF_TOKENS, describe_limit
 from pipeline.puzzle.mip import Candidate, Problem, solve
-from pipeline.puzzle.predictions import ANY_NUMBER_OF_TOKENS, CostModel, describe_limit, linear_limits
-from pipeline.recipe import Limit
-from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
+from pipeline.puzzle.predictions import CostModel, linear_limits
+from pipeline.recipe import Limit, Scenario
+from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs, make_profile
 
 VARIANTS = ((gqa(2), swiglu(64)), (gqa(1), swiglu(64)), (NO_ATTENTION, swiglu(16)), (NO_ATTENTION, NO_FFN))
 # Counted by hand for hidden 32, four query heads of 8, 4 bytes a value: norm 32, queries and output 32 x 32 each, keys
@@ -160,3 +163,55 @@ def test_describe_limit_says_which_way_and_in_what():
     )
     cached = limit("cached_tokens", 300_000, relative=False, device_memory_gb=80)
     assert describe_limit(cached) == "cached_tokens >= 300,000 in 80 GB"
+
+
+def memory_mib(blocks: Sequence[BlockSpec], *, batch_size: int, prompt_tokens: int) -> float:
+    """All three parts, by the closed form that tests/pipeline/test_activation_memory.py holds against torch."""
+    return served_memory(
+        make_architecture(num_layers=len(blocks)).with_blocks(blocks),
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        generation_tokens=GENERATION,
+        bytes_per_value=4.0,
+        num_devices=1,
+    ).total_mib
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 8, 200])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_memory_limit_holds_the_widest_layer_of_the_child_itself(prompt_tokens: int, share: float):
+    architecture, layers, _ = setting(0)
+    scenario = Scenario(name="chat", batch_size=BATCH, prompt_tokens=prompt_tokens, generation_tokens=GENERATION)
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    costs = make_costs(architecture, blocks, profile=make_profile(scenarios=(scenario,)))
+    every = [tuple(candidate.block for candidate in choice) for choice in itertools.product(*layers)]
+    used = {choice: memory_mib(choice, batch_size=BATCH, prompt_tokens=prompt_tokens) for choice in every}
+    (row,) = linear_limits([limit("memory_mib", share)], costs=costs, blocks=blocks, speed_margin=0.04)
+    of_parent = memory_mib(architecture.blocks, batch_size=BATCH, prompt_tokens=prompt_tokens)
+    assert [row.reached(choice) for choice in every] == pytest.approx([used[choice] / of_parent for choice in every])
+    best = row.best([[candidate.block for candidate in candidates] for candidates in layers])
+    assert best == pytest.approx(min(used.values()) / of_parent)
+    score = {
+        choice: sum(candidate.score for candidate in candidates)
+        for choice, candidates in zip(every, itertools.product(*layers), strict=True)
+    }
+    within = [choice for choice in every if used[choice] <= share * of_parent * (1 + 1e-9)]
+    problem = Problem(layers=layers, limits=(row,))
+    if not within:
+        with pytest.raises(InfeasibleError, match=f"memory_mib .*the best of all candidates is {best:,.4g}"):
+            solve(problem, time_limit_s=10, relative_gap=0.0)
+        return
+    solution = solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert solution.objective == pytest.approx(min(score[choice] for choice in within), abs=1e-9)
+
+
+def test_a_long_prompt_narrows_all_layers_where_weights_and_cache_would_narrow_two():
+    architecture, layers, _ = setting(0)
+    layers = tuple((candidates[0], candidates[2]) for candidates in layers)
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    scenario = Scenario(name="chat", batch_size=BATCH, prompt_tokens=2000, generation_tokens=GENERATION)
+    costs = make_costs(architecture, blocks, profile=make_profile(scenarios=(scenario,)))
+    for quantity, num_narrow in (("memory_mib", 4), ("weights_and_cache_mib", 2)):
+        rows = linear_limits([limit(quantity, 0.7)], costs=costs, blocks=blocks, speed_margin=0.0)
+        solution = solve(Problem(layers=layers, limits=rows), time_limit_s=10, relative_gap=0.0)
+        assert sum(block.key == "no_op+ffn16" for block in solution.blocks) == num_narrow

@@ -9,9 +9,10 @@ import pytest
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.errors import InfeasibleError
 from pipeline.puzzle.baselines import greedy
-from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
-from pipeline.puzzle.predictions import LinearLimit, linear_limits, predict
-from pipeline.recipe import Limit
+from pipeline.puzzle.limits import LinearLimit
+from pipeline.puzzle.mip import Candidate, Problem, solve, solve_pool, violated_limits
+from pipeline.puzzle.predictions import linear_limits, predict
+from pipeline.recipe import LayerPattern, Limit, PoolConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
 VARIANTS = ((gqa(2), swiglu(64)), (gqa(1), swiglu(16)), (NO_ATTENTION, NO_FFN))
@@ -146,6 +147,7 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
         "latency_ms",
         "time_to_first_token_ms",
         "memory_mib",
+        "weights_and_cache_mib",
         "num_parameters",
         "kv_bytes_per_token",
     )
@@ -159,6 +161,9 @@ def test_predict_parent_has_speedup_one_and_the_limit_rows_agree_with_it():
     assert got["throughput"] == pytest.approx(predicted["chat_throughput"] / parent["chat_throughput"])
     assert got["time_to_first_token_ms"] == pytest.approx(predicted["chat_prefill_ms"] / parent["chat_prefill_ms"])
     assert got["memory_mib"] == pytest.approx(predicted["chat_memory_mib"] / parent["chat_memory_mib"])
+    assert got["weights_and_cache_mib"] == pytest.approx(
+        predicted["chat_weights_and_cache_mib"] / parent["chat_weights_and_cache_mib"]
+    )
     assert got["num_parameters"] == pytest.approx(predicted["num_parameters"] / parent["num_parameters"])
     # Two of three layers keep 2 heads of 8 values for keys and values, 4 bytes each.
     assert predicted["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
@@ -174,3 +179,84 @@ def test_linear_limits_with_a_speed_margin_tighten_times_and_leave_counts_alone(
     assert [row.upper / other.upper for row, other in zip(tight, plain, strict=True)] == pytest.approx(
         [0.96, 0.96, 1.0, 1.0]
     )
+
+
+def structured_problem(
+    limits: list[Limit], *, seed: int, pattern: LayerPattern, num_layers: int = 4
+) -> tuple[Problem, list[tuple[Candidate, ...]]]:
+    """A problem over attention x FFN under a pattern, and every choice that the pattern allows."""
+    rng = random.Random(seed)
+    options = list(itertools.product((gqa(2), gqa(1), NO_ATTENTION), (swiglu(64), swiglu(16), NO_FFN)))
+    layers = tuple(
+        tuple(
+            Candidate(
+                block=BlockSpec(attention=attention, ffn=ffn, parent_layers=(layer,)),
+                score=0.0 if index == 0 else rng.uniform(0.01, 1.0) * index,
+            )
+            for index, (attention, ffn) in enumerate(options)
+            # The first layer keeps its attention, as portable spaces have it.
+            if layer or attention != NO_ATTENTION
+        )
+        for layer in range(num_layers)
+    )
+    shared = {
+        "homogeneous": lambda block: (block.attention, block.ffn),
+        "homogeneous_attention": lambda block: block.attention,
+        "homogeneous_ffn": lambda block: block.ffn,
+        "heterogeneous": lambda _: None,
+    }[pattern]
+    allowed = [
+        choice for choice in itertools.product(*layers) if len({shared(candidate.block) for candidate in choice}) == 1
+    ]
+    blocks = [candidate.block for candidates in layers for candidate in candidates]
+    costs = make_costs(make_architecture(num_layers=num_layers), blocks, seed=seed)
+    rows = linear_limits(limits, costs=costs, blocks=blocks, speed_margin=0.0)
+    return Problem(layers=layers, limits=rows, pattern=pattern), allowed
+
+
+PATTERNS: tuple[LayerPattern, ...] = ("homogeneous", "homogeneous_attention", "homogeneous_ffn")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_that_share_something_are_chosen_as_enumeration_does(pattern: LayerPattern, seed: int):
+    limits = [limit("decode_speed", 1.2 + 0.1 * seed), limit("memory_mib", 0.9)]
+    problem, allowed = structured_problem(limits, seed=seed, pattern=pattern)
+    feasible = [
+        choice for choice in allowed if not violated_limits([candidate.block for candidate in choice], problem.limits)
+    ]
+    sums = sorted(math.fsum(candidate.score for candidate in choice) for choice in feasible)
+    assert 0 < len(feasible) < len(allowed)
+    pool = solve_pool(problem, PoolConfig(num_solutions=3, max_overlap=0.99), time_limit_s=10, relative_gap=0.0)
+    assert [one.objective for one in pool] == pytest.approx(sums[:3], abs=1e-9)
+    free, _ = structured_problem(limits, seed=seed, pattern="heterogeneous")
+    # Otherwise the pattern would have asked for nothing.
+    assert solve(free, time_limit_s=10, relative_gap=0.0).objective < pool[0].objective
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_an_impossible_limit_names_the_best_that_the_pattern_reaches(pattern: LayerPattern):
+    limits = [limit("decode_speed", 1000.0), limit("kv_bytes_per_token", 0.5)]
+    problem, allowed = structured_problem(limits, seed=1, pattern=pattern)
+    best = max(problem.limits[0].reached([candidate.block for candidate in choice]) for choice in allowed)
+    with pytest.raises(InfeasibleError, match=f"set search.layers: heterogeneous \\({pattern} now\\)") as caught:
+        solve(problem, time_limit_s=10, relative_gap=0.0)
+    assert f"the best of all candidates is {best:,.4g}. Best" in str(caught.value)
+
+
+def test_limits_that_one_block_for_all_layers_cannot_meet_together_name_the_nearest():
+    # Without attention nothing is cached; the first layer keeps its own, so all do.
+    problem, _ = structured_problem(
+        [limit("kv_bytes_per_token", 0.6), limit("num_parameters", 0.2)], seed=1, pattern="homogeneous", num_layers=3
+    )
+    small = [limit for limit in problem.limits if limit.limit.quantity == "num_parameters"]
+    reach = problem.best(small[0])
+    assert reach == pytest.approx(
+        min(small[0].reached([candidate.block for candidate in choice]) for choice in _equal_choices(problem))
+    )
+    with pytest.raises(InfeasibleError, match=f"num_parameters <= 0.2 x parent: {reach:,.4g}"):
+        solve(problem, time_limit_s=10, relative_gap=0.0)
+
+
+def _equal_choices(problem: Problem) -> list[tuple[Candidate, ...]]:
+    return [choice for choice in itertools.product(*problem.layers) if len({one.block.key for one in choice}) == 1]

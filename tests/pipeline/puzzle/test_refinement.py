@@ -13,7 +13,7 @@ from pipeline.puzzle.predictions import linear_limits
 from pipeline.puzzle.refinement import Refinement, refine
 from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
-from pipeline.recipe import PoolConfig, RefinementConfig, Requirements, SearchConfig
+from pipeline.recipe import LayerPattern, PoolConfig, RefinementConfig, Requirements, SearchConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
 NUM_LAYERS = 5
@@ -48,14 +48,26 @@ def score_around(base: Sequence[BlockSpec], _: int = 0) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
 
 
-def run(*, rounds: int, max_changed_layers: int = 4) -> tuple[Refinement, float]:
-    """Search and refine; return the outcome and the best value of all children within the limit."""
+def run(
+    *,
+    rounds: int,
+    max_changed_layers: int = 4,
+    layers: LayerPattern = "heterogeneous",
+    around: list[tuple[str, ...]] | None = None,
+    is_misled: bool = False,
+) -> tuple[Refinement, float]:
+    """Search and refine; return the outcome and the best value of all children within the limit.
+
+    `around` gets the blocks that each round measures around; a misled one is told that what is worse is better.
+    """
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
     settings = SearchConfig(
         objective="kl",
+        layers=layers,
         pool=PoolConfig(num_solutions=1, max_overlap=0.5),
         refinement=RefinementConfig(tokens=1, rounds=rounds, max_changed_layers=max_changed_layers),
+        batch_choice="lowest_loss",
         time_limit_s=10,
         relative_gap=0.0,
         max_recalibrations=0,
@@ -63,12 +75,19 @@ def run(*, rounds: int, max_changed_layers: int = 4) -> tuple[Refinement, float]
         speed_tolerance=0.0,
     )
     scores = score_around([OPTIONS[0]] * NUM_LAYERS)
+
+    def score_around_noting(base: Sequence[BlockSpec], number: int) -> pl.DataFrame:
+        if around is not None:
+            around.append(tuple(block.key for block in base))
+        table = score_around(base, number)
+        return table.with_columns(kl=-pl.col("kl")) if is_misled else table
+
     pool = search(scores, costs=costs, target_name="t", requirements=REQUIREMENTS, settings=settings)
     outcome = refine(
         pool,
         scores,
         score_whole_models=score_whole_models,
-        score_around=score_around,
+        score_around=score_around_noting,
         costs=costs,
         requirements=REQUIREMENTS,
         settings=settings,
@@ -100,3 +119,36 @@ def test_refine_ends_where_no_single_layer_may_change_for_the_better():
     outcome, _ = run(rounds=4, max_changed_layers=1)
     assert [one.origin for one in outcome.scored] == ["pool 0"]
     assert outcome.scores.filter("is_base")["kl"].unique().to_list() == [outcome.best.value("kl")]
+
+
+def test_refine_ends_with_the_first_round_that_brings_nothing():
+    centres: list[tuple[str, ...]] = []
+    outcome, _ = run(rounds=60, around=centres)
+    # Every round but the last gave the next one another centre; the last one's is what stays.
+    assert 1 < len(centres) < 60
+    assert len(set(centres)) == len(centres)
+    assert centres[-1] == tuple(block.key for block in outcome.best.record.blocks)
+
+
+def test_refine_ends_when_what_a_round_promises_is_worse_as_a_whole_model():
+    centres: list[tuple[str, ...]] = []
+    outcome, _ = run(rounds=60, around=centres, is_misled=True)
+    assert len(centres) == 1
+    assert len(outcome.scored) > 1
+    assert outcome.best == outcome.scored[0]
+
+
+def test_layers_of_a_depth_only_search_stay_whole_or_go():
+    outcome, _ = run(rounds=8, layers="depth_only")
+    for one in outcome.scored:
+        assert {block.key for block in one.record.blocks} == {OPTIONS[0].key, OPTIONS[2].key}
+        assert all(limit.is_met for limit in one.record.limits)
+    # A quarter of the parameters is two of five layers, and the first two are the cheapest alone.
+    assert outcome.scored[0].record.objective == pytest.approx(0.3 * (1 + 1.1))
+    assert outcome.best.value("kl") < outcome.scored[0].value("kl")
+
+
+def test_a_homogeneous_child_is_not_refined_where_not_all_its_layers_may_change():
+    outcome, _ = run(rounds=8, layers="homogeneous", max_changed_layers=4)
+    assert [one.origin for one in outcome.scored] == ["pool 0"]
+    assert len({one.key for one in outcome.best.record.blocks}) == 1

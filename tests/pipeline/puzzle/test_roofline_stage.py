@@ -12,7 +12,7 @@ from pipeline.model.checkpoint import read_architecture
 from pipeline.puzzle.calibration import PHASES, Calibration
 from pipeline.puzzle.search import CALIBRATION_FILE, read_costs, read_solution
 from pipeline.puzzle.search_space import resolve
-from pipeline.puzzle.tables import MEMORY, PROFILE, SCHEMAS, SCORES, read_table, write_table
+from pipeline.puzzle.tables import ACTIVATIONS, MEMORY, PROFILE, SCHEMAS, SCORES, read_table, write_table
 from pipeline.recipe import Limit, Recipe, Requirements
 from pipeline.recipe_file import load_recipe, parse_recipe
 from pipeline.stage import StageInputs
@@ -54,6 +54,15 @@ def test_block_profile_of_a_roofline_writes_the_measured_ones_tables_and_the_sea
     assert times.filter(pl.col("variant") == "no_op")["time_ms"].to_list() == [0.0] * 4
     assert times.filter(pl.col("variant") != "no_op")["time_ms"].to_numpy().min() > 0
     assert len(read_table(artifact.path, MEMORY)) == 9
+    activations = read_table(artifact.path, ACTIVATIONS)
+    held_mib = dict(
+        zip(activations["attention"] + "+" + activations["ffn"], activations["activations_mib"], strict=True)
+    )
+    assert len(held_mib) == len(activations) == 4 * 4 + 1
+    # 64 prompt tokens of 4 bytes a value: three hidden vectors of 64, their normed one, three of the FFN's 192; cosines
+    # and sines of 16 values. A layer without attention holds a hidden vector less.
+    assert held_mib["kv2+ffn192"] == (64 * 4 * (4 * 64 + 3 * 192) + 2 * 4 * 16 * 64) / 2**20
+    assert held_mib["no_op+ffn192"] == (64 * 4 * (3 * 64 + 3 * 192) + 2 * 4 * 16 * 64) / 2**20
     calibration = Calibration.model_validate_json((artifact.path / CALIBRATION_FILE).read_bytes())
     assert [entry.factor for entry in calibration.entries] == [1.0, 1.0]
     costs = read_costs(artifact.path, profile=recipe.block_profile)

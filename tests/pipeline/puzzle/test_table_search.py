@@ -106,3 +106,38 @@ def test_a_table_of_another_layout_is_refused(tmp_path: Path, text: str, message
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([str(path), "--minimize", "kl_div"])
+
+
+def test_homogeneous_and_only_are_what_enumeration_under_them_gives(table: Path, capsys: pytest.CaptureFixture[str]):
+    limits = ["--minimize", "kl_div", "--limit", "runtime_ms=26", "--limit", "memory_mib=20"]
+    main([str(table), *limits, "--homogeneous"])
+    (alike,) = json.loads(capsys.readouterr().out)["solutions"]
+    assert set(alike["chosen"].values()) == {"narrow"}  # parent: 40 ms; no_op loses more
+    main([str(table), *limits, "--only", "parent", "--only", "no_op"])
+    (depth,) = json.loads(capsys.readouterr().out)["solutions"]
+    # Two layers may stay (22 ms, 18 MiB), and the last two are dearest to lose: 0.5 x (1 + 2).
+    assert list(depth["chosen"].values()) == ["no_op", "no_op", "parent", "parent"]
+    assert depth["objective"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nope"], r"layer layer_0 has none of the variants nope; it has parent, narrow, no_op"),
+        (
+            ["--only", "parent", "--homogeneous", "--limit", "runtime_ms=26"],
+            r"least that each can reach alone: runtime_ms: 40 of 26.*runtime_ms needs 40 of 26",
+        ),
+    ],
+)
+def test_what_the_modes_of_a_table_cannot_do_is_one_line(table: Path, arguments: list[str], message: str):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main([str(table), "--minimize", "kl_div", *arguments])
+
+
+def test_homogeneous_without_a_common_name_is_refused(tmp_path: Path):
+    renamed = {layer: {f"{layer}_{name}": one for name, one in options.items()} for layer, options in TABLE.items()}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(renamed), encoding="utf-8")
+    with pytest.raises(SystemExit, match="no variant has one name in all layers"):
+        main([str(path), "--minimize", "kl_div", "--homogeneous"])

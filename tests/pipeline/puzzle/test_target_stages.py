@@ -15,18 +15,22 @@ from pipeline.costs import num_parameters
 from pipeline.errors import InfeasibleError, RecipeError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.puzzle.library import BlockKey, load_block, read_index
+from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.search import read_pool, read_solution
 from pipeline.puzzle.tables import CHILDREN, read_table
 from pipeline.recipe import (
     BaselinesConfig,
+    ProfileConfig,
     Requirements,
 )
 from pipeline.stages import (
     baselines,
+    block_profile,
     speed_report,
 )
 from pipeline.stages.configs import (
     BaselinesStage,
+    BlockProfileStage,
     SpeedStage,
 )
 from tests.pipeline.puzzle.builders import limit
@@ -170,6 +174,35 @@ def test_child_checkpoint_holds_the_chosen_blocks_tensor_by_tensor(line: Line, t
     assert read_architecture(tmp_path / "child") == read_solution(tmp_path / "child").architecture
 
 
+def test_a_swept_batch_is_chosen_once_and_kept_by_all_later_stages(line: Line, tmp_path: Path):
+    chat = PROFILE.scenarios[0].model_dump(exclude={"sweep"}) | {"batch_size": [1, 3]}
+    swept = ProfileConfig.model_validate(PROFILE.model_dump() | {"scenarios": [chat]})
+    block_profile.run(
+        BlockProfileStage(search_space=SPACE, profile=swept), line.workplace.inputs(), tmp_path / "profile"
+    )
+    sweeping = replace(line, profile_dir=tmp_path / "profile", profile_config=swept)
+    # One prompt almost fits beside the whole parent; three ask for a smaller child.
+    parent = line.workplace.architecture
+    one = memory_of(parent, scenario=swept.sweeps["chat"][0], profile=swept).total_mib
+    wanted = target(limit("memory_mib", one * 0.999, relative=False), limit("decode_speed", 0.001))
+    result = sweeping.mip(wanted, tmp_path / "mip")
+    batches = [dict(zip(result.tables["batches"].columns, row, strict=True)) for row in result.tables["batches"].rows]
+    assert [row["batch_size"] for row in batches] == [1, 3]
+    assert [row["is_chosen"] for row in batches] == [True, False]
+    assert batches[0]["memory_mib"] <= one
+    assert batches[0]["cached_tokens"] == 16
+    assert result.metrics["batch_size"] == 1
+    sweeping.child(wanted, tmp_path / "mip", tmp_path / "child")
+    record = read_solution(tmp_path / "child")
+    assert {one.limit.scenario for one in record.limits} == {"chat-batch-1"}
+    assert "chat-batch-3_decode_ms" not in record.predicted
+    inputs = line.workplace.inputs(child_checkpoint=tmp_path / "child", rl_checkpoint=tmp_path / "child")
+    config = SpeedStage(profile=swept, speed=SPEED, limits=wanted.limits, speed_tolerance=0.05)
+    speed = speed_report.run(config, inputs, tmp_path / "speed")
+    assert {row[0] for row in speed.tables["speed"].rows} == {"chat-batch-1"}
+    assert speed.metrics["num_missed_limits"] == 0
+
+
 def told_a_faster_machine(line: Line, directory: Path, *, times: float) -> Line:
     """The same line with a profile that predicts everything `times` as fast as it was measured."""
     directory.mkdir()
@@ -237,3 +270,11 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     # 3 layers x 2 heads x 8 values for keys and for values, 4 bytes each.
     assert result.metrics["parent_cached_tokens"] == (2**29 - weights_bytes) // (3 * 2 * 8 * 2 * 4)
     assert len(result.tables["speed"].rows) == 3 * 2
+    memory = dict(zip(result.tables["memory"].columns, result.tables["memory"].rows[0], strict=True))
+    held_mib = (weights_bytes + 16 * 3 * 2 * 8 * 2 * 4) / 2**20
+    assert memory["chat_weights_and_cache_mib"] == pytest.approx(held_mib, abs=0.01)
+    # The head's logits aside: embedding, input, what attention returned and the normed one, and three of the FFN's 48.
+    activation_bytes = 4 * 12 * (4 * parent.hidden_size + 3 * 48) + 2 * 4 * 8 * 12
+    assert memory["chat_activations_mib"] == pytest.approx(activation_bytes / 2**20, abs=0.01)
+    assert memory["chat_memory_mib"] == pytest.approx(held_mib + activation_bytes / 2**20, abs=0.02)
+    assert memory["chat_cached_tokens_that_fit"] == (2**29 - weights_bytes - activation_bytes) // (3 * 2 * 8 * 2 * 4)
