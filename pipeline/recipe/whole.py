@@ -86,6 +86,7 @@ class Recipe(Frozen):
                     raise ValueError(
                         f"target {target_name} names scenario {limit.scenario!r}; block_profile has {sorted(scenarios)}"
                     )
+        _require_backends(self.speed_report, self.block_profile)
         for stage, tokens, available in (
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
@@ -122,6 +123,23 @@ class Recipe(Frozen):
         _require_windows("kd", self.kd.long_context, "distillation_mix", self.distillation_mix)
         _require_windows("cpt", self.cpt.long_context, "pretraining_mix", self.pretraining_mix)
         return self
+
+
+def _require_backends(report: SpeedReportConfig, profile: ProfileConfig) -> None:
+    """Refuse a speed report without the backend of the limits, or with scenarios that a backend cannot time."""
+    if profile.measured_in not in report.backends:
+        raise ValueError(
+            f"speed_report.backends is {list(report.backends)}; a target's limits are measured in "
+            f"{profile.measured_in!r}, as block_profile.backend {profile.backend!r} asks: add it"
+        )
+    batched = [scenario.name for scenario in profile.scenarios if scenario.batch_size > 1]
+    if "llama_cpp" in report.backends and batched:
+        raise ValueError(
+            f"speed_report.backends has 'llama_cpp', and llama-bench times one sequence, but scenario {batched[0]} of "
+            "block_profile has a batch_size above 1: set it to 1, or take llama_cpp out"
+        )
+    for name in {scenario.name for scenario in report.depth_scenarios} & {one.name for one in profile.scenarios}:
+        raise ValueError(f"block_profile has a scenario {name!r}, as speed_report calls one of its depths: rename it")
 
 
 def _require_windows(

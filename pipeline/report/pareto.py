@@ -99,9 +99,11 @@ def read_checkpoints(evaluation_dir: Path, speed_dir: Path, *, target: str, scen
         ArtifactError: when the speed report has no such scenario.
     """
     evaluations = read_evaluations(evaluation_dir)
-    report = read_json(speed_dir / SPEED_FILE)["speed"]
-    assert isinstance(report, list)
-    timed = {row["model"]: row for row in report if (row["scenario"], row["phase"]) == (scenario, phase)}
+    report = read_json(speed_dir / SPEED_FILE)
+    wanted = (report["backend_of_limits"], scenario, phase)
+    rows = report["speed"]
+    assert isinstance(rows, list)
+    timed = {row["model"]: row for row in rows if (row["backend"], row["scenario"], row["phase"]) == wanted}
     if not timed:
         raise ArtifactError(f"{speed_dir / SPEED_FILE} has no {phase} of scenario {scenario}: make speed_report again")
     points = []
