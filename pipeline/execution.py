@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
-from pipeline.runtimes import llama_cpp_id
+from pipeline.runtimes import RuntimeMissingError, runtime_ids
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
 from pipeline.stages.configs import CorporaStage, EvaluationStage, ParentStage
 from pipeline.stages.process import REPOSITORY, ProgressListener, run_stage
@@ -199,10 +199,10 @@ class _Resolver:
             "config": config,
             "inputs": {name: artifact.content_hash for name, artifact in self.inputs(stage).items()},
         }
-        if stage.measures_hardware(self._workspace.recipe):
+        backends = stage.measures_in(self._workspace.recipe)
+        if backends:
             identity["hardware"] = hardware_id()
-            if self._workspace.recipe.block_profile.backend == "llama_cpp":
-                identity["llama.cpp"] = llama_cpp_id()
+            identity |= runtime_ids(backends)
         if environment := _environment(config):
             identity["environment"] = environment
         return identity
@@ -241,6 +241,19 @@ def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str,
         ArtifactError: when an input's files are not those of its manifest.
     """
     return json.loads(canonical_json(_Resolver(workspace, target).identity(stage)))
+
+
+def require_runtimes(recipe: Recipe, stage_names: Iterable[str]) -> None:
+    """Refuse a run whose last stage would find, an hour later, that the runtime it measures in is not there.
+
+    Raises:
+        RuntimeMissingError: naming the stage, the runtime, and how to install it.
+    """
+    for stage in (BY_NAME[name] for name in stage_names if name in BY_NAME):
+        try:
+            runtime_ids(stage.measures_in(recipe))
+        except RuntimeMissingError as err:
+            raise RuntimeMissingError(f"{stage.name} measures in a runtime that is not there: {err}") from err
 
 
 def has_saved_work(out_dir: Path) -> bool:

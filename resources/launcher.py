@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import dagster as dg
 
 from pipeline.errors import RefitError
-from pipeline.execution import Outcome, Workspace, materialize
+from pipeline.execution import Outcome, Workspace, materialize, require_runtimes
 from pipeline.progress import format_duration, render_progress
 from pipeline.stages.registry import Stage, get_stage
 from resources.run_hygiene import claim_run
@@ -31,7 +31,9 @@ class Launcher:
         narrator = _Narrator(
             context=context, partition=self._partition(context, stage), interval_s=self.observation_interval_s
         )
+        in_this_run = (key.to_user_string() for key in context.job_def.asset_layer.executable_asset_keys)
         try:
+            require_runtimes(self.workspace.recipe, in_this_run)
             outcome = materialize(
                 self.workspace, stage.name, self.target(context, stage.name), on_progress=narrator.report
             )

@@ -225,7 +225,7 @@ _ESTIMATES: dict[str, Callable[[Case], Estimate]] = {
     "sft_checkpoint": training_estimates.sft_checkpoint,
     "rl_checkpoint": training_estimates.rl_checkpoint,
     "evaluation": _evaluations(0, 6),
-    "speed_report": puzzle_estimates.measured(1, 2, stored_children=0),
+    "speed_report": puzzle_estimates.measured(1, 2, stored_children=0, in_every_backend=True),
     "exported_model": _export,
     "model_card": _page,
     "report": _page,

@@ -18,6 +18,7 @@ from pipeline.planning.warnings import (
     memory_warnings,
     target_warnings,
 )
+from pipeline.runtimes import RuntimeMissingError, runtime_ids
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 
@@ -103,6 +104,7 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         *(memory_warnings(estimates, device=device, case=case) if device is not None else []),
         *disk_warnings(estimates, finished=finished, free_bytes=shutil.disk_usage(existing).free, root=str(existing)),
         *data_warnings(case),
+        *_runtime_warnings(workspace),
         *(
             f"stage: {name} has no estimate and counts as nothing: add one to pipeline/planning/estimates.py"
             for name in estimates
@@ -118,6 +120,18 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         stages=stages,
         warnings=tuple(warnings),
     )
+
+
+def _runtime_warnings(workspace: Workspace) -> list[str]:
+    """Return the runtimes that a stage measures in and that are not installed here, each with the first such stage."""
+    found = {}
+    for stage in STAGES:
+        for backend in stage.measures_in(workspace.recipe):
+            try:
+                runtime_ids((backend,))
+            except RuntimeMissingError as err:
+                found.setdefault(backend, f"runtime: {stage.name} measures in {backend}, and {err}")
+    return list(found.values())
 
 
 def stage_time_s(one: Estimate, *, device: Device, execution: ExecutionSettings) -> Range:

@@ -17,10 +17,13 @@ from pipeline.puzzle.bld_cost import (
     training_flops_per_token,
 )
 from pipeline.puzzle.block_keys import library_keys
-from pipeline.recipe import Scenario
+from pipeline.recipe import Backend, Scenario
 
 NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
+# Of one model in one round: llama-bench repeats five times after a warm-up and a filling; vLLM reads the prompt again
+# before it decodes.
+OUTSIDE_TIMINGS: dict[Backend, float] = {"llama_cpp": 7.0, "vllm": 2.0}
 
 
 def channel_importance(case: Case) -> Estimate:
@@ -115,7 +118,8 @@ def baselines(case: Case) -> Estimate:
     scored = _scoring(
         case, tokens=case.recipe.search.refinement.tokens, rounds=Range.of(0), num_models=Range.of(num_children)
     )
-    times = num_children * (config.rounds + config.warmups)
+    timings = OUTSIDE_TIMINGS.get(case.recipe.block_profile.measured_in, 1.0)
+    times = num_children * (config.rounds + config.warmups) * timings
     tokens, flops, read = _timings(case, num_parent=times, num_children=times, scenarios=_served(case))
     return replace(
         scored,
@@ -183,13 +187,13 @@ def _served(case: Case) -> list[Scenario]:
     return [one for one in profile.scenarios if one.sweep is None or one in largest]
 
 
-def _cache_bytes(case: Case) -> float:
+def _cache_bytes(case: Case, *, scenarios: Sequence[Scenario]) -> float:
     size = BYTES_PER_PARAMETER[case.recipe.block_profile.precision]
     return max(
         scenario.batch_size
         * (scenario.prompt_tokens + scenario.generation_tokens)
         * kv_bytes_per_token(case.sizes.parent, bytes_per_value=size)
-        for scenario in case.recipe.block_profile.scenarios
+        for scenario in scenarios
     )
 
 
@@ -197,14 +201,15 @@ def block_profile(case: Case) -> Estimate:
     """Return what timing every variant costs."""
     profile = case.recipe.block_profile
     # Each round runs the parent twice and a model of all variants, no shallower than the parent, once.
-    num_files, timings = 0, 3
-    if profile.backend == "llama_cpp":
-        # A whole model per variant and three more; llama-bench repeats five times after a warm-up and a filling.
-        num_files = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
-        timings = 7 * num_files
+    num_files, timings = 0, 3.0
+    if profile.backend in OUTSIDE_TIMINGS:
+        # A whole model per variant and three more.
+        num_models = len(case.recipe.search_space.attention) + len(case.recipe.search_space.ffn) + 1
+        num_files = num_models if profile.backend == "llama_cpp" else 0
+        timings = OUTSIDE_TIMINGS[profile.backend] * num_models
     num_parent = timings * (profile.repeats + profile.warmups)
     tokens, flops, read = _timings(case, num_parent=num_parent, num_children=0.0, scenarios=profile.scenarios)
-    weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case)
+    weights, cache = 2 * case.model_bytes(profile.precision), _cache_bytes(case, scenarios=profile.scenarios)
     disk = Range.of(num_files * case.model_bytes(profile.precision))
     return Estimate(
         tokens=tokens,
@@ -217,18 +222,26 @@ def block_profile(case: Case) -> Estimate:
     )
 
 
-def measured(num_parent: float, num_children: float, *, stored_children: int) -> Callable[[Case], Estimate]:
+def measured(
+    num_parent: float, num_children: float, *, stored_children: int, in_every_backend: bool = False
+) -> Callable[[Case], Estimate]:
     """Return the estimate of timing the parent and children beside it, that many of each."""
 
     def timed(case: Case) -> Estimate:
         recipe = case.recipe
         rounds = recipe.speed_report.rounds + recipe.speed_report.warmups
+        # A child is timed in the profile's runtime; the report adds its depths, and does all in each of its backends.
+        backends = recipe.speed_report.backends if in_every_backend else (recipe.block_profile.measured_in,)
+        depths = recipe.speed_report.depth_scenarios if in_every_backend else ()
+        scenarios = (*_served(case), *depths)
+        times = rounds * sum(OUTSIDE_TIMINGS.get(backend, 1.0) for backend in backends)
         tokens, flops, read = _timings(
-            case, num_parent=num_parent * rounds, num_children=num_children * rounds, scenarios=_served(case)
+            case, num_parent=num_parent * times, num_children=num_children * times, scenarios=scenarios
         )
+        cache = _cache_bytes(case, scenarios=scenarios)
         size = BYTES_PER_PARAMETER[recipe.block_profile.precision]
         parent, child = case.model_bytes(recipe.block_profile.precision), case.sizes.child_parameters.times(size)
-        memory = child.times(num_children) + parent + _cache_bytes(case)
+        memory = child.times(num_children) + parent + cache
         disk = case.sizes.child_parameters.times(case.stored_bytes * stored_children)
         again = 1 + (recipe.search.max_recalibrations if stored_children else 0)
         return Estimate(
@@ -239,7 +252,7 @@ def measured(num_parent: float, num_children: float, *, stored_children: int) ->
             memory_parts={
                 "parent": parent,
                 "children": child.expected * num_children,
-                "cache": _cache_bytes(case),
+                "cache": cache,
             },
             disk=disk,
             extra_s=START_S + disk.times(4).over(DISK),

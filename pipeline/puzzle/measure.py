@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.costs import kv_bytes_per_token
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle.calibration import PHASES, Phase
@@ -34,9 +35,13 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurements:
-    """Timings of every model by scenario and phase, in milliseconds, one per round; rounds line up across models."""
+    """Timings of every model by scenario and phase, in milliseconds, one per round; rounds line up across models.
+
+    `kv_bytes_per_token` is what a token takes in the cache of the runtime that was measured.
+    """
 
     times_ms: Mapping[tuple[str, str, Phase], tuple[float, ...]]  # model, scenario, phase
+    kv_bytes_per_token: Mapping[str, float]
 
     def median_ms(self, model: str, scenario: str, phase: Phase) -> float:
         """Return the median time of one model."""
@@ -78,7 +83,13 @@ def measure_models(
                         for phase in PHASES:
                             times[name, scenario.name, phase].append(timing.of(phase))
             reporter.step(round_index + 1, num_rounds, what="measuring rounds")
-    return Measurements(times_ms={key: tuple(values) for key, values in times.items()})
+    return Measurements(
+        times_ms={key: tuple(values) for key, values in times.items()},
+        kv_bytes_per_token={
+            name: kv_bytes_per_token(model.architecture, bytes_per_value=next(model.parameters()).element_size())
+            for name, model in models.items()
+        },
+    )
 
 
 def median_interval(values: Sequence[float]) -> Interval:

@@ -129,7 +129,7 @@ def profile_blocks(
     return Profile(
         samples=samples,
         parent={key: Samples(times_ms=tuple(values)) for key, values in whole.items()},
-        sum_ms={(name, phase): _sum_ms(architecture, samples, name, phase) for name, phase in whole},
+        sum_ms={(name, phase): sum_of_blocks_ms(architecture, samples, name, phase) for name, phase in whole},
     )
 
 
@@ -233,7 +233,10 @@ def mixed_blocks(attention: Sequence[AttentionSpec], ffn: Sequence[FFNSpec], *, 
     ]
 
 
-def _sum_ms(architecture: Architecture, samples: Mapping[ProfileKey, Samples], scenario: str, phase: Phase) -> float:
+def sum_of_blocks_ms(
+    architecture: Architecture, samples: Mapping[ProfileKey, Samples], scenario: str, phase: Phase
+) -> float:
+    """Return what a model's subblocks and the fixed part add up to, by their medians."""
     return samples[scenario, phase, FIXED, FIXED].median_ms + sum(
         samples[scenario, phase, "attention", block.attention.key].median_ms
         + samples[scenario, phase, "ffn", block.ffn.key].median_ms

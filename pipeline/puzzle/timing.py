@@ -34,6 +34,16 @@ class GenerationTiming:
         return self.prefill_ms if phase == "prefill" else self.decode_ms
 
 
+def decode_work(scenario: Scenario) -> tuple[int, int]:
+    """Return how many tokens stand before the decode steps that are timed, and how many steps those are.
+
+    A step behind the prompt and half of the generated tokens costs what the steps of the whole generation cost on
+    average, since attention's work grows by the same amount with each.
+    """
+    num_steps = min(scenario.generation_tokens, MAX_DECODE_STEPS)
+    return scenario.prompt_tokens + (scenario.generation_tokens - num_steps) // 2, num_steps
+
+
 @torch.inference_mode()
 def time_generation(
     model: HeterogeneousLlamaForCausalLM,
@@ -43,15 +53,14 @@ def time_generation(
 ) -> GenerationTiming:
     """Time one prefill, and decode steps in the middle of the generation; the tokens' values do not change the work.
 
-    A step behind the prompt and half of the generated tokens costs what the steps of the whole generation cost on
-    average, since attention's work grows by the same amount with each. `after` is called outside the clocks: when the
-    prompt is in the cache, and when the tokens before the timed steps are.
+    `after` is called outside the clocks: when the prompt is in the cache, and when the tokens before the timed steps
+    are.
     """
     device = next(model.parameters()).device
     vocab_size = model.architecture.vocab_size
     shape = (scenario.batch_size, scenario.prompt_tokens)
     prompt_BT = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % vocab_size
-    num_steps = min(scenario.generation_tokens, MAX_DECODE_STEPS)
+    num_before, num_steps = decode_work(scenario)
     cache = DynamicCache()
 
     began = _now(device)
@@ -59,9 +68,8 @@ def time_generation(
     prefill_s = _now(device) - began
     after("prefill")
 
-    num_before = (scenario.generation_tokens - num_steps) // 2
-    if num_before:
-        filler_BT = prompt_BT[:, :1].expand(-1, num_before)
+    if num_before > scenario.prompt_tokens:
+        filler_BT = prompt_BT[:, :1].expand(-1, num_before - scenario.prompt_tokens)
         model(input_ids=filler_BT, cache=cache, use_cache=True, logits_to_keep=1)
     after("filling")
 

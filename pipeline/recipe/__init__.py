@@ -96,7 +96,16 @@ from pipeline.recipe.training import (
     SFTStage,
     StopRulesConfig,
 )
-from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
+from pipeline.recipe.types import (
+    Backend,
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Ratio,
+    ServedPrecision,
+)
 from pipeline.recipe.whole import Recipe
 
 __all__ = [
@@ -106,6 +115,7 @@ __all__ = [
     "RLOO",
     "RPO",
     "AttentionOption",
+    "Backend",
     "BaselinesConfig",
     "BatchChoice",
     "BlendConfig",

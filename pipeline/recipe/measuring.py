@@ -5,7 +5,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
-from pipeline.recipe.types import Positive, PositiveFloat, Precision, Ratio
+from pipeline.recipe.puzzle import Scenario
+from pipeline.recipe.types import Backend, Positive, PositiveFloat, Precision, Ratio
+
+DECODE_STEPS = 8  # as many as one timing takes (pipeline.puzzle.timing), so that no filling comes before them
 
 
 class SampledConfig(Frozen):
@@ -96,9 +99,31 @@ class MeasurementConfig(Frozen):
 
 
 class SpeedReportConfig(MeasurementConfig):
-    """The measurement, and the device whose cached tokens are counted."""
+    """The measurement, the device whose cached tokens are counted, and where else models are timed.
+
+    Every one of `backends` times block_profile.scenarios and, for one sequence, the reading of a prompt of each of
+    `depths` tokens and a decode step behind it. The one that block_profile measures in must be among them: the target's
+    limits are held to that.
+    """
 
     device_memory_gib: PositiveFloat
+    backends: Annotated[tuple[Backend, ...], Field(min_length=1)]
+    depths: tuple[Positive, ...]
+
+    @property
+    def depth_scenarios(self) -> tuple[Scenario, ...]:
+        """The depths as scenarios of one sequence, whose timed decode steps come right behind the prompt."""
+        return tuple(
+            Scenario(name=f"depth-{depth}", batch_size=1, prompt_tokens=depth, generation_tokens=DECODE_STEPS)
+            for depth in self.depths
+        )
+
+    @model_validator(mode="after")
+    def _nothing_is_measured_twice(self) -> Self:
+        for name, values in (("backends", self.backends), ("depths", self.depths)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"speed_report.{name} is {list(values)}: name each once")
+        return self
 
     @property
     def measurement(self) -> MeasurementConfig:

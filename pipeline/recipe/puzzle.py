@@ -8,7 +8,16 @@ from pipeline.architecture import Frozen
 from pipeline.devices import DEVICES
 from pipeline.recipe.data import MultipleChoiceSet
 from pipeline.recipe.training import OptimizerConfig
-from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
+from pipeline.recipe.types import (
+    Backend,
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Ratio,
+    ServedPrecision,
+)
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 AttentionOption = Literal["parent", "linear", "no_op"] | Positive | Share
@@ -210,15 +219,15 @@ class Scenario(Frozen):
 class ProfileConfig(Frozen):
     """What blocks cost in time, by `backend`.
 
-    `torch` and `llama_cpp` measure where the stage runs; `roofline` computes for a named device.
+    `torch`, `llama_cpp` and `vllm` measure where the stage runs; `roofline` computes for a named device.
 
     Times are measured in `precision`, the median over `repeats` kept and `warmups` runs thrown away; whole models are
-    always measured so, in llama.cpp with that backend and in torch with the others. Weights and cached values are
-    counted, and a roofline computes, in `served_precision`, the one the child will be deployed in. A roofline may split
-    the model over `tensor_parallel_size` such devices.
+    always measured so, in the backend itself or, beside a roofline, in torch. Weights and cached values are counted,
+    and a roofline computes, in `served_precision`, the one the child will be deployed in. A roofline may split the
+    model over `tensor_parallel_size` such devices.
     """
 
-    backend: Literal["torch", "llama_cpp", "roofline"]
+    backend: Literal["torch", "llama_cpp", "vllm", "roofline"]
     device: Name | None = None
     tensor_parallel_size: Positive | None = None
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)]
@@ -269,6 +278,11 @@ class ProfileConfig(Frozen):
     def scenario(self, name: str) -> Scenario:
         """Return a scenario by name."""
         return next(scenario for scenario in self.scenarios if scenario.name == name)
+
+    @property
+    def measured_in(self) -> Backend:
+        """What times whole models: a roofline times nothing, and torch is there wherever a stage runs."""
+        return "torch" if self.backend == "roofline" else self.backend
 
     @model_validator(mode="after")
     def _device_belongs_to_roofline(self) -> Self:

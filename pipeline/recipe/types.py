@@ -11,3 +11,4 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Precision = Literal["fp32", "bf16"]
 ServedPrecision = Literal["fp32", "bf16", "fp8"]
+Backend = Literal["torch", "llama_cpp", "vllm"]  # what times models on the machine at hand

@@ -100,6 +100,7 @@ class Recipe(Frozen):
                     f"target {target_name} names {' and '.join(swept)}, which have several batch sizes each: a target "
                     "sweeps one scenario; give the others one batch_size"
                 )
+        _require_backends(self.speed_report, self.block_profile)
         for stage, tokens, available in (
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
@@ -157,6 +158,23 @@ def _require_own_tasks(evaluation: EvaluationConfig, sets: EvaluationSetsConfig)
             raise ValueError(
                 f"evaluation.lm_eval names {task.name}, but of this recipe's evaluation_sets there are {known}"
             )
+
+
+def _require_backends(report: SpeedReportConfig, profile: ProfileConfig) -> None:
+    """Refuse a speed report without the backend of the limits, or with scenarios that a backend cannot time."""
+    if profile.measured_in not in report.backends:
+        raise ValueError(
+            f"speed_report.backends is {list(report.backends)}; a target's limits are measured in "
+            f"{profile.measured_in!r}, as block_profile.backend {profile.backend!r} asks: add it"
+        )
+    batched = [scenario.name for scenario in profile.scenarios if scenario.batch_size > 1]
+    if "llama_cpp" in report.backends and batched:
+        raise ValueError(
+            f"speed_report.backends has 'llama_cpp', and llama-bench times one sequence, but scenario {batched[0]} of "
+            "block_profile has a batch_size above 1: set it to 1, or take llama_cpp out"
+        )
+    for name in {scenario.name for scenario in report.depth_scenarios} & {one.name for one in profile.scenarios}:
+        raise ValueError(f"block_profile has a scenario {name!r}, as speed_report calls one of its depths: rename it")
 
 
 def _require_windows(

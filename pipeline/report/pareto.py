@@ -103,9 +103,14 @@ def read_checkpoints(
         ArtifactError: when the speed report has no such scenario.
     """
     evaluations = read_evaluations(evaluation_dir)
-    report = read_json(speed_dir / SPEED_FILE)["speed"]
-    assert isinstance(report, list)
-    timed = {row["model"]: row for row in report if row["scenario"] in scenarios and row["phase"] == phase}
+    report = read_json(speed_dir / SPEED_FILE)
+    rows = report["speed"]
+    assert isinstance(rows, list)
+    timed = {
+        row["model"]: row
+        for row in rows
+        if row["backend"] == report["backend_of_limits"] and row["scenario"] in scenarios and row["phase"] == phase
+    }
     if not timed:
         raise ArtifactError(
             f"{speed_dir / SPEED_FILE} has no {phase} of scenario {' or '.join(scenarios)}: make speed_report again"

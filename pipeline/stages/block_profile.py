@@ -19,10 +19,9 @@ from pipeline.costs import (
 )
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, read_architecture
-from pipeline.puzzle.backends import runtime_name
+from pipeline.puzzle.backends import profile_outside, runtime_name
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks
-from pipeline.puzzle.llama_cpp import profile_in_llama_cpp
 from pipeline.puzzle.predictions import FIXED
 from pipeline.puzzle.profiling import Profile, Samples, profile_blocks
 from pipeline.puzzle.roofline import parent_times_ms, roofline_times
@@ -81,8 +80,8 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
 def _measured(
     architecture: Architecture, space: SearchSpace, *, config: BlockProfileStage, inputs: StageInputs, out_dir: Path
 ) -> Profile:
-    if config.profile.backend == "llama_cpp":
-        return profile_in_llama_cpp(
+    if config.profile.backend != "torch":
+        return profile_outside(
             architecture, space, profile=config.profile, work_dir=out_dir / WORK_DIR, reporter=inputs.reporter
         )
     return profile_blocks(

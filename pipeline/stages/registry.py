@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.architecture import Frozen
 from pipeline.errors import RecipeError
-from pipeline.recipe import Recipe, Target
+from pipeline.recipe import Backend, Recipe, Target
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import configs
 from pipeline.stages.checks import CHECKS, Check
@@ -24,9 +24,10 @@ RunStage = Callable[[Frozen, StageInputs, Path], StageResult]
 class Stage:
     """One stage of the recipe and the asset it makes.
 
-    `version` is raised by hand when the stage computes something else for the same inputs. `measures_hardware` says of
-    a recipe whether the stage's result holds for this machine alone. Of the assets `over_targets`, a stage that all
-    targets share reads every target's artifact that is there and passes its blocking checks; none of them must be.
+    `version` is raised by hand when the stage computes something else for the same inputs. `measures_in` says of a
+    recipe in which runtimes the stage times models: where there is one, its result holds for this machine alone. Of the
+    assets `over_targets`, a stage that all targets share reads every target's artifact that is there and passes its
+    blocking checks; none of them must be.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Stage:
     over_targets: tuple[str, ...] = ()
     per_target: bool = False
     in_child: bool = False
-    measures_hardware: Callable[[Recipe], bool] = lambda recipe: False
+    measures_in: Callable[[Recipe], tuple[Backend, ...]] = lambda recipe: ()
     trains: bool = False
     runs_on_all_ranks: bool = False
     checks: tuple[Check, ...] = ()
@@ -134,6 +135,11 @@ def _fusion_report(recipe: Recipe, _: str) -> Frozen:
         measurement=recipe.baselines.measurement,
         num_threads=recipe.block_profile.num_threads,
     )
+
+
+def _profiled_in(recipe: Recipe) -> tuple[Backend, ...]:
+    backend = recipe.block_profile.backend
+    return () if backend == "roofline" else (backend,)
 
 
 def _speed(recipe: Recipe, target: str) -> Frozen:
@@ -259,7 +265,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         description="Prefill and decode time of every variant, measured or computed, with exact weight and KV memory.",
         in_child=True,
-        measures_hardware=lambda recipe: recipe.block_profile.backend != "roofline",
+        measures_in=_profiled_in,
         checks=CHECKS["block_profile"],
     ),
     Stage(
@@ -367,7 +373,7 @@ STAGES: tuple[Stage, ...] = (
         description="What simpler methods choose under the same limits, scored as whole models and measured.",
         per_target=True,
         in_child=True,
-        measures_hardware=lambda _: True,
+        measures_in=lambda recipe: (recipe.block_profile.measured_in,),
         checks=CHECKS["baselines"],
     ),
     Stage(
@@ -380,7 +386,7 @@ STAGES: tuple[Stage, ...] = (
         description="The child assembled from the library and measured; the search is repeated where it falls short.",
         per_target=True,
         in_child=True,
-        measures_hardware=lambda recipe: True,
+        measures_in=lambda recipe: (recipe.block_profile.measured_in,),
         checks=CHECKS["child_checkpoint"],
     ),
     Stage(
@@ -431,7 +437,7 @@ STAGES: tuple[Stage, ...] = (
         description="What fusion cost, beside reversed and deleted FFNs at equal latency, and after distillation.",
         per_target=True,
         in_child=True,
-        measures_hardware=lambda _: True,
+        measures_in=lambda _: ("torch",),
         checks=CHECKS["fusion_report"],
     ),
     Stage(
@@ -505,10 +511,10 @@ STAGES: tuple[Stage, ...] = (
         version=3,
         inputs=("parent_checkpoint", "child_checkpoint", "rl_checkpoint"),
         config=_speed,
-        description="Prefill and decode of parent, child and final checkpoint, measured in turn; cached tokens.",
+        description="Prefill and decode of parent, child and final checkpoint in each runtime asked for; caches.",
         per_target=True,
         in_child=True,
-        measures_hardware=lambda recipe: True,
+        measures_in=lambda recipe: recipe.speed_report.backends,
         checks=CHECKS["speed_report"],
     ),
     Stage(

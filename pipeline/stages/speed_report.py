@@ -1,9 +1,12 @@
 """speed_report: parent, child and final checkpoint measured in turn, and what their weights and caches hold.
 
-The final checkpoint is held to the target's limits: it is what leaves the pipeline, and fusion changed the child.
+The final checkpoint is held to the target's limits: it is what leaves the pipeline, and fusion changed the child. The
+limits are measured in the profile's runtime; the same models are timed beside it in every other that the recipe lists,
+and in each at several depths.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,11 @@ import torch
 
 from pipeline.artifacts import write_atomically
 from pipeline.costs import BYTES_PER_PARAMETER, MIB, kv_bytes_per_token, num_parameters, weight_mib
+from pipeline.errors import RecipeError
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.puzzle.backends import measure_as_profiled, runtime_name
+from pipeline.puzzle.backends import RUNTIME_NAMES, measure_in, runtime_name
 from pipeline.puzzle.batches import settled_limits, settled_profile
 from pipeline.puzzle.calibration import PHASES
 from pipeline.puzzle.devices import Ranks, place
@@ -24,6 +28,7 @@ from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
 from pipeline.puzzle.search import read_solution
 from pipeline.puzzle.verification import MeasuredLimit, check_model
+from pipeline.recipe import Backend, Scenario
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import SpeedStage
 
@@ -38,15 +43,25 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     config = config.model_copy(update={"limits": limits, "profile": settled_profile(config.profile, limits)})
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
-    measurements = measure_as_profiled(
-        models,
-        profile=config.profile,
-        scenarios=config.profile.scenarios,
-        measurement=config.speed,
-        work_dir=out_dir / WORK_DIR,
-        reporter=inputs.reporter,
-    )
-    speed_rows = _speed_rows(config, measurements)
+    _require_context(models["parent"], config=config)
+    scenarios = (*config.profile.scenarios, *config.speed.depth_scenarios)
+    by_backend: dict[Backend, Measurements] = {
+        backend: measure_in(
+            backend,
+            models,
+            profile=config.profile,
+            scenarios=scenarios,
+            measurement=config.speed.measurement,
+            work_dir=out_dir / WORK_DIR,
+            reporter=inputs.reporter,
+        )
+        for backend in config.speed.backends
+    }
+    measurements = by_backend[config.profile.measured_in]
+    speed_rows = [
+        row for backend, found in by_backend.items() for row in _speed_rows(found, backend=backend, scenarios=scenarios)
+    ]
+    cache_rows = [row for backend, found in by_backend.items() for row in _cache_rows(found, backend=backend)]
     memory_rows = [_memory_row(name, model, config=config) for name, model in models.items()]
     checked = check_model(
         config.limits,
@@ -58,7 +73,13 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         tolerance=config.speed_tolerance,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    report = {"speed": speed_rows, "memory": memory_rows, "limits": [asdict(limit) for limit in checked]}
+    report = {
+        "backend_of_limits": config.profile.measured_in,
+        "speed": speed_rows,
+        "cache": cache_rows,
+        "memory": memory_rows,
+        "limits": [asdict(limit) for limit in checked],
+    }
     write_atomically(out_dir / "speed.json", (json.dumps(report, indent=1) + "\n").encode())
     metrics: dict[str, Number] = {
         "num_rounds": config.speed.rounds,
@@ -83,25 +104,44 @@ def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         metrics=metrics,
         facts={
             "runtime": runtime_name(config.profile),
+            "measured in": "; ".join(RUNTIME_NAMES[backend] for backend in config.speed.backends),
             "dtype": config.profile.precision,
             "threads": str(config.profile.num_threads),
             "hardware": describe_hardware(),
             "interval": f"{100 * coverage:.1f}% by order statistics",
             "peak memory": _peak_memory(device),
         },
-        tables={"speed": _table(speed_rows), "memory": _table(memory_rows), "limits": _limit_table(checked)},
+        tables={
+            "speed": _table(speed_rows),
+            "cache": _table(cache_rows),
+            "memory": _table(memory_rows),
+            "limits": _limit_table(checked),
+        },
     )
 
 
-def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str, Any]]:
+def _require_context(parent: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> None:
+    """Refuse depths behind which the parent cannot decode."""
+    positions = parent.architecture.max_position_embeddings
+    for scenario in config.speed.depth_scenarios:
+        needed = scenario.prompt_tokens + scenario.generation_tokens
+        if needed > positions:
+            raise RecipeError(
+                f"speed_report.depths has {scenario.prompt_tokens:,}: with {scenario.generation_tokens} decode steps "
+                f"{needed:,} positions, and the parent has {positions:,}; take it out"
+            )
+
+
+def _speed_rows(measurements: Measurements, *, backend: Backend, scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
     rows = []
-    for scenario in config.profile.scenarios:
+    for scenario in scenarios:
         for phase in PHASES:
             for model in MODELS:
                 speed = measurements.tokens_per_second(model, scenario, phase)
                 ratio = measurements.speedup(model, scenario.name, phase, over="parent")
                 rows.append(
                     {
+                        "backend": backend,
                         "scenario": scenario.name,
                         "phase": phase,
                         "model": model,
@@ -116,6 +156,21 @@ def _speed_rows(config: SpeedStage, measurements: Measurements) -> list[dict[str
                     }
                 )
     return rows
+
+
+def _cache_rows(measurements: Measurements, *, backend: Backend) -> list[dict[str, Any]]:
+    """Return what a token takes in each model's cache as that runtime lays it out."""
+    parent_bytes = measurements.kv_bytes_per_token["parent"]
+    return [
+        {
+            "backend": backend,
+            "model": model,
+            "kv_bytes_per_token": kv_bytes,
+            "cached_tokens_per_gib": int(GIB // kv_bytes) if kv_bytes else -1,
+            "times_the_parents": round(parent_bytes / kv_bytes, 4) if kv_bytes else -1,
+        }
+        for model, kv_bytes in measurements.kv_bytes_per_token.items()
+    ]
 
 
 def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: SpeedStage) -> dict[str, Any]:

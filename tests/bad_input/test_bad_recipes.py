@@ -93,7 +93,7 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "profile without a backend": (
         {"block_profile.backend": None},
-        ["block_profile.backend", "'torch', 'llama_cpp' or 'roofline'"],
+        ["block_profile.backend", "'torch', 'llama_cpp', 'vllm' or 'roofline'"],
     ),
     "roofline of no device": (
         {"block_profile.backend": "roofline"},
@@ -166,6 +166,32 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
             * 2
         },
         ["block_profile.scenarios has 'chat' twice"],
+    ),
+    "speed report without the profile's backend": (
+        {"block_profile.backend": "vllm"},
+        ["speed_report.backends is ['torch']", "measured in 'vllm'", "add it"],
+    ),
+    "batch for llama-bench in the speed report": (
+        {
+            "speed_report.backends": ["torch", "llama_cpp"],
+            "block_profile.scenarios": [
+                {"name": "chat", "batch_size": 8, "prompt_tokens": 64, "generation_tokens": 32}
+            ],
+        },
+        ["speed_report.backends has 'llama_cpp'", "chat of block_profile has a batch_size above 1"],
+    ),
+    "speed report in one backend twice": (
+        {"speed_report.backends": ["torch", "torch"]},
+        ["speed_report.backends is ['torch', 'torch']: name each once"],
+    ),
+    "depth with a scenario's name": (
+        {
+            "speed_report.depths": [64],
+            "block_profile.scenarios": [
+                {"name": "depth-64", "batch_size": 1, "prompt_tokens": 64, "generation_tokens": 32}
+            ],
+        },
+        ["block_profile has a scenario 'depth-64'", "rename it"],
     ),
     "limit in an unknown scenario": (
         {"targets.light.limits": [{"quantity": "memory_mib", "scenario": "x", "bound": 2, "relative_to": "parent"}]},

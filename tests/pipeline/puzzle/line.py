@@ -75,7 +75,7 @@ SEARCH = SearchConfig(
     speed_margin=0.0,
     speed_tolerance=0.05,
 )
-SPEED = SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=0.5)
+SPEED = SpeedReportConfig(rounds=3, warmups=1, device_memory_gib=0.5, backends=("torch",), depths=(5,))
 
 
 def target(*limits: Limit) -> Requirements:

@@ -14,6 +14,7 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.costs import num_parameters
 from pipeline.errors import InfeasibleError, RecipeError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
+from pipeline.model.repacking import portable
 from pipeline.puzzle.library import BlockKey, load_block, read_index
 from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.search import read_pool, read_solution
@@ -34,6 +35,7 @@ from pipeline.stages.configs import (
     SpeedStage,
 )
 from tests.pipeline.puzzle.builders import limit
+from tests.pipeline.puzzle.fake_runtimes import install_llama_bench, install_vllm
 from tests.pipeline.puzzle.line import PROFILE, SEARCH, SPACE, SPEED, Line, target
 
 
@@ -269,7 +271,6 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     assert result.metrics["parent_weights_mib"] == pytest.approx(weights_bytes / 2**20, abs=1e-3)
     # 3 layers x 2 heads x 8 values for keys and for values, 4 bytes each.
     assert result.metrics["parent_cached_tokens"] == (2**29 - weights_bytes) // (3 * 2 * 8 * 2 * 4)
-    assert len(result.tables["speed"].rows) == 3 * 2
     memory = dict(zip(result.tables["memory"].columns, result.tables["memory"].rows[0], strict=True))
     held_mib = (weights_bytes + 16 * 3 * 2 * 8 * 2 * 4) / 2**20
     assert memory["chat_weights_and_cache_mib"] == pytest.approx(held_mib, abs=0.01)
@@ -278,3 +279,50 @@ def test_speed_report_measures_three_models_and_counts_their_memory(line: Line, 
     assert memory["chat_activations_mib"] == pytest.approx(activation_bytes / 2**20, abs=0.01)
     assert memory["chat_memory_mib"] == pytest.approx(held_mib + activation_bytes / 2**20, abs=0.02)
     assert memory["chat_cached_tokens_that_fit"] == (2**29 - weights_bytes - activation_bytes) // (3 * 2 * 8 * 2 * 4)
+    rows = json.loads((tmp_path / "speed/speed.json").read_text())["speed"]
+    assert len(result.tables["speed"].rows) == len(rows) == 2 * 3 * 2
+    assert {(row["backend"], row["scenario"]) for row in rows} == {("torch", "chat"), ("torch", "depth-5")}
+    cache = dict((row[1], row[2:4]) for row in result.tables["cache"].rows)
+    assert cache["parent"] == (3 * 2 * 8 * 2 * 4, 2**30 // (3 * 2 * 8 * 2 * 4))
+    assert cache["final"][0] == 2 * 8 * 4 * sum(block.attention.num_key_value_heads or 0 for block in final.blocks)
+
+
+def test_speed_report_times_the_same_models_in_every_backend(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install_llama_bench(tmp_path / "runtimes", monkeypatch)
+    install_vllm(tmp_path / "runtimes", monkeypatch)
+    wanted = target(limit("num_parameters", 0.8))
+    line.mip(wanted, tmp_path / "mip")
+    line.child(wanted, tmp_path / "mip", tmp_path / "child")
+    inputs = line.workplace.inputs(child_checkpoint=tmp_path / "child", rl_checkpoint=tmp_path / "child")
+    speed = SPEED.model_copy(update={"backends": ("torch", "llama_cpp", "vllm")})
+    config = SpeedStage(profile=PROFILE, speed=speed, limits=(), speed_tolerance=0.05)
+    result = speed_report.run(config, inputs, tmp_path / "speed")
+    report = json.loads((tmp_path / "speed/speed.json").read_text())
+    assert report["backend_of_limits"] == "torch"
+    served = portable(read_architecture(tmp_path / "child")).architecture
+    for backend in ("llama_cpp", "vllm"):
+        decode = {
+            (row["scenario"], row["model"]): row
+            for row in report["speed"]
+            if (row["backend"], row["phase"]) == (backend, "decode")
+        }
+        assert decode["depth-5", "child"]["speedup"] == decode["chat", "final"]["speedup"] > 1
+        bytes_per_value = {"llama_cpp": 2, "vllm": 4}[backend]
+        cache = {row["model"]: row["kv_bytes_per_token"] for row in report["cache"] if row["backend"] == backend}
+        assert cache["parent"] == 3 * 2 * 8 * 2 * bytes_per_value
+        assert cache["final"] == 2 * 8 * bytes_per_value * sum(
+            block.attention.num_key_value_heads or 0 for block in served.blocks
+        )
+    assert result.facts["measured in"] == "torch eager; llama.cpp, random weights; vLLM, random weights"
+
+
+def test_depth_beyond_the_parents_positions_is_refused_before_anything_is_timed(line: Line, tmp_path: Path):
+    inputs = line.workplace.inputs(child_checkpoint=line.workplace.parent_dir, rl_checkpoint=line.workplace.parent_dir)
+    positions = line.workplace.architecture.max_position_embeddings
+    speed = SPEED.model_copy(update={"depths": (positions,)})
+    with pytest.raises(RecipeError, match=f"{positions + 8:,} positions, and the parent has {positions:,}"):
+        speed_report.run(
+            SpeedStage(profile=PROFILE, speed=speed, limits=(), speed_tolerance=0.05), inputs, tmp_path / "speed"
+        )

@@ -93,13 +93,18 @@ def make_inputs(tmp_path: Path) -> StageInputs:
     names = ("parent", "child", "rl")
     write_evaluations(tmp_path / "evaluation", checkpoints={name: checkpoint_evaluation(name) for name in names})
     rows = [
-        {"scenario": "chat", "phase": phase, "model": model}
+        {"backend": backend, "scenario": "chat", "phase": phase, "model": model}
         | {"speedup": speed, "speedup_low": speed - 0.1, "speedup_high": speed + 0.1, "num_rounds": 5}
-        for model, speed in (("parent", 1.0), ("child", 1.4), ("final", 1.45))
+        for backend, model, speed in (
+            ("torch", "parent", 1.0),
+            ("torch", "child", 1.4),
+            ("torch", "final", 1.45),
+            ("vllm", "child", 9.0),
+        )
         for phase in ("decode", "prefill")
     ]
     (tmp_path / "speed").mkdir()
-    (tmp_path / "speed" / "speed.json").write_text(json.dumps({"speed": rows}))
+    (tmp_path / "speed" / "speed.json").write_text(json.dumps({"backend_of_limits": "torch", "speed": rows}))
     artifacts = {
         target_key("baselines", "fast"): tmp_path / "fast",
         target_key("baselines", "small"): tmp_path / "small",

@@ -1,0 +1,152 @@
+"""Times taken by vLLM, of whole models with random weights, in a process of vLLM's own environment.
+
+All engines live in one process, with one engine step after the other on its clock: scheduling and sampling are in the
+times, a server's HTTP is not. They run as `vllm serve` runs them by default, compiled and, on a GPU, as CUDA graphs.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.architecture import Architecture
+from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
+from pipeline.errors import StageError
+from pipeline.model.checkpoint import TORCH_DTYPES
+from pipeline.model.decilm_config import decilm_config
+from pipeline.model.exported_code import configuration_decilm
+from pipeline.model.repacking import portable
+from pipeline.processes import LineServer
+from pipeline.progress import Reporter
+from pipeline.puzzle import vllm_driver
+from pipeline.puzzle.calibration import PHASES, Phase
+from pipeline.puzzle.measure import Measurements
+from pipeline.puzzle.timing import decode_work
+from pipeline.recipe import MeasurementConfig, Precision, ProfileConfig, Scenario
+from pipeline.runtimes import require_python
+
+START_TIMEOUT_S = 600.0
+ANSWER_TIMEOUT_S = 3600.0  # loading compiles
+SLACK_TOKENS = 512  # of a sequence's cache, which is given out in blocks
+
+
+class VLLM:
+    """The driver in its own process; errors of vLLM come back as ours."""
+
+    def __init__(self, *, work_dir: Path, num_threads: int) -> None:
+        """The process starts with the first question.
+
+        Raises:
+            RuntimeMissingError: when vLLM is not installed.
+        """
+        self._log = work_dir / "vllm.log"
+        # -P: what lies beside the driver is not for vLLM to import.
+        settings = (str(self._log), str(num_threads), configuration_decilm.__file__)
+        command = (str(require_python("vllm")), "-P", vllm_driver.__file__, *settings)
+        self._server = LineServer(command, start_timeout_s=START_TIMEOUT_S)
+
+    def __enter__(self) -> "VLLM":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._server.__exit__()
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Return the driver's answer.
+
+        Raises:
+            StageError: with what vLLM said last when it fails, dies or runs past an hour.
+        """
+        line = self._server.ask(json.dumps(request), timeout_s=ANSWER_TIMEOUT_S)
+        if line is None:
+            tail = self._log.read_text(errors="replace").splitlines()[-12:] if self._log.is_file() else []
+            raise StageError(f"vLLM gave no answer to {request}; it said last:\n" + "\n".join(tail))
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise StageError(f"vLLM failed at {request}:\n" + "\n".join(found["error"].strip().splitlines()[-12:]))
+        return found
+
+
+def measure_in_vllm(
+    architectures: Mapping[str, Architecture],
+    *,
+    profile: ProfileConfig,
+    scenarios: Sequence[Scenario],
+    measurement: MeasurementConfig,
+    work_dir: Path,
+    reporter: Reporter,
+) -> Measurements:
+    """Time prefill and decode of whole models as re-packed for vLLM, in turn.
+
+    Every model is timed once per round; the one that begins changes, so a change of the machine's load meets all.
+
+    Raises:
+        RuntimeMissingError: when vLLM is not installed.
+        StageError: when it cannot run a model.
+    """
+    names = list(architectures)
+    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
+    num_rounds = measurement.warmups + measurement.rounds
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(dir=work_dir) as directory,
+        VLLM(work_dir=work_dir, num_threads=profile.num_threads) as vllm,
+    ):
+        kv_bytes = {}
+        for index, (name, architecture) in enumerate(architectures.items()):
+            request = _load_request(
+                name, architecture, Path(directory, str(index)), scenarios=scenarios, precision=profile.precision
+            )
+            kv_bytes[name] = float(vllm.ask(request)["kv_bytes_per_token"])
+            reporter.step(index + 1, len(names), what="models loaded by vLLM")
+        for round_index in range(num_rounds):
+            begin = round_index % len(names)
+            for scenario in scenarios:
+                for name in names[begin:] + names[:begin]:
+                    for phase in PHASES:
+                        time_ms = _time_ms(vllm, name, scenario, phase)
+                        if round_index >= measurement.warmups:
+                            times[name, scenario.name, phase].append(time_ms)
+            reporter.step(round_index + 1, num_rounds, what="vLLM rounds")
+    return Measurements(times_ms={key: tuple(values) for key, values in times.items()}, kv_bytes_per_token=kv_bytes)
+
+
+def _load_request(
+    name: str, architecture: Architecture, directory: Path, *, scenarios: Sequence[Scenario], precision: Precision
+) -> dict[str, object]:
+    served = portable(architecture).architecture
+    torch_dtype = str(TORCH_DTYPES[precision]).removeprefix("torch.")
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(decilm_config(served, torch_dtype=torch_dtype)))
+    works = [(scenario, *decode_work(scenario)) for scenario in scenarios]
+    max_batch_size = max(scenario.batch_size for scenario in scenarios)
+    max_tokens = max(before + num_steps + 1 for _, before, num_steps in works)
+    bytes_per_value = BYTES_PER_PARAMETER[precision]
+    cached_tokens = max(
+        scenario.batch_size * (before + num_steps + SLACK_TOKENS) for scenario, before, num_steps in works
+    )
+    return {
+        "load": name,
+        "directory": str(directory),
+        "dtype": torch_dtype,
+        "max_tokens": max_tokens,
+        "max_batch_size": max_batch_size,
+        "max_prefill_tokens": max(max_batch_size, *(scenario.batch_size * before for scenario, before, _ in works)),
+        "cache_bytes": int(cached_tokens * kv_bytes_per_token(served, bytes_per_value=bytes_per_value)),
+    }
+
+
+def _time_ms(vllm: VLLM, name: str, scenario: Scenario, phase: Phase) -> float:
+    """Return the milliseconds of the whole prefill, or of one decode step half-way through the generation."""
+    before, num_steps = decode_work(scenario)
+    work = {"time": name, "batch_size": scenario.batch_size}
+    if phase == "prefill":
+        (time_ms,) = vllm.ask(work | {"num_prompt_tokens": scenario.prompt_tokens, "num_tokens": 1})["steps_ms"]
+        return float(time_ms)
+    _, *steps_ms = vllm.ask(work | {"num_prompt_tokens": before, "num_tokens": 1 + num_steps})["steps_ms"]
+    return statistics.fmean(steps_ms)
