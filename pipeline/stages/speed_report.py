@@ -38,12 +38,12 @@ GIB = 2**30
 
 def run(config: SpeedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Write speed.json: every median with its interval, the memory of each model, and the limits of the target."""
-    solution = read_solution(inputs["child_checkpoint"])
-    limits = settled_limits(config.limits, config.profile, [one.limit for one in solution.limits])
-    config = config.model_copy(update={"limits": limits, "profile": settled_profile(config.profile, limits)})
     dtype, device = TORCH_DTYPES[config.profile.precision], Ranks().device
     models = {name: place(load_model(inputs[asset], dtype=dtype), device) for name, asset in MODELS.items()}
     _require_context(models["parent"], config=config)
+    solution = read_solution(inputs["child_checkpoint"])
+    limits = settled_limits(config.limits, config.profile, [one.limit for one in solution.limits])
+    config = config.model_copy(update={"limits": limits, "profile": settled_profile(config.profile, limits)})
     scenarios = (*config.profile.scenarios, *config.speed.depth_scenarios)
     by_backend: dict[Backend, Measurements] = {
         backend: measure_in(

@@ -201,7 +201,7 @@ def test_a_swept_batch_is_chosen_once_and_kept_by_all_later_stages(line: Line, t
     inputs = line.workplace.inputs(child_checkpoint=tmp_path / "child", rl_checkpoint=tmp_path / "child")
     config = SpeedStage(profile=swept, speed=SPEED, limits=wanted.limits, speed_tolerance=0.05)
     speed = speed_report.run(config, inputs, tmp_path / "speed")
-    assert {row[0] for row in speed.tables["speed"].rows} == {"chat-batch-1"}
+    assert {row[1] for row in speed.tables["speed"].rows} == {"chat-batch-1", "depth-5"}
     assert speed.metrics["num_missed_limits"] == 0
 
 
