@@ -32,6 +32,8 @@ from pipeline.artifacts import (
 from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
+from pipeline.model.architecture_files import parent_architecture
+from pipeline.model.shards import SUBBLOCKS_DIR
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import llama_cpp_id
@@ -121,6 +123,7 @@ def materialize(
         MissingInputError: when an upstream artifact is not there.
         ArtifactError: when the bytes of an upstream artifact are not those of its manifest.
         StageError: when an input failed a blocking check, or the stage ends without a result.
+        CheckpointError: before anything runs, when the layers of the recipe's parent differ.
     """
     try:
         return _materialize(workspace, get_stage(stage_name), target, on_progress or (lambda _: None))
@@ -134,6 +137,8 @@ def materialize(
 
 
 def _materialize(workspace: Workspace, stage: Stage, target: str, listener: ProgressListener) -> Outcome:
+    # First of all: a parent that cannot be searched stops data stages too, and costs nobody a hash of its weights.
+    parent_architecture(workspace.recipe.parent)
     store = workspace.store
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
@@ -293,7 +298,8 @@ def _verify_once(artifact: Artifact) -> None:
 def _environment(config: Frozen) -> dict[str, str]:
     """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
-        return _file_hashes(Path(config.parent.path).expanduser(), "*")
+        directory = Path(config.parent.path).expanduser()
+        return _file_hashes(directory, "*") | _file_hashes(directory / SUBBLOCKS_DIR, "*")
     found: dict[str, str] = {}
     if isinstance(config, CorporaStage):
         for source in config.corpora.sources:

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pipeline.errors import CheckpointError
+from pipeline.model.shards import SUBBLOCKS_DIR
 from pipeline.recipe import HubParent
 
 _SAFE_FILES = (
@@ -15,6 +16,7 @@ _SAFE_FILES = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
+    f"{SUBBLOCKS_DIR}/*.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
