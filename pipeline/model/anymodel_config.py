@@ -1,8 +1,8 @@
 """The AnyModel schema of NVIDIA's Model-Optimizer: a Llama's config.json with block_configs. Imports no torch.
 
 Each entry states its sizes outright, num_key_value_heads and intermediate_size; the sizes beside block_configs are
-those of the parent that was pruned. Weights have Llama's names, those of a removed subblock are absent, and the index may put
-them below subblocks_safetensors/. Source: NVIDIA/Model-Optimizer, modelopt/torch/puzzletron/block_config.py.
+those of the parent that was pruned. Weights have Llama's names, those of a removed subblock are absent, and the index
+may put them below subblocks_safetensors/. Source: NVIDIA/Model-Optimizer, modelopt/torch/puzzletron/block_config.py.
 """
 
 from pathlib import Path

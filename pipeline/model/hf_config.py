@@ -1,7 +1,7 @@
-"""Reading a Hugging Face Llama's config.json into an Architecture. No weights, no tokenizer.
+"""A Hugging Face Llama's config.json as an Architecture, and back. No weights, no tokenizer.
 
-The file is data here: no class of transformers sees it. Every key is known or refused, since an unknown one may change
-what the model computes.
+The file is data here: no class of transformers sees it. When it is read, every key is known or refused, since
+an unknown one may change what the model computes.
 """
 
 import json
@@ -107,6 +107,45 @@ def llama_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], pat
         raise CheckpointError(f"{path} does not describe a Llama that can be built: {err}") from err
     require_tokens_in_vocabulary(architecture, path=path)
     return architecture
+
+
+def llama_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, Any]:
+    """Return the config.json of an architecture whose layers are all the same attention and FFN.
+
+    Rotary settings in the older spelling, which every reader of a Llama knows.
+
+    Raises:
+        CheckpointError: if the layers differ.
+    """
+    block, scaling = architecture.homogeneous_block(), architecture.rope_scaling
+    eos_ids = list(architecture.eos_token_ids)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": architecture.attention_bias,
+        "attention_dropout": 0.0,
+        "bos_token_id": architecture.bos_token_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else (eos_ids or None),
+        "head_dim": architecture.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": architecture.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": block.ffn.intermediate_size,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "mlp_bias": architecture.mlp_bias,
+        "model_type": "llama",
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_hidden_layers": architecture.num_hidden_layers,
+        "num_key_value_heads": block.attention.num_key_value_heads,
+        "pad_token_id": architecture.pad_token_id,
+        "pretraining_tp": 1,
+        "rms_norm_eps": architecture.rms_norm_eps,
+        "rope_scaling": None if scaling is None else scaling.model_dump(),
+        "rope_theta": architecture.rope_theta,
+        "tie_word_embeddings": architecture.tie_word_embeddings,
+        "torch_dtype": torch_dtype,
+        "use_cache": True,
+        "vocab_size": architecture.vocab_size,
+    }
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
