@@ -153,7 +153,7 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
         began = time.monotonic()
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
-            _require_sound(artifact, workspace.recipe)
+            require_sound(artifact, workspace.recipe)
         result = run_stage(
             stage,
             stage.config(workspace.recipe, target),
@@ -268,8 +268,8 @@ def _write_identity(out_dir: Path, identity: dict[str, object], *, recipe: str, 
     write_atomically(out_dir / IDENTITY, f"{text}\n".encode())
 
 
-def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
-    """Refuse an input that failed a blocking check, in whichever run that was, or whose bytes have changed.
+def require_sound(artifact: Artifact, recipe: Recipe) -> None:
+    """Refuse an artifact that failed a blocking check, in whichever run that was, or whose bytes have changed.
 
     Raises:
         StageError: naming the check, its value and its bound.
