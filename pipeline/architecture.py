@@ -144,7 +144,7 @@ class Architecture(Frozen):
         """Return the block that every layer of this parent is.
 
         Raises:
-            CheckpointError: if the layers differ, as they do in a child.
+            CheckpointError: if the layers differ, as they do in a child, or lack a real attention or FFN.
         """
         first = self.blocks[0]
         for layer, block in enumerate(self.blocks):
@@ -153,6 +153,10 @@ class Architecture(Frozen):
                     f"layer {layer} is {block.key} while layer 0 is {first.key}: a parent must have equal layers; "
                     "give the original Llama checkpoint as the parent"
                 )
+        if (first.attention.kind, first.ffn.kind) != ("gqa", "swiglu"):
+            raise CheckpointError(
+                f"every layer is {first.key}: a parent has grouped-query attention and a gated FFN in every layer"
+            )
         return first
 
     def to_json(self) -> dict[str, Any]:

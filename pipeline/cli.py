@@ -6,6 +6,7 @@
     python -m pipeline summary
     python -m pipeline chat [--thinking on|off] QUESTION
     python -m pipeline serve [--port N] [--runtime llama.cpp|vllm]
+    python -m pipeline push --repo OWNER/NAME [--public]
     python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
     python -m pipeline collect [--remove]
 
@@ -20,13 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pipeline.artifacts import write_atomically
+from pipeline.artifacts import Artifact, write_atomically
 from pipeline.errors import MissingInputError, RecipeError, RefitError
-from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, refit_home
+from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, refit_home, require_sound
 from pipeline.processes import become
 from pipeline.progress import render_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import RECIPES_DIR, load_recipe
+from pipeline.stage import VIEW_DIR
 from pipeline.stages.process import REPOSITORY
 from pipeline.stages.registry import STAGES
 
@@ -60,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = summarise(workspace, target=target, started_at=given.started_at)
             case "serve":
                 serve(workspace, target=target, port=given.port, runtime=given.runtime)
+            case "push":
+                text = push(workspace, target=target, repo_id=given.repo, public=given.public)
             case _:
                 text = answer(workspace, target=target, question=given.question, thinking=given.thinking == "on")
     except RefitError as err:
@@ -223,6 +227,39 @@ def serve(workspace: Workspace, *, target: str, port: int, runtime: "Runtime | N
     become(server.command, env=server.env)
 
 
+def push(workspace: Workspace, *, target: str, repo_id: str, public: bool) -> str:
+    """Push the exported model with its card as README.md to the Hugging Face hub; return where it went.
+
+    Raises:
+        MissingInputError: when the target has no exported model or no model card yet.
+        StageError: when either failed a blocking check.
+        ArtifactError: when a file is not the one that was published.
+        HubError: as push_to_hub.
+    """
+    from pipeline.model.hub import push_to_hub  # huggingface_hub is slow to import
+    from pipeline.stages.model_card import CARD_FILE
+
+    exported, card = (
+        _sound_artifact(workspace, stage_name, target=target) for stage_name in ("exported_model", "model_card")
+    )
+    names = [name for name in exported.manifest.files if Path(name).parts[0] != VIEW_DIR]
+    address = push_to_hub(
+        {**{name: exported.path / name for name in names}, "README.md": card.path / CARD_FILE},
+        repo_id=repo_id,
+        public=public,
+        message=f"{workspace.recipe.name}, target {target}: {exported.content_hash}",
+    )
+    return f"pushed {len(names) + 1} files to {repo_id}, {'public' if public else 'private'}: {address}"
+
+
+def _sound_artifact(workspace: Workspace, stage_name: str, *, target: str) -> Artifact:
+    artifact = find_artifact(workspace, stage_name, target)
+    if artifact is None:
+        raise _not_materialized(workspace, stage_name, target=target)
+    require_sound(artifact, workspace.recipe)
+    return artifact
+
+
 def _not_materialized(workspace: Workspace, stage_name: str, *, target: str) -> MissingInputError:
     recipe = workspace.recipe.name
     return MissingInputError(
@@ -255,7 +292,10 @@ def _parser() -> argparse.ArgumentParser:
     server = commands.add_parser("serve", help="serve the exported model as an OpenAI-compatible API on 127.0.0.1")
     server.add_argument("--port", type=int, default=8080)
     server.add_argument("--runtime", choices=("llama.cpp", "vllm"), help="the first installed when not given")
-    for command in (plan, why, doctor, gone, one, summary, chat, server):
+    upload = commands.add_parser("push", help="push the exported model and its card to the Hugging Face hub, private")
+    upload.add_argument("--repo", required=True, help="owner/name; made where it is missing")
+    upload.add_argument("--public", action="store_true", help="let everybody have it")
+    for command in (plan, why, doctor, gone, one, summary, chat, server, upload):
         command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint that is refused: wrong family, unsafe files, missing or broken tensors."""
 
 
+class HubError(UserError):
+    """A model hub that cannot be reached or refuses, or a repository that is not as private as was asked."""
+
+
 class DataError(UserError):
     """A source, corpus or mixture that cannot give what the recipe asks of it."""
 

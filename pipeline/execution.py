@@ -34,6 +34,8 @@ from pipeline.errors import DataError, MissingInputError, RecipeError, RefitErro
 from pipeline.evaluation.task_files import files_read_by
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
+from pipeline.model.architecture_files import parent_architecture
+from pipeline.model.shards import SUBBLOCKS_DIR
 from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
@@ -123,6 +125,7 @@ def materialize(
         MissingInputError: when an upstream artifact is not there.
         ArtifactError: when the bytes of an upstream artifact are not those of its manifest.
         StageError: when an input failed a blocking check, or the stage ends without a result.
+        CheckpointError: before anything runs, when the layers of the recipe's parent differ.
     """
     try:
         return _materialize(workspace, get_stage(stage_name), target, on_progress or (lambda _: None))
@@ -136,6 +139,8 @@ def materialize(
 
 
 def _materialize(workspace: Workspace, stage: Stage, target: str, listener: ProgressListener) -> Outcome:
+    # First of all: a parent that cannot be searched stops data stages too, and costs nobody a hash of its weights.
+    parent_architecture(workspace.recipe.parent)
     store = workspace.store
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
@@ -150,7 +155,7 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
         began = time.monotonic()
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
-            _require_sound(artifact, workspace.recipe)
+            require_sound(artifact, workspace.recipe)
         result = run_stage(
             stage,
             stage.config(workspace.recipe, target),
@@ -278,8 +283,8 @@ def _write_identity(out_dir: Path, identity: dict[str, object], *, recipe: str, 
     write_atomically(out_dir / IDENTITY, f"{text}\n".encode())
 
 
-def _require_sound(artifact: Artifact, recipe: Recipe) -> None:
-    """Refuse an input that failed a blocking check, in whichever run that was, or whose bytes have changed.
+def require_sound(artifact: Artifact, recipe: Recipe) -> None:
+    """Refuse an artifact that failed a blocking check, in whichever run that was, or whose bytes have changed.
 
     Raises:
         StageError: naming the check, its value and its bound.
@@ -308,7 +313,8 @@ def _verify_once(artifact: Artifact) -> None:
 def _environment(config: Frozen) -> dict[str, str]:
     """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
-        return _file_hashes(Path(config.parent.path).expanduser(), "*")
+        directory = Path(config.parent.path).expanduser()
+        return _file_hashes(directory, "*") | _file_hashes(directory / SUBBLOCKS_DIR, "*")
     found: dict[str, str] = {}
     if isinstance(config, EvaluationStage) and config.evaluation.lm_eval is not None:
         found |= _task_file_hashes(config.evaluation.lm_eval.include_path)

@@ -1,11 +1,16 @@
-"""Architectures known from configuration alone: shipped files, a config.json, a recipe's parent. Imports no torch."""
+"""Architectures known from configuration alone: shipped files, a config.json, a recipe's parent. Imports no torch.
+
+A config.json says itself which of three formats it is: a plain Llama's, DeciLM (nemotron-nas) v1, or AnyModel.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.architecture import Architecture, BlockSpec, gqa, swiglu
 from pipeline.errors import CheckpointError, RecipeError
+from pipeline.model.anymodel_config import anymodel_architecture, is_anymodel
 from pipeline.model.decilm_config import MODEL_TYPE, decilm_architecture
-from pipeline.model.hf_config import llama_architecture, read_json_object, read_llama_config
+from pipeline.model.hf_config import llama_architecture, read_json_object
 from pipeline.recipe import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 
 ARCHITECTURES_DIR = Path(__file__).parents[1] / "architectures"
@@ -18,7 +23,7 @@ def load_architecture(name_or_path: str) -> Architecture:
 
     Raises:
         RecipeError: when there is no such file, listing the shipped names.
-        CheckpointError: when it describes something else than a Llama or a DeciLM (nemotron-nas) v1 model.
+        CheckpointError: when it describes something else than a Llama, DeciLM v1 or AnyModel.
     """
     shipped = ARCHITECTURES_DIR / f"{name_or_path}.json"
     path = shipped if Path(name_or_path).name == name_or_path and shipped.is_file() else Path(name_or_path).expanduser()
@@ -28,10 +33,28 @@ def load_architecture(name_or_path: str) -> Architecture:
             f"no architecture {name_or_path!r}: give the path of a config.json, or one of "
             f"{', '.join(sorted(file.stem for file in ARCHITECTURES_DIR.glob('*.json')))}"
         )
-    config = read_json_object(path)
+    return _architecture(read_json_object(path), token_ids={}, path=path)
+
+
+def directory_architecture(directory: Path) -> Architecture:
+    """Return what a Hugging Face checkpoint is, from its config.json and the token ids of generation_config.json.
+
+    Raises:
+        CheckpointError: for anything but a plain Llama, DeciLM v1 or AnyModel: another family, quantisation, another
+            activation or rotary rule, windows, experts, or a key that is not known.
+    """
+    generation = directory / "generation_config.json"
+    token_ids = read_json_object(generation) if generation.is_file() else {}
+    path = directory / "config.json"
+    return _architecture(read_json_object(path), token_ids=token_ids, path=path)
+
+
+def _architecture(config: dict[str, Any], *, token_ids: dict[str, Any], path: Path) -> Architecture:
     if config.get("model_type") == MODEL_TYPE:
-        return decilm_architecture(config, path=path)
-    return llama_architecture(config, token_ids={}, path=path)
+        return decilm_architecture(config, token_ids=token_ids, path=path)
+    if is_anymodel(config):
+        return anymodel_architecture(config, token_ids=token_ids, path=path)
+    return llama_architecture(config, token_ids=token_ids, path=path)
 
 
 def parent_architecture(parent: ParentConfig) -> Architecture:
@@ -39,15 +62,17 @@ def parent_architecture(parent: ParentConfig) -> Architecture:
 
     Raises:
         RecipeError: when the parent names no architecture that can be found, or its own figures do not fit.
-        CheckpointError: when a config.json cannot be read.
+        CheckpointError: when a config.json cannot be read, or the layers are not all the same attention and FFN.
     """
     match parent:
         case RandomParent():
-            return random_architecture(parent)
+            architecture = random_architecture(parent)
         case LocalParent():
-            return read_llama_config(Path(parent.path).expanduser())
+            architecture = directory_architecture(Path(parent.path).expanduser())
         case WheelParent() | HubParent():
-            return load_architecture(parent.architecture)
+            architecture = load_architecture(parent.architecture)
+    architecture.homogeneous_block()
+    return architecture
 
 
 def random_architecture(config: RandomParent) -> Architecture:

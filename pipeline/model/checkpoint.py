@@ -24,7 +24,15 @@ from pipeline.architecture import Architecture
 from pipeline.artifacts import write_atomically
 from pipeline.errors import CheckpointError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, empty_model
-from pipeline.model.shards import INDEX_FILE, MAX_SHARD_BYTES, WEIGHTS_FILE, checkpoint_shapes, index_json, shard_name
+from pipeline.model.shards import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    SUBBLOCKS_DIR,
+    WEIGHTS_FILE,
+    checkpoint_shapes,
+    index_json,
+    shard_name,
+)
 
 ARCHITECTURE_FILE = "architecture.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -61,9 +69,7 @@ class TensorReader:
 
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
-        if name not in self._shard_of:
-            raise CheckpointError(f"{self.directory} holds no tensor {name}")
-        return self.directory / self._shard_of[name]
+        return self.directory / self._held_in(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -98,8 +104,13 @@ class TensorReader:
         for name in self.names:
             yield name, self.read(name)
 
+    def _held_in(self, name: str) -> str:
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.directory} holds no tensor {name}")
+        return self._shard_of[name]
+
     def _file(self, name: str) -> Any:
-        return self._files[self.path(name).name]
+        return self._files[self._held_in(name)]
 
     def _slice(self, name: str) -> Any:
         return self._file(name).get_slice(name)
@@ -295,9 +306,11 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise CheckpointError(f"{path} has no weight_map of tensor names to files") from err
         for shard in shard_of.values():
-            if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            file = shard.removeprefix(f"{SUBBLOCKS_DIR}/")
+            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{path} names the shard {shard!r}; a shard is a .safetensors file in the same directory"
+                    f"{path} names the shard {shard!r}; a shard is a .safetensors file in the same directory, or in "
+                    f"its {SUBBLOCKS_DIR}"
                 )
         return shard_of
     if (directory / WEIGHTS_FILE).is_file():

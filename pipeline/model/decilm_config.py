@@ -21,7 +21,13 @@ from pipeline.architecture import (
     swiglu,
 )
 from pipeline.errors import CheckpointError
-from pipeline.model.hf_config import HARMLESS_KEYS, read_rope, read_token_ids
+from pipeline.model.hf_config import (
+    HARMLESS_KEYS,
+    read_rope,
+    read_special_tokens,
+    require_known_keys,
+    require_tokens_in_vocabulary,
+)
 
 MODEL_TYPE = "nemotron-nas"
 CLASS_NAME = "DeciLMForCausalLM"
@@ -136,19 +142,20 @@ def ffn_multiplier(width: int, *, hidden_size: int) -> float:
     return multiplier
 
 
-def decilm_architecture(config: dict[str, Any], *, path: Path) -> Architecture:
-    """Return what a DeciLM v1 config.json says; layer i does the work of parent layer i.
+def decilm_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], path: Path) -> Architecture:
+    """Return what a DeciLM v1 config.json says, with further token ids from its generation_config.json.
+
+    Layer i does the work of parent layer i.
 
     Layers without attention and FFN, which published files keep as placeholders, are layers here too.
 
     Raises:
-        CheckpointError: for another model type, a block with sinks, windows or sparsity, or a key that is not known.
+        CheckpointError: for another model type, quantisation, a block with sinks, windows or sparsity, or a key that
+            is not known; it names `path`.
     """
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{path} describes model_type {config.get('model_type')!r}; wanted {MODEL_TYPE!r}")
-    unknown = sorted(key for key, value in config.items() if key not in _READ | _IGNORED and value is not None)
-    if unknown:
-        raise CheckpointError(f"{path} has keys that are not known to leave the output alone: {', '.join(unknown)}")
+    require_known_keys(config, known=_READ | _IGNORED, path=path)
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path} has hidden_act {config['hidden_act']!r}; FFNs are gated by silu")
     blocks = config.get("block_configs")
@@ -162,7 +169,7 @@ def decilm_architecture(config: dict[str, Any], *, path: Path) -> Architecture:
         raise CheckpointError(f"{path}: num_attention_heads is {heads!r}, hidden_size {hidden!r}; wanted two counts")
     theta, scaling = read_rope(config, path=path)
     try:
-        return Architecture(
+        architecture = Architecture(
             vocab_size=config.get("vocab_size", 0),
             hidden_size=hidden,
             num_attention_heads=heads,
@@ -174,9 +181,7 @@ def decilm_architecture(config: dict[str, Any], *, path: Path) -> Architecture:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
-            bos_token_id=next(iter(read_token_ids(config, "bos_token_id")), None),
-            eos_token_ids=read_token_ids(config, "eos_token_id"),
-            pad_token_id=next(iter(read_token_ids(config, "pad_token_id")), None),
+            **read_special_tokens(config, token_ids=token_ids),
             blocks=tuple(
                 _read_block(block, layer=layer, num_heads=heads, hidden_size=hidden, path=path)
                 for layer, block in enumerate(blocks)
@@ -184,6 +189,8 @@ def decilm_architecture(config: dict[str, Any], *, path: Path) -> Architecture:
         )
     except ValidationError as err:
         raise CheckpointError(f"{path} does not describe a model that can be built: {err}") from err
+    require_tokens_in_vocabulary(architecture, path=path)
+    return architecture
 
 
 def width_from_multiplier(ffn_mult: float, *, hidden_size: int) -> int:

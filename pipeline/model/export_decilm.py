@@ -30,16 +30,17 @@ def export_decilm(checkpoint_dir: Path, *, out_dir: Path) -> Repacking:
     torch_dtype = str(tensors.dtype).removeprefix("torch.")
     out_dir.mkdir(parents=True, exist_ok=True)
     write_tensors(out_dir, ((name, tensors.read(name)) for name in tensors.names))
-    _write_json(out_dir / "config.json", decilm_config(repacking.architecture, torch_dtype=torch_dtype))
-    _write_json(out_dir / "generation_config.json", _generation_config(architecture))
-    _write_json(out_dir / "refit.json", _search_facts(architecture, repacking))
+    write_json(out_dir / "config.json", decilm_config(repacking.architecture, torch_dtype=torch_dtype))
+    write_json(out_dir / "generation_config.json", generation_config(architecture))
+    write_json(out_dir / "refit.json", _search_facts(architecture, repacking))
     copy_tokenizer(checkpoint_dir, out_dir)
     for name in CODE_FILES:
         shutil.copyfile(Path(exported_code.__path__[0]) / name, out_dir / name)
     return repacking
 
 
-def _generation_config(architecture: Architecture) -> dict[str, object]:
+def generation_config(architecture: Architecture) -> dict[str, object]:
+    """Return the generation_config.json of a model: its special tokens."""
     return {
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": list(architecture.eos_token_ids) or None,
@@ -65,5 +66,6 @@ def _search_facts(architecture: Architecture, repacking: Repacking) -> dict[str,
     return {"format": "refit 2", "num_layers_before_repacking": architecture.num_hidden_layers, "blocks": blocks}
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
+def write_json(path: Path, value: dict[str, object]) -> None:
+    """Write one JSON file of an exported directory."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Reading a Hugging Face Llama's config.json into an Architecture. No weights, no tokenizer.
+"""A Hugging Face Llama's config.json as an Architecture, and back. No weights, no tokenizer.
 
-The file is data here: no class of transformers sees it. Every key is known or refused, since an unknown one may change
-what the model computes.
+The file is data here: no class of transformers sees it. When it is read, every key is known or refused, since
+an unknown one may change what the model computes.
 """
 
 import json
@@ -70,24 +70,12 @@ HARMLESS_KEYS = {
 }
 
 
-def read_llama_config(directory: Path) -> Architecture:
-    """Return what a Hugging Face checkpoint is, from its config.json and the token ids of generation_config.json.
-
-    Raises:
-        CheckpointError: for anything but a plain Llama: another family, remote code, quantisation, another activation,
-            another rotary rule, or a key that is not known.
-    """
-    path = directory / "config.json"
-    generation = directory / "generation_config.json"
-    token_ids = read_json_object(generation) if generation.is_file() else {}
-    return llama_architecture(read_json_object(path), token_ids=token_ids, path=path)
-
-
 def llama_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], path: Path) -> Architecture:
     """Return what a Llama's config.json says, with further token ids from its generation_config.json.
 
     Raises:
-        CheckpointError: as read_llama_config; `path` is the file it names.
+        CheckpointError: for anything but a plain Llama: another family, remote code, quantisation, another activation,
+            another rotary rule, or a key that is not known; it names `path`.
     """
     _require_plain_llama(config, path=path)
     heads = _integer(config, "num_attention_heads", path=path)
@@ -112,21 +100,52 @@ def llama_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], pat
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
-            bos_token_id=_first(read_token_ids(config, "bos_token_id") or read_token_ids(token_ids, "bos_token_id")),
-            # Chat models often name all their end tokens in generation_config.json alone.
-            eos_token_ids=tuple(
-                dict.fromkeys(read_token_ids(token_ids, "eos_token_id") + read_token_ids(config, "eos_token_id"))
-            ),
-            pad_token_id=_first(read_token_ids(config, "pad_token_id") or read_token_ids(token_ids, "pad_token_id")),
+            **read_special_tokens(config, token_ids=token_ids),
             blocks=tuple(BlockSpec(**block, parent_layers=(layer,)) for layer in range(num_layers)),
         )
     except ValidationError as err:
         raise CheckpointError(f"{path} does not describe a Llama that can be built: {err}") from err
-    named = (architecture.bos_token_id, architecture.pad_token_id, *architecture.eos_token_ids)
-    outside = [index for index in named if index is not None and index >= architecture.vocab_size]
-    if outside:
-        raise CheckpointError(f"{path} names token {outside[0]}, the vocabulary has {architecture.vocab_size} tokens")
+    require_tokens_in_vocabulary(architecture, path=path)
     return architecture
+
+
+def llama_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, Any]:
+    """Return the config.json of an architecture whose layers are all the same attention and FFN.
+
+    Rotary settings in the older spelling, which every reader of a Llama knows.
+
+    Raises:
+        CheckpointError: if the layers differ.
+    """
+    block, scaling = architecture.homogeneous_block(), architecture.rope_scaling
+    eos_ids = list(architecture.eos_token_ids)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": architecture.attention_bias,
+        "attention_dropout": 0.0,
+        "bos_token_id": architecture.bos_token_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else (eos_ids or None),
+        "head_dim": architecture.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": architecture.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": block.ffn.intermediate_size,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "mlp_bias": architecture.mlp_bias,
+        "model_type": "llama",
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_hidden_layers": architecture.num_hidden_layers,
+        "num_key_value_heads": block.attention.num_key_value_heads,
+        "pad_token_id": architecture.pad_token_id,
+        "pretraining_tp": 1,
+        "rms_norm_eps": architecture.rms_norm_eps,
+        "rope_scaling": None if scaling is None else scaling.model_dump(),
+        "rope_theta": architecture.rope_theta,
+        "tie_word_embeddings": architecture.tie_word_embeddings,
+        "torch_dtype": torch_dtype,
+        "use_cache": True,
+        "vocab_size": architecture.vocab_size,
+    }
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -157,18 +176,27 @@ def _require_plain_llama(config: dict[str, Any], *, path: Path) -> None:
         raise CheckpointError(
             f"{path} has auto_map, which asks for code of the checkpoint to be run; that is never done"
         )
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{path} has quantization_config; give the unquantised fp32, bf16 or fp16 checkpoint")
-    unknown = sorted(key for key, value in config.items() if key not in _READ | HARMLESS_KEYS and value is not None)
-    if unknown:
-        raise CheckpointError(
-            f"{path} has keys that are not known to leave a Llama's output alone: {', '.join(unknown)}; remove those "
-            "that do"
-        )
+    require_known_keys(config, known=_READ | HARMLESS_KEYS, path=path)
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{path} has hidden_act {config['hidden_act']!r}; a parent's FFN is gated by silu")
     if config.get("rope_interleaved"):
         raise CheckpointError(f"{path} has rope_interleaved; rotary pairs must be the two halves of a head")
+
+
+def require_known_keys(config: dict[str, Any], *, known: set[str], path: Path) -> None:
+    """Refuse quantised weights, and every key with a value that is not known.
+
+    Raises:
+        CheckpointError: naming the keys.
+    """
+    if config.get("quantization_config") is not None:
+        raise CheckpointError(f"{path} has quantization_config; give the unquantised fp32, bf16 or fp16 checkpoint")
+    unknown = sorted(key for key, value in config.items() if key not in known and value is not None)
+    if unknown:
+        raise CheckpointError(
+            f"{path} has keys that are not known to leave the model's output alone: {', '.join(unknown)}; remove those "
+            "that do"
+        )
 
 
 def read_rope(config: dict[str, Any], *, path: Path) -> tuple[float, RopeScaling | None]:
@@ -219,8 +247,30 @@ def _integer(config: dict[str, Any], key: str, *, path: Path, default: int | Non
     return value
 
 
-def read_token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
-    """Return the one or many token ids of a key; empty for none."""
+def read_special_tokens(config: dict[str, Any], *, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """Return bos_token_id, eos_token_ids and pad_token_id, from a config.json and its generation_config.json."""
+    eos_ids = _token_ids(token_ids, "eos_token_id") + _token_ids(config, "eos_token_id")
+    return {
+        "bos_token_id": _first(_token_ids(config, "bos_token_id") or _token_ids(token_ids, "bos_token_id")),
+        # Chat models often name all their end tokens in generation_config.json alone.
+        "eos_token_ids": tuple(dict.fromkeys(eos_ids)),
+        "pad_token_id": _first(_token_ids(config, "pad_token_id") or _token_ids(token_ids, "pad_token_id")),
+    }
+
+
+def require_tokens_in_vocabulary(architecture: Architecture, *, path: Path) -> None:
+    """Refuse special tokens that the vocabulary does not have.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    named = (architecture.bos_token_id, architecture.pad_token_id, *architecture.eos_token_ids)
+    outside = [index for index in named if index is not None and index >= architecture.vocab_size]
+    if outside:
+        raise CheckpointError(f"{path} names token {outside[0]}, the vocabulary has {architecture.vocab_size} tokens")
+
+
+def _token_ids(config: dict[str, Any], key: str) -> tuple[int, ...]:
     value = config.get(key)
     values = value if isinstance(value, list) else [value]
     # Some checkpoints write -1 for "none".

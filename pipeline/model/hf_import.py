@@ -1,4 +1,4 @@
-"""A parent from a Hugging Face checkpoint directory: any plain Llama in safetensors. Everything else is refused.
+"""A checkpoint from a Hugging Face directory in safetensors: a plain Llama, DeciLM v1 or AnyModel. All else is refused.
 
 What is taken over is named here; no other file of the directory is opened, copied or run.
 """
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.architecture import Architecture
 from pipeline.errors import CheckpointError
+from pipeline.model.architecture_files import directory_architecture
 from pipeline.model.checkpoint import TensorReader, save_checkpoint
-from pipeline.model.hf_config import read_json_object, read_llama_config
+from pipeline.model.hf_config import read_json_object
 from pipeline.model.tokenizer_files import PLAIN_TEMPLATE, write_tokenizer_config
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,17 +26,18 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _TOKENIZER_SETTINGS = ("model_max_length", "add_bos_token", "add_eos_token", "padding_side")
 
 
-def import_llama(source_dir: Path, *, out_dir: Path) -> Architecture:
-    """Write a Hugging Face Llama as a checkpoint of this pipeline, dtype kept, and return what it is.
+def import_checkpoint(source_dir: Path, *, out_dir: Path) -> Architecture:
+    """Write a Hugging Face checkpoint as one of this pipeline, every value and dtype kept, and return what it is.
 
+    Its config.json says whether it is a Llama, DeciLM v1 (what `export_decilm` writes) or AnyModel; layers may differ.
     Weights are read and written shard by shard.
 
     Raises:
-        CheckpointError: with one reason, for whatever is not a whole, plain, safe Llama checkpoint.
+        CheckpointError: with one reason, for whatever is not a whole, safe checkpoint of these formats.
     """
     if not source_dir.is_dir():
         raise CheckpointError(f"{source_dir} is not a directory: parent.path names a Hugging Face checkpoint directory")
-    architecture = read_llama_config(source_dir)
+    architecture = directory_architecture(source_dir)
     reader = TensorReader(source_dir)
     if architecture.tie_word_embeddings:
         _require_tied_head(reader)

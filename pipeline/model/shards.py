@@ -14,6 +14,7 @@ from pipeline.architecture import Architecture, BlockSpec
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SUBBLOCKS_DIR = "subblocks_safetensors"  # where AnyModel checkpoints have their shards; nothing here writes there
 MAX_SHARD_BYTES = 5 * 10**9
 
 # The dtypes of weights, as safetensors spells them and in the order in which its files hold them.

@@ -187,10 +187,12 @@ def _export(case: Case) -> Estimate:
     gguf = case.recipe.exported_model.gguf
     gguf_bytes = 0.0 if gguf is None else BYTES_PER_PARAMETER[gguf]
     disk = case.sizes.child_parameters.times(case.stored_bytes + gguf_bytes)
+    # Which layers a child has is known when it has been searched: few have all alike.
+    llama = case.sizes.child_parameters.high * case.stored_bytes if case.recipe.exported_model.plain_llama else 0.0
     memory = case.sizes.child_parameters.times(4.0)
     return Estimate(
         memory=memory.times(2),
-        disk=Range(low=disk.low, expected=disk.expected, high=1.1 * disk.high),
+        disk=Range(low=disk.low, expected=disk.expected, high=1.1 * (disk.high + llama)),
         extra_s=START_S + disk.times(6).over(DISK),
     )
 

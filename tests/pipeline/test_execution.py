@@ -1,11 +1,13 @@
 """Identity and materialization: what changes a fingerprint, and when a stage is reused, resumed, run or refused."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ArtifactError, MissingInputError, RecipeError, StageError
+from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, RecipeError, StageError
 from pipeline.execution import (
     Workspace,
     find_artifact,
@@ -16,7 +18,9 @@ from pipeline.execution import (
     stage_fingerprint,
     stage_identity,
 )
-from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask
+from pipeline.model.architecture_files import load_architecture
+from pipeline.model.decilm_config import decilm_config
+from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask, LocalParent
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, get_stage
@@ -230,3 +234,26 @@ def test_fan_in_leaves_out_a_target_that_failed_a_blocking_check(tmp_path: Path)
 
     assert isinstance(inputs, dict)
     assert sorted(inputs) == ["baselines@fused", "speed_report@fused"]
+
+
+def test_parent_whose_layers_differ_is_refused_before_anything_runs(workspace: Workspace, tmp_path: Path):
+    child = load_architecture("llama-3.3-nemotron-super-49b")
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "config.json").write_text(json.dumps(decilm_config(child, torch_dtype="bfloat16")))
+    parent = LocalParent(kind="local", path=str(tmp_path / "child"), licence="test")
+    other = replace(workspace, recipe=workspace.recipe.model_copy(update={"parent": parent}))
+    for stage_name in ("corpora", "parent_checkpoint"):
+        with pytest.raises(CheckpointError, match=r"layer 1 is kv8\+ffn28672 .* a parent must have equal layers"):
+            materialize(other, stage_name, "fused")
+    assert not list(other.store.root.glob("*/*"))
+
+
+def test_fingerprint_of_a_local_parent_reads_the_weights_of_its_subblocks(workspace: Workspace, tmp_path: Path):
+    shard = tmp_path / "anymodel" / "subblocks_safetensors" / "block_0_ffn.safetensors"
+    shard.parent.mkdir(parents=True)
+    parent = LocalParent(kind="local", path=str(tmp_path / "anymodel"), licence="test")
+    other = replace(workspace, recipe=workspace.recipe.model_copy(update={"parent": parent}))
+    shard.write_bytes(b"some weights")
+    before = stage_fingerprint(other, PARENT, "fused")
+    shard.write_bytes(b"other weights")
+    assert stage_fingerprint(other, PARENT, "fused") != before

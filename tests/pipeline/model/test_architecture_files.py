@@ -96,7 +96,7 @@ def test_parent_block_of_the_published_library_of_70b():
 def test_every_shipped_architecture_comes_back_from_the_checkpoint_schema(path: Path):
     architecture = load_architecture(path.stem)
     written = decilm_config(architecture, torch_dtype="bfloat16")
-    assert decilm_architecture(json.loads(json.dumps(written)), path=path) == architecture
+    assert decilm_architecture(json.loads(json.dumps(written)), token_ids={}, path=path) == architecture
     shipped = json.loads(path.read_text())
     if "block_configs" in shipped:
         assert written == shipped
@@ -108,7 +108,7 @@ def test_every_kind_of_block_comes_back():
         [BlockSpec(attention=one, ffn=other, parent_layers=(layer,)) for layer, (one, other) in enumerate(kinds)]
     )
     config = decilm_config(architecture, torch_dtype="bfloat16")
-    assert decilm_architecture(config, path=Path("config.json")) == architecture
+    assert decilm_architecture(config, token_ids={}, path=Path("config.json")) == architecture
 
 
 def test_widths_are_those_of_the_exported_code():
@@ -165,7 +165,7 @@ def drop_block_key(config: dict[str, Any], part: str, key: str) -> dict[str, Any
 def test_what_the_schema_does_not_say_is_refused(edit: Any, message: str):
     config = json.loads((ARCHITECTURES_DIR / f"{SUPER}.json").read_text())
     with pytest.raises(CheckpointError, match=message):
-        decilm_architecture(edit(config), path=Path("config.json"))
+        decilm_architecture(edit(config), token_ids={}, path=Path("config.json"))
 
 
 def edited(architecture: Architecture, **changes: Any) -> Architecture:

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from pipeline.architecture import gqa, swiglu
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import TensorReader, load_model, load_tokenizer
-from pipeline.model.hf_import import import_llama
+from pipeline.model.hf_import import import_checkpoint
 from tests.pipeline.model.builders import (
     LLAMA3_ROPE,
     make_architecture,
@@ -61,7 +61,7 @@ def test_import_of_a_saved_llama_is_exact(tmp_path: Path, name: str):
     source = saved_llama(tmp_path / "hf", **SHAPES[name])
     changes = {key: value for key, value in SHAPES[name].items() if key not in ("dtype", "shard")}
     dtype = SHAPES[name].get("dtype", torch.float32)
-    architecture = import_llama(source, out_dir=tmp_path / "parent")
+    architecture = import_checkpoint(source, out_dir=tmp_path / "parent")
     assert architecture == make_architecture(**changes)
     assert (source / "model.safetensors.index.json").is_file() == (name == "sharded")
     reader = TensorReader(tmp_path / "parent")
@@ -89,7 +89,7 @@ def test_import_of_a_saved_llama_is_exact(tmp_path: Path, name: str):
 def test_every_spelling_of_rope_is_the_same_architecture(tmp_path: Path, spelling: dict[str, Any]):
     source = saved_llama(tmp_path / "hf", rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
     edit_json(source / "config.json", **spelling)
-    architecture = import_llama(source, out_dir=tmp_path / "parent")
+    architecture = import_checkpoint(source, out_dir=tmp_path / "parent")
     assert architecture == make_architecture(rope_scaling=LLAMA3_ROPE, rope_theta=5e5)
 
 
@@ -99,7 +99,7 @@ def test_old_config_without_optional_keys_gets_their_defaults(tmp_path: Path):
     absent = ("head_dim", "num_key_value_heads", "rope_parameters", "attention_bias", "mlp_bias", "pad_token_id")
     edit_json(source / "config.json", **dict.fromkeys(absent, ...))
     edit_json(source / "generation_config.json", eos_token_id=[2, 0], pad_token_id=...)
-    architecture = import_llama(source, out_dir=tmp_path / "parent")
+    architecture = import_checkpoint(source, out_dir=tmp_path / "parent")
     expected = make_architecture(blocks=blocks, tie_word_embeddings=False, eos_token_ids=(2, 0), pad_token_id=None)
     assert architecture == expected
 
@@ -132,7 +132,7 @@ def test_config_that_is_no_plain_llama_is_refused(tmp_path: Path, changes: dict[
     source = saved_llama(tmp_path / "hf")
     edit_json(source / "config.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        import_llama(source, out_dir=tmp_path / "parent")
+        import_checkpoint(source, out_dir=tmp_path / "parent")
 
 
 def change_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -185,7 +185,7 @@ def test_broken_or_unsafe_files_are_refused(tmp_path: Path, harm: Callable[[Path
     source = saved_llama(tmp_path / "hf")
     harm(source)
     with pytest.raises(CheckpointError, match=message):
-        import_llama(source, out_dir=tmp_path / "parent")
+        import_checkpoint(source, out_dir=tmp_path / "parent")
 
 
 def test_equal_head_of_a_tied_checkpoint_and_stored_frequencies_are_dropped(tmp_path: Path):
@@ -199,7 +199,7 @@ def test_equal_head_of_a_tied_checkpoint_and_stored_frequencies_are_dropped(tmp_
             }
         ),
     )
-    import_llama(source, out_dir=tmp_path / "parent")
+    import_checkpoint(source, out_dir=tmp_path / "parent")
     names = TensorReader(tmp_path / "parent").names
     assert "lm_head.weight" not in names
     assert not [name for name in names if "inv_freq" in name]
@@ -210,7 +210,7 @@ def test_nothing_but_the_known_files_is_copied(tmp_path: Path):
     (source / "modeling_evil.py").write_text("raise SystemExit")
     (source / "training_args.bin").write_bytes(b"pickle")
     edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Tokenizer", None]})
-    import_llama(source, out_dir=tmp_path / "parent")
+    import_checkpoint(source, out_dir=tmp_path / "parent")
     assert sorted(path.name for path in (tmp_path / "parent").iterdir()) == [
         "architecture.json",
         "chat_template.jinja",
@@ -227,14 +227,14 @@ def test_chat_template_inside_the_tokenizer_config_is_kept(tmp_path: Path):
     (source / "chat_template.jinja").unlink()
     for spelling in (template, [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]):
         edit_json(source / "tokenizer_config.json", chat_template=spelling)
-        import_llama(source, out_dir=tmp_path / "parent")
+        import_checkpoint(source, out_dir=tmp_path / "parent")
         assert load_tokenizer(tmp_path / "parent").chat_template == template
 
 
 def test_parent_without_chat_template_gets_one_that_ends_turns_with_its_own_end_token(tmp_path: Path):
     source = saved_llama(tmp_path / "hf")
     (source / "chat_template.jinja").unlink()
-    import_llama(source, out_dir=tmp_path / "parent")
+    import_checkpoint(source, out_dir=tmp_path / "parent")
     tokenizer = load_tokenizer(tmp_path / "parent")
     messages = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -112,12 +112,12 @@ ULTRA_SIZES = {"hidden_size": 16_384, "num_heads": 128, "factor": 16.0}
     ids=["super", "ultra"],
 )
 def test_shipped_file_says_what_the_published_one_does(name: str, config: dict[str, Any]):
-    assert decilm_architecture(config, path=Path("config.json")) == load_architecture(name)
+    assert decilm_architecture(config, token_ids={}, path=Path("config.json")) == load_architecture(name)
 
 
 def test_published_ultra_with_its_81_placeholders_costs_the_same():
     layers = [layer for real in expanded(ULTRA_LAYERS) for layer in (real, (False, None))]
-    published = decilm_architecture(published_config(layers, **ULTRA_SIZES), path=Path("config.json"))
+    published = decilm_architecture(published_config(layers, **ULTRA_SIZES), token_ids={}, path=Path("config.json"))
     shipped = load_architecture(ULTRA)
     assert (published.num_hidden_layers, shipped.num_hidden_layers) == (162, 81)
     assert sum((block.attention, block.ffn) == (NO_ATTENTION, NO_FFN) for block in published.blocks) == 81

@@ -7,13 +7,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, NO_FFN, BlockSpec, FFNSpec, gqa, swiglu
+from pipeline.architecture import LINEAR_FFN, NO_ATTENTION, NO_FFN, Architecture, BlockSpec, FFNSpec, gqa, swiglu
 from pipeline.artifacts import sha256_file
 from pipeline.data.packed import PackedTokens, save_packed
 from pipeline.errors import CheckpointError
 from pipeline.fingerprint import canonical_json
 from pipeline.model.checkpoint import load_model, read_architecture, save_checkpoint
+from pipeline.model.export_llama import export_llama
 from pipeline.recipe import (
     DependencyConfig,
     ExportConfig,
@@ -291,7 +293,9 @@ def test_fusion_report_of_a_child_without_a_run_says_so(tmp_path: Path):
 def test_export_is_loaded_back_and_compared(tmp_path: Path):
     blocks = make_blocks(PARENT_LAYER, (NO_ATTENTION, swiglu(512)), (gqa(1), swiglu(48)))
     inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
-    result = exported_model.run(ExportStage(export=ExportConfig(gguf="fp32")), inputs, tmp_path / "export")
+    result = exported_model.run(
+        ExportStage(export=ExportConfig(gguf="fp32", plain_llama=True)), inputs, tmp_path / "export"
+    )
     assert result.metrics["max_abs_logit_difference"] <= 1e-5
     assert result.metrics["num_token_id_differences"] == 0
     assert result.metrics["num_padding_parameters"] == 2 * 3 * 32 * (256 - 48)
@@ -299,6 +303,8 @@ def test_export_is_loaded_back_and_compared(tmp_path: Path):
     assert [row[:2] for row in result.tables["portability"].rows] == [
         (runtime, "after re-packing") for runtime in ("transformers", "vLLM", "llama.cpp", "mlx-lm")
     ]
+    assert result.facts["plain_llama"] == "not written: re-packed layer 1 is no_op+ffn512"
+    assert result.metrics["llama_size_mib"] == 0
     assert result.facts["gguf"] == "model.gguf, fp32"
     assert result.metrics["gguf_size_mib"] == pytest.approx(result.metrics["size_mib"], rel=0.15)
 
@@ -313,9 +319,38 @@ def test_export_is_loaded_back_and_compared(tmp_path: Path):
 def test_export_without_gguf_says_why(tmp_path: Path, ffn: FFNSpec, gguf: str | None, fact: str):
     blocks = make_blocks(PARENT_LAYER, (gqa(1), ffn))
     inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
-    config = ExportStage(export=ExportConfig.model_validate({"gguf": gguf}))
+    config = ExportStage(export=ExportConfig.model_validate({"gguf": gguf, "plain_llama": False}))
     result = exported_model.run(config, inputs, tmp_path / "export")
     assert result.facts["gguf"] == fact
     assert result.metrics["gguf_size_mib"] == 0
     assert result.metrics["num_runtimes_that_cannot"] == (3 if gguf else 0)
     assert not (tmp_path / "export" / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_child_of_equal_layers_leaves_as_a_plain_llama_where_the_recipe_asks(tmp_path: Path, asked: bool):
+    blocks = make_blocks(PARENT_LAYER, (NO_ATTENTION, NO_FFN), PARENT_LAYER)
+    inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
+    config = ExportStage(export=ExportConfig(gguf=None, plain_llama=asked))
+    result = exported_model.run(config, inputs, tmp_path / "export")
+    assert result.facts["plain_llama"] == ("llama/" if asked else "not asked for")
+    assert (tmp_path / "export" / "llama").exists() is asked
+    assert (result.metrics["llama_size_mib"] > 0) is asked
+    # The layers that DeciLM pads are whole here.
+    assert result.metrics["llama_size_mib"] < result.metrics["size_mib"]
+
+
+def test_plain_llama_that_computes_something_else_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def export_another(checkpoint_dir: Path, *, out_dir: Path) -> Architecture:
+        architecture = export_llama(checkpoint_dir, out_dir=out_dir)
+        tensors = load_file(out_dir / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+        save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+        return architecture
+
+    monkeypatch.setattr(exported_model, "export_llama", export_another)
+    blocks = make_blocks(PARENT_LAYER, PARENT_LAYER)
+    inputs = stage_inputs(tmp_path, rl_checkpoint=write_checkpoint(tmp_path / "rl", blocks))
+    config = ExportStage(export=ExportConfig(gguf=None, plain_llama=True))
+    result = exported_model.run(config, inputs, tmp_path / "export")
+    assert result.metrics["max_abs_logit_difference"] > 0.01
