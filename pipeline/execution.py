@@ -32,7 +32,7 @@ from pipeline.artifacts import (
 from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
-from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
+from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, RLConfig
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import llama_cpp_id
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
@@ -294,6 +294,8 @@ def _environment(config: Frozen) -> dict[str, str]:
     """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
         return _file_hashes(Path(config.parent.path).expanduser(), "*")
+    if isinstance(config, RLConfig) and config.reward_model is not None:
+        return _file_hashes(Path(config.reward_model.path).expanduser(), "*")
     found: dict[str, str] = {}
     if isinstance(config, CorporaStage):
         for source in config.corpora.sources:

@@ -11,6 +11,7 @@ from pipeline.recipe.data import (
     EvaluationSetsConfig,
     FileSource,
     HeldOutText,
+    InstructionsConfig,
     LongContextTokens,
     MixtureConfig,
     MixtureEntry,
@@ -82,6 +83,7 @@ from pipeline.recipe.training import (
     OnPolicyDistillation,
     OptimizerConfig,
     PretrainingConfig,
+    RewardModelConfig,
     RLAlgorithm,
     RLConfig,
     RPODivergence,
@@ -89,7 +91,16 @@ from pipeline.recipe.training import (
     SFTStage,
     StopRulesConfig,
 )
-from pipeline.recipe.types import Name, NonNegativeFloat, Positive, PositiveFloat, Precision, Ratio, ServedPrecision
+from pipeline.recipe.types import (
+    InstructionKind,
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Ratio,
+    ServedPrecision,
+)
 from pipeline.recipe.whole import Recipe
 
 __all__ = [
@@ -126,6 +137,8 @@ __all__ = [
     "HubParent",
     "ImportanceConfig",
     "ImportedTraces",
+    "InstructionKind",
+    "InstructionsConfig",
     "KVHeadMode",
     "LayerOverride",
     "Limit",
@@ -161,6 +174,7 @@ __all__ = [
     "RefinementConfig",
     "RepetitionConfig",
     "Requirements",
+    "RewardModelConfig",
     "SFTConfig",
     "SFTStage",
     "SampledConfig",

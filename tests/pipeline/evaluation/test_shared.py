@@ -8,14 +8,21 @@ import pytest
 from pipeline.artifacts import ArtifactStore
 from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.documents import Document
-from pipeline.data.evaluation_sets import save_held_out, save_held_out_items, save_multiple_choice, save_reasoning_items
+from pipeline.data.evaluation_sets import (
+    save_held_out,
+    save_held_out_items,
+    save_instruction_items,
+    save_multiple_choice,
+    save_reasoning_items,
+)
+from pipeline.data.instruction_items import generate_instruction_items
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import ArtifactError, CheckpointError
 from pipeline.evaluation.results import read_evaluations
 from pipeline.evaluation.shared import ASSET, checkpoint_key
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.recipe import EvaluationConfig, ReasoningTask, SampledConfig
+from pipeline.recipe import EvaluationConfig, InstructionsConfig, ReasoningTask, SampledConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import evaluation, parent_evaluation
 from pipeline.stages.configs import EvaluationStage
@@ -33,6 +40,12 @@ CONFIG = EvaluationStage(
     )
 )
 TASK = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+INSTRUCTED = generate_instruction_items(
+    InstructionsConfig(num_prompts=3, kinds="all", max_instructions=2, max_words=10),
+    part="evaluation",
+    seed=1,
+    exclude_questions=frozenset(),
+)
 OTHER_TASK = ReasoningTask(name="count_bits", config={"max_n": 15})
 
 
@@ -52,6 +65,7 @@ def artifacts(tmp_path: Path, parent_dir: Path, other: HeterogeneousLlamaForCaus
     save_multiple_choice(sets_dir, "quiz", [MultipleChoiceItem(prompt="1 + 1 =", choices=("2", "three"), gold=0)])
     save_reasoning_items(sets_dir, generate_items(TASK, num_items=3, seed=5, exclude_questions=frozenset()))
     save_held_out_items(sets_dir, generate_items(OTHER_TASK, num_items=2, seed=5, exclude_questions=frozenset()))
+    save_instruction_items(sets_dir, INSTRUCTED)
     for name in ("child", "fused", "kd", "cpt", "sft", "rl"):
         directory = store.directory(f"{name}_checkpoint", "f00")
         save_checkpoint(

@@ -49,6 +49,8 @@ CONFIG = RLConfig(
     max_importance_weight=2.0,
     accuracy_reward=1.0,
     format_reward=0.2,
+    instruction_reward="share",
+    reward_model=None,
     difficulty=None,
     held_out=HeldOutRewardConfig(num_prompts=2, interval_steps=2),
     stop=StopRulesConfig(patience_steps=5, min_entropy_nats=0.001, max_kl_nats=5.0, max_held_out_drop=1.0),
