@@ -112,7 +112,11 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
     ),
     "rl_prompts": Highlight(
         look_at="the questions and the answers their verifiers accept.",
-        numbers={"num_prompts": ("Prompts", ""), "num_excluded_questions": ("Left out as seen elsewhere", "")},
+        numbers={
+            "num_prompts": ("Prompts", ""),
+            "num_instruction_prompts": ("With instructions", ""),
+            "num_excluded_questions": ("Left out as seen elsewhere", ""),
+        },
     ),
     "parent_evaluation": Highlight(
         look_at="what the child has to keep: perplexity, and both modes of the switch.",

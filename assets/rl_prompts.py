@@ -1,4 +1,4 @@
-"""rl_prompts: verifiable prompts that neither supervised fine-tuning nor evaluation uses.
+"""rl_prompts: verifiable questions and instructions that neither supervised fine-tuning nor evaluation uses.
 
 Kept apart from the fine-tuning set, so that a reward is never for something memorised.
 """

@@ -36,7 +36,7 @@ from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.model.shards import SUBBLOCKS_DIR
-from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe
+from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, RLConfig
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
@@ -315,6 +315,8 @@ def _environment(config: Frozen) -> dict[str, str]:
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
         directory = Path(config.parent.path).expanduser()
         return _file_hashes(directory, "*") | _file_hashes(directory / SUBBLOCKS_DIR, "*")
+    if isinstance(config, RLConfig) and config.reward_model is not None:
+        return _file_hashes(Path(config.reward_model.path).expanduser(), "*")
     found: dict[str, str] = {}
     if isinstance(config, EvaluationStage) and config.evaluation.lm_eval is not None:
         found |= _task_file_hashes(config.evaluation.lm_eval.include_path)

@@ -5,6 +5,7 @@ multiple_choice/<name>.jsonl     prompt, choices, gold
 search_task.jsonl                the same, for the search to choose children by; evaluation asks other items
 reasoning.jsonl                  verifiable items of the tasks that are trained on
 held_out_tasks.jsonl             verifiable items of families and difficulties that nothing trains on
+instructions.jsonl               requests with verifiable instructions that nothing trains on
 ngrams.parquet                   hashed word n-grams of all of it
 """
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.decontamination import NgramSet, build_ngrams, read_ngrams, save_ngrams
 from pipeline.data.documents import Document, read_documents, write_documents
+from pipeline.data.instruction_items import InstructionItem
 from pipeline.data.reasoning_items import ReasoningItem
 
 _HELD_OUT = "held_out"
@@ -23,6 +25,7 @@ _MULTIPLE_CHOICE = "multiple_choice"
 _SEARCH_TASK = "search_task.jsonl"
 _REASONING = "reasoning.jsonl"
 _HELD_OUT_TASKS = "held_out_tasks.jsonl"
+_INSTRUCTIONS = "instructions.jsonl"
 _NGRAMS = "ngrams.parquet"
 
 
@@ -84,9 +87,20 @@ def load_held_out_items(directory: Path) -> list[ReasoningItem]:
     return [ReasoningItem.model_validate_json(line) for line in _read_lines(directory / _HELD_OUT_TASKS)]
 
 
+def save_instruction_items(directory: Path, items: Sequence[InstructionItem]) -> None:
+    """Write the requests with verifiable instructions."""
+    _write_lines(directory / _INSTRUCTIONS, items)
+
+
+def load_instruction_items(directory: Path) -> list[InstructionItem]:
+    """Return the requests with verifiable instructions; there may be none."""
+    return [InstructionItem.model_validate_json(line) for line in _read_lines(directory / _INSTRUCTIONS)]
+
+
 def load_evaluated_questions(directory: Path) -> set[str]:
     """Return every verifiable question that is measured, of whatever task."""
-    return {item.question for item in [*load_reasoning_items(directory), *load_held_out_items(directory)]}
+    tasks = [*load_reasoning_items(directory), *load_held_out_items(directory)]
+    return {item.question for item in [*tasks, *load_instruction_items(directory)]}
 
 
 def save_evaluation_ngrams(directory: Path, ngrams: NgramSet) -> None:

@@ -56,6 +56,16 @@ class BothModes(Frozen):
     thinking_off: ModeQuality
 
 
+class InstructionQuality(Frozen):
+    """Greedy replies to requests with verifiable instructions in one mode; every interval is over prompts."""
+
+    prompt_strict: Estimate = Field(description="share of prompts whose instructions are all followed")
+    prompt_loose: Estimate
+    instruction_strict: Estimate = Field(description="share of instructions that are followed")
+    instruction_loose: Estimate
+    num_instructions: int
+
+
 class PromptRobustness(Frozen):
     """Greedy replies under one unusual system prompt."""
 
@@ -110,6 +120,7 @@ class CheckpointEvaluation(Frozen):
     thinking_on: ModeQuality
     thinking_off: ModeQuality
     held_out_tasks: dict[str, BothModes]
+    instructions: dict[Mode, InstructionQuality] = Field(description="by mode; empty where none are asked")
     robustness: tuple[PromptRobustness, ...]
     sampled: SampledQuality | None
     chains: ChainHealth

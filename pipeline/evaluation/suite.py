@@ -16,10 +16,18 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.costs import num_parameters
 from pipeline.data.benchmarks import MultipleChoiceItem
-from pipeline.data.evaluation_sets import load_held_out, load_held_out_items, load_multiple_choice, load_reasoning_items
+from pipeline.data.evaluation_sets import (
+    load_held_out,
+    load_held_out_items,
+    load_instruction_items,
+    load_multiple_choice,
+    load_reasoning_items,
+)
+from pipeline.data.instruction_items import InstructionItem
 from pipeline.data.mixtures import separator_id
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.evaluation.chains import chain_health
+from pipeline.evaluation.instructions import instruction_qualities
 from pipeline.evaluation.multiple_choice import multiple_choice_quality
 from pipeline.evaluation.perplexity import ParentText, cut_windows, sum_over_windows, text_quality
 from pipeline.evaluation.results import BothModes, CheckpointEvaluation, Mode, SampleAnswer
@@ -47,6 +55,7 @@ class Suite:
     multiple_choice: dict[str, list[MultipleChoiceItem]]
     reasoning: list[ReasoningItem]
     held_out_tasks: dict[str, list[ReasoningItem]]
+    instructions: list[InstructionItem]
 
     @property
     def num_batches(self) -> int:
@@ -55,6 +64,7 @@ class Suite:
         rows += [sum(len(item.choices) for item in items) for items in self.multiple_choice.values()]
         rows += [len(self.reasoning)] * 2
         rows += [len(items) for items in self.held_out_tasks.values()] * 2
+        rows += [len(self.instructions)] * 2
         rows += [len(VARIANTS) * len(self.reasoning[: self.config.robustness_items])]
         rows += [len(self.reasoning[: self.config.sampled.num_items]) * self.config.sampled.num_samples]
         return sum(math.ceil(num_rows / self.config.batch_size) for num_rows in rows)
@@ -79,6 +89,7 @@ def load_suite(sets_dir: Path, *, parent_dir: Path, config: EvaluationConfig) ->
         multiple_choice=dict(sorted(load_multiple_choice(sets_dir).items())),
         reasoning=_mixed(load_reasoning_items(sets_dir)),
         held_out_tasks=group_held_out(load_held_out_items(sets_dir), trained=load_reasoning_items(sets_dir)),
+        instructions=load_instruction_items(sets_dir),
     )
 
 
@@ -175,6 +186,14 @@ def evaluate_checkpoint(
         )
         for group, items in suite.held_out_tasks.items()
     }
+    instructions = instruction_qualities(
+        model,
+        items=suite.instructions,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=config.batch_size,
+        on_batch=on_batch,
+    )
     robustness = robustness_rows(
         model,
         items=suite.reasoning[: config.robustness_items],
@@ -204,6 +223,7 @@ def evaluate_checkpoint(
         thinking_on=mode_quality(answers_on, mode="on", max_new_tokens=config.max_new_tokens_on),
         thinking_off=mode_quality(answers_off, mode="off", max_new_tokens=config.max_new_tokens_off),
         held_out_tasks=held_out,
+        instructions=instructions,
         robustness=robustness,
         sampled=sampled,
         chains=chain_health([answer.text for answer in answers_on]),

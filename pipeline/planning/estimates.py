@@ -49,7 +49,7 @@ def _corpora(case: Case) -> Estimate:
 def _evaluation_sets(case: Case) -> Estimate:
     sets = case.recipe.evaluation_sets
     num_items = sum(text.num_documents for text in sets.held_out) + sum(one.num_items for one in sets.multiple_choice)
-    num_items += len(case.recipe.reasoning_tasks) * sets.reasoning_items_per_task
+    num_items += len(case.recipe.reasoning_tasks) * sets.reasoning_items_per_task + sets.instructions.num_prompts
     return Estimate(disk=DOCUMENT_BYTES.times(num_items), extra_s=IN_PROCESS_S)
 
 
@@ -97,6 +97,7 @@ def _toggle_dataset(case: Case) -> Estimate:
 
 def _rl_prompts(case: Case) -> Estimate:
     num_items = len(case.recipe.reasoning_tasks) * case.recipe.rl_prompts.items_per_task
+    num_items += case.recipe.rl_prompts.instructions.num_prompts
     return Estimate(
         disk=Range.of(500.0 * num_items),
         extra_s=IN_PROCESS_S + Range(low=0.0002, expected=0.002, high=0.02).times(num_items),
@@ -138,6 +139,7 @@ def _evaluations(num_parents: int, num_children: int) -> Callable[[Case], Estima
         text = len(sets.held_out) * config.text_tokens_per_set
         choices = sum(one.num_items for one in sets.multiple_choice) * 2 * BENCHMARK_TOKENS_PER_CHOICE
         num_items = (len(case.recipe.reasoning_tasks) + len(sets.held_out_tasks)) * sets.reasoning_items_per_task
+        num_items += sets.instructions.num_prompts
         num_items += (7 * config.robustness_items + config.sampled.num_items * config.sampled.num_samples) // 2
         most_new = config.max_new_tokens_on + config.max_new_tokens_off
         generated = Range(low=0.1, expected=0.7, high=1.0).times(num_items * most_new)

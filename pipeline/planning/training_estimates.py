@@ -1,13 +1,14 @@
 """What the trainings compute, read, hold and write, as estimates does for the other stages."""
 
 import math
+from pathlib import Path
 
 from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
 from pipeline.planning import devices
 from pipeline.planning.case import DISK, PROMPT_TOKENS, START_S, Case, Estimate
 from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
-from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig
+from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig, RLConfig
 
 NUM_RESUME_CHECKPOINTS = 2
 SCORED_ROWS = 16  # of one pass over sampled replies; pipeline.reasoning.experience
@@ -116,6 +117,8 @@ def rl_checkpoint(case: Case) -> Estimate:
     forward = Range(
         low=3 * rows.low * child.low, expected=3 * rows.expected * child.expected, high=3 * rows.high * child.high
     )
+    reward_model = _reward_model_bytes(config)
+    judging = rows.times(2.0 * reward_model / BYTES_PER_PARAMETER["bf16"])
     size = BYTES_PER_PARAMETER[config.precision]
     steps = new.times(config.steps)
     weights = sizes.child_parameters
@@ -139,6 +142,7 @@ def rl_checkpoint(case: Case) -> Estimate:
             with_gradient=True,
         ),
         "reference": reference.expected,
+        **({"reward model": reward_model} if reward_model else {}),
         "sampling cache": cache * sizes.expected_share,
     }
     scored_rows = min(SCORED_ROWS, math.ceil(samples_at_once))
@@ -152,12 +156,12 @@ def rl_checkpoint(case: Case) -> Estimate:
     peak = sum(parts.values())
     return Estimate(
         tokens=rows,
-        work=((forward, devices.FORWARD), (forward, devices.TRAINING)),
+        work=((forward + judging, devices.FORWARD), (forward, devices.TRAINING)),
         read_bytes=read,
         memory=Range(
             low=min(peak, trained.memory.low + reference.low),
             expected=peak,
-            high=max(peak, trained.memory.high + reference.high + max(scoring, updating)) + cache,
+            high=max(peak, trained.memory.high + reference.high + max(scoring, updating)) + cache + reward_model,
         ),
         memory_parts=parts,
         disk=trained.disk,
@@ -165,3 +169,11 @@ def rl_checkpoint(case: Case) -> Estimate:
         extra_s=trained.extra_s,
         on_all_ranks=True,
     )
+
+
+def _reward_model_bytes(config: RLConfig) -> float:
+    """Return the size of the reward model's files, which are taken for bf16 weights; 0 where there are none to see."""
+    if config.reward_model is None:
+        return 0.0
+    directory = Path(config.reward_model.path).expanduser()
+    return float(sum(file.stat().st_size for file in directory.glob("*.safetensors")))

@@ -36,6 +36,7 @@ class JudgedRow:
     row: SampledRow
     sampler_logprobs: Tensor
     verdict: Verdict
+    model_reward: float
     reward: float
     advantage: float
     old: RowStatistics

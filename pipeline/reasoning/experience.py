@@ -9,13 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
-from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.model.sampling import Completion, sample_completions, seeded_generator
 from pipeline.reasoning.algorithms import JudgedRow, with_advantages
 from pipeline.reasoning.curriculum import Batch
 from pipeline.reasoning.grpo import share_zero_advantage_groups
 from pipeline.reasoning.policy import RowStatistics, SampledRow, row_statistics
+from pipeline.reasoning.prompts import RLItem
+from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.rewards import Verdict, judge
 from pipeline.recipe import RPO, RLConfig
 from pipeline.training.engine import TrainEngine
@@ -28,18 +29,19 @@ _SCORED_ROWS = 16
 class Prompt:
     """One question in one mode."""
 
-    item: ReasoningItem
+    item: RLItem
     thinking: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """One completion, what it says, and what it earns."""
+    """One completion, what it says, and what it earns; `model_reward` is the reward model's part of `reward`."""
 
     row: SampledRow
     completion: Completion
     text: str
     verdict: Verdict
+    model_reward: float
     reward: float
 
 
@@ -54,7 +56,7 @@ class Rollout:
 
 
 def draw_prompts(
-    items: Sequence[ReasoningItem], *, config: RLConfig, step: int, curriculum: Sequence[Batch] | None
+    items: Sequence[RLItem], *, config: RLConfig, step: int, curriculum: Sequence[Batch] | None
 ) -> list[Prompt]:
     """Return the prompts of a step, counted from 1; without a curriculum every item comes once before any comes again.
 
@@ -77,6 +79,7 @@ def sample_judged(
     prompts: Sequence[Prompt],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel | None,
     config: RLConfig,
     num_samples: int,
     generator: torch.Generator,
@@ -99,22 +102,39 @@ def sample_judged(
         stop_ids=stop_token_ids(tokenizer, model.architecture.eos_token_ids),
         generator=generator,
     )
-    judged: list[list[Judged]] = []
-    for prompt, ids, group in zip(prompts, prompt_ids, groups, strict=True):
-        judged.append([])
-        for completion in group:
-            text = _text(completion, tokenizer)
-            verdict = judge(text, item=prompt.item, thinking=prompt.thinking, is_terminated=completion.is_terminated)
-            judged[-1].append(
-                Judged(
-                    row=SampledRow(prompt_ids=tuple(ids), completion_ids=completion.ids),
-                    completion=completion,
-                    text=text,
-                    verdict=verdict,
-                    reward=verdict.reward(accuracy_reward=config.accuracy_reward, format_reward=config.format_reward),
-                )
-            )
-    return judged
+    prompted = [
+        (prompt, ids, completion, _text(completion, tokenizer))
+        for prompt, ids, group in zip(prompts, prompt_ids, groups, strict=True)
+        for completion in group
+    ]
+    verdicts = [
+        judge(
+            text,
+            item=prompt.item,
+            thinking=prompt.thinking,
+            is_terminated=completion.is_terminated,
+            instruction_reward=config.instruction_reward,
+        )
+        for prompt, _, completion, text in prompted
+    ]
+    model_rewards = [0.0] * len(prompted)
+    if reward_model is not None:
+        model_rewards = reward_model.rewards(
+            [(prompt.item.question, verdict.answer) for (prompt, *_), verdict in zip(prompted, verdicts, strict=True)]
+        )
+    judged = [
+        Judged(
+            row=SampledRow(prompt_ids=tuple(ids), completion_ids=completion.ids),
+            completion=completion,
+            text=text,
+            verdict=verdict,
+            model_reward=model_reward,
+            reward=model_reward
+            + verdict.reward(accuracy_reward=config.accuracy_reward, format_reward=config.format_reward),
+        )
+        for (_, ids, completion, text), verdict, model_reward in zip(prompted, verdicts, model_rewards, strict=True)
+    ]
+    return [judged[start : start + num_samples] for start in range(0, len(judged), num_samples)]
 
 
 def collect_rollout(
@@ -122,6 +142,7 @@ def collect_rollout(
     *,
     reference: HeterogeneousLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel | None,
     prompts: Sequence[Prompt],
     config: RLConfig,
     step: int,
@@ -133,6 +154,7 @@ def collect_rollout(
         reference if is_offline else engine.model,
         own,
         tokenizer=tokenizer,
+        reward_model=reward_model,
         config=config,
         num_samples=config.samples_per_prompt,
         generator=seeded_generator("rollout", config.seed, step, engine.rank, device=engine.device),
@@ -151,6 +173,7 @@ def collect_rollout(
                         row=judged.row,
                         sampler_logprobs=torch.tensor(judged.completion.logprobs),
                         verdict=judged.verdict,
+                        model_reward=judged.model_reward,
                         reward=judged.reward,
                         advantage=0.0,
                         old=old_row,

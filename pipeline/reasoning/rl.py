@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_atomically
-from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.errors import DataError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.model.sampling import seeded_generator
@@ -27,6 +26,8 @@ from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
 from pipeline.reasoning.experience import Prompt, Rollout, collect_rollout, draw_prompts, sample_judged, score_rows
 from pipeline.reasoning.grpo import kl_k3, token_logprobs
 from pipeline.reasoning.policy import batch_logits, batch_rows
+from pipeline.reasoning.prompts import RLItem, kind_of
+from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
 from pipeline.training.distributed import barrier, sum_across_ranks
@@ -76,7 +77,8 @@ def train_policy(
     *,
     reference: HeterogeneousLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[ReasoningItem],
+    reward_model: RewardModel | None,
+    items: Sequence[RLItem],
     config: RLConfig,
     work_dir: Path,
     checkpoint_interval_steps: int,
@@ -117,18 +119,25 @@ def train_policy(
     for step in range(len(curve) + 1, config.steps + 1):
         num_updates_before = engine.num_steps
         watched_held_out = _held_out_rewards(
-            engine, held_out, tokenizer=tokenizer, config=config, step=step, before=curve[-1] if curve else None
+            engine,
+            held_out,
+            tokenizer=tokenizer,
+            reward_model=reward_model,
+            config=config,
+            step=step,
+            before=curve[-1] if curve else None,
         )
         rollout = collect_rollout(
             engine,
             reference=reference,
             tokenizer=tokenizer,
+            reward_model=reward_model,
             prompts=draw_prompts(trained_items, config=config, step=step, curriculum=curriculum),
             config=config,
             step=step,
         )
         tokens_before = int(curve[-1]["tokens"]) if curve else 0
-        watched = _watch(rollout, engine=engine) | watched_held_out
+        watched = _watch(rollout, engine=engine, has_reward_model=reward_model is not None) | watched_held_out
         if curriculum is not None:
             watched["aimed_pass_rate"] = curriculum[step - 1].aimed_pass_rate
         updated = _update(engine, rollout.rows, config=config, step=step)
@@ -165,16 +174,28 @@ def train_policy(
     )
 
 
-def split_held_out(
-    items: Sequence[ReasoningItem], *, config: RLConfig
-) -> tuple[list[ReasoningItem], list[ReasoningItem]]:
-    """Return the items that are trained on, and those whose reward is only watched.
+def split_held_out(items: Sequence[RLItem], *, config: RLConfig) -> tuple[list[RLItem], list[RLItem]]:
+    """Return the items that are trained on, and those whose reward is only watched: of each kind the same share.
 
     Raises:
-        DataError: when too few are left to train on.
+        DataError: when too few are left to train on, or too few are held out to have one of each kind.
     """
     order = random.Random(f"held-out/{config.seed}").sample(range(len(items)), len(items))
-    held_out = set(order[: config.held_out.num_prompts])
+    by_kind: dict[str, list[int]] = {}
+    for place in order:
+        by_kind.setdefault(kind_of(items[place]), []).append(place)
+    num_held_out = config.held_out.num_prompts
+    if num_held_out < len(by_kind):
+        raise DataError(
+            f"rl.held_out.num_prompts is {num_held_out}, and there are prompts of {len(by_kind)} kinds "
+            f"({', '.join(sorted(by_kind))}): hold out at least one of each"
+        )
+    held_out: set[int] = set()
+    for num_left, (_, places) in zip(range(len(by_kind), 0, -1), sorted(by_kind.items()), strict=True):
+        wanted = round(num_held_out * len(places) / len(items))
+        # One of each at least, and the last kind takes what rounding left.
+        most = num_held_out - len(held_out) - (num_left - 1)
+        held_out |= set(places[: most if num_left == 1 else min(max(wanted, 1), most)])
     _require_prompts(len(items) - len(held_out), config=config)
     return (
         [item for place, item in enumerate(items) if place not in held_out],
@@ -186,13 +207,14 @@ def _require_prompts(num_prompts: int, *, config: RLConfig) -> None:
     if num_prompts < config.prompts_per_step:
         raise DataError(
             f"{num_prompts} prompts are left for reinforcement learning, a step takes {config.prompts_per_step}: raise "
-            "rl_prompts.items_per_task, make reasoning_tasks harder, or raise rl.difficulty.max_pass_rate"
+            "rl_prompts.items_per_task or rl_prompts.instructions.num_prompts, make reasoning_tasks harder, or raise "
+            "rl.difficulty.max_pass_rate"
         )
 
 
 def load_or_measure_pass_rates(
     engine: TrainEngine,
-    items: Sequence[ReasoningItem],
+    items: Sequence[RLItem],
     *,
     tokenizer: PreTrainedTokenizerBase,
     config: RLConfig,
@@ -214,6 +236,7 @@ def load_or_measure_pass_rates(
             engine.model,
             [Prompt(item=items[place], thinking=True) for place in places],
             tokenizer=tokenizer,
+            reward_model=None,
             config=config,
             num_samples=config.difficulty.num_samples,
             generator=seeded_generator("pass rates", config.seed, start, engine.rank, device=engine.device),
@@ -230,33 +253,45 @@ def load_or_measure_pass_rates(
 
 def _held_out_rewards(
     engine: TrainEngine,
-    items: Sequence[ReasoningItem],
+    items: Sequence[RLItem],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel | None,
     config: RLConfig,
     step: int,
     before: Mapping[str, float] | None,
 ) -> dict[str, float]:
     """Return mean reward and accuracy on the held-out prompts before the step's update, or as they were last seen.
 
-    One sample a prompt, drawn alike every time, so that two values differ by the policy alone.
+    Of all, and of each kind of prompt where there are several. One sample a prompt, drawn alike every time, so that two
+    values differ by the policy alone.
     """
     if before is not None and (step - 1) % config.held_out.interval_steps and step != config.steps:
-        return {name: before[name] for name in ("held_out_reward", "held_out_accuracy")}
-    num_thinking = round(config.share_thinking_on * len(items))
-    prompts = [Prompt(item=item, thinking=place < num_thinking) for place, item in enumerate(items)]
+        return {name: value for name, value in before.items() if name.startswith("held_out_")}
+    kinds = [kind_of(item) for item in items]
+    prompts: list[Prompt] = []
+    for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
+        num_thinking = round(config.share_thinking_on * kinds.count(kind))
+        prompts.append(Prompt(item=item, thinking=kinds[:place].count(kind) < num_thinking))
     groups = sample_judged(
         engine.model,
         prompts[engine.rank :: engine.world_size],
         tokenizer=tokenizer,
+        reward_model=reward_model,
         config=config,
         num_samples=1,
         generator=seeded_generator("held out", config.seed, engine.rank, device=engine.device),
     )
-    found = [group[0] for group in groups]
-    sums = [sum(judged.reward for judged in found), float(sum(judged.verdict.is_right for judged in found))]
-    reward, right = sum_across_ranks(sums, device=engine.device)
-    return {"held_out_reward": reward / len(items), "held_out_accuracy": right / len(items)}
+    found = list(zip(kinds[engine.rank :: engine.world_size], (group[0] for group in groups), strict=True))
+    watched: dict[str, float] = {}
+    for kind in ("", *(sorted(set(kinds)) if len(set(kinds)) > 1 else ())):
+        own = [judged for found_kind, judged in found if kind in ("", found_kind)]
+        sums = [sum(judged.reward for judged in own), float(sum(judged.verdict.is_right for judged in own))]
+        reward, right = sum_across_ranks(sums, device=engine.device)
+        num_prompts = kinds.count(kind) if kind else len(items)
+        suffix = f"_{kind}" if kind else ""
+        watched |= {f"held_out_reward{suffix}": reward / num_prompts, f"held_out_accuracy{suffix}": right / num_prompts}
+    return watched
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:
@@ -320,7 +355,7 @@ def _require_finite(step: int, **values: float) -> None:
         raise DivergedError(f"rl step {step} has {found}: lower rl.optimizer.learning_rate, or raise rl.kl_weight")
 
 
-def _watch(rollout: Rollout, *, engine: TrainEngine) -> dict[str, float]:
+def _watch(rollout: Rollout, *, engine: TrainEngine, has_reward_model: bool) -> dict[str, float]:
     """Return the monitors of a step over all ranks; token means are over sampled tokens."""
     rows = rollout.rows
     sums = {
@@ -329,6 +364,7 @@ def _watch(rollout: Rollout, *, engine: TrainEngine) -> dict[str, float]:
         "num_tokens": float(sum(len(row.row.completion_ids) for row in rows)),
         "reward": sum(row.reward for row in rows),
         "squared_reward": sum(row.reward**2 for row in rows),
+        "model_reward": sum(row.model_reward for row in rows),
         "zero_groups": rollout.num_zero_advantage_groups,
         "terminated": sum(row.verdict.is_terminated for row in rows),
         "well_formed": sum(row.verdict.is_well_formed for row in rows),
@@ -346,6 +382,7 @@ def _watch(rollout: Rollout, *, engine: TrainEngine) -> dict[str, float]:
         "num_tokens": total["num_tokens"],
         "reward": mean_reward,
         "reward_std": math.sqrt(max(total["squared_reward"] / total["num_samples"] - mean_reward**2, 0.0)),
+        **({"model_reward": total["model_reward"] / total["num_samples"]} if has_reward_model else {}),
         "share_zero_advantage_groups": total["zero_groups"] / total["num_groups"],
         "kl": total["kl"] / total["num_tokens"],
         "entropy": total["entropy"] / total["num_tokens"],

@@ -1,11 +1,11 @@
 """Sources, evaluation sets and mixtures of a recipe."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
-from pipeline.recipe.types import Name, Positive, PositiveFloat
+from pipeline.recipe.types import InstructionKind, Name, Positive, PositiveFloat
 
 
 class EmbeddedSource(Frozen):
@@ -71,6 +71,23 @@ class ReasoningTask(Frozen):
     config: dict[str, int | float | str | bool]
 
 
+class InstructionsConfig(Frozen):
+    """Requests with one to `max_instructions` verifiable instructions each; 0 prompts: none.
+
+    `max_words` is the most words that an instruction asks for: what the replies' token limit has room for.
+    """
+
+    num_prompts: Annotated[int, Field(ge=0)]
+    kinds: Literal["all"] | Annotated[tuple[InstructionKind, ...], Field(min_length=1)]
+    max_instructions: Annotated[int, Field(ge=1, le=10)]
+    max_words: Positive
+
+    @property
+    def allowed_kinds(self) -> tuple[InstructionKind, ...]:
+        """The kinds by name."""
+        return get_args(InstructionKind) if self.kinds == "all" else self.kinds
+
+
 class HeldOutText(Frozen):
     """Documents of one source that no training may see; perplexity is measured on them."""
 
@@ -92,6 +109,7 @@ class EvaluationSetsConfig(Frozen):
     multiple_choice: tuple[MultipleChoiceSet, ...]
     reasoning_items_per_task: Positive
     held_out_tasks: tuple[ReasoningTask, ...] = Field(description="families and difficulties that nothing trains on")
+    instructions: InstructionsConfig
     ngram_tokens: Positive
     seed: int
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
+from pipeline.recipe.data import InstructionsConfig
 from pipeline.recipe.types import Name, Positive, PositiveFloat, Ratio
 
 # How the truth of a reply is known. reference: an answer to compare with; majority: what most replies to the prompt
@@ -172,7 +173,11 @@ class ToggleDatasetConfig(Frozen):
 
 
 class RLPromptsConfig(Frozen):
-    """Prompts for reinforcement learning; no answer of theirs is ever trained on."""
+    """Prompts for reinforcement learning: of every reasoning task, and requests with verifiable instructions.
+
+    No answer of theirs is ever trained on.
+    """
 
     items_per_task: Positive
+    instructions: InstructionsConfig
     seed: int

@@ -159,8 +159,31 @@ class StopRulesConfig(Frozen):
     max_held_out_drop: PositiveFloat
 
 
+class RewardModelConfig(Frozen):
+    """A sequence classifier with one output on this machine: a Hugging Face directory, safetensors, no code of its own.
+
+    It reads the request and what stands behind the thought, in its own chat template. Its score, cut to `min_score` and
+    `max_score`, earns `weight` times what it is above `min_score`; so 0, what a cut-off reply earns, stays the least.
+    """
+
+    path: str
+    weight: PositiveFloat
+    min_score: Annotated[float, Field(allow_inf_nan=False)]
+    max_score: Annotated[float, Field(allow_inf_nan=False)]
+    precision: Precision
+
+    @model_validator(mode="after")
+    def _scores_are_a_range(self) -> Self:
+        if self.min_score >= self.max_score:
+            raise ValueError(f"min_score is {self.min_score:g}, max_score {self.max_score:g}: it must be above")
+        return self
+
+
 class RLConfig(Frozen):
-    """Reinforcement learning on verifiable rewards (Llama-Nemotron, sections 5 and 6).
+    """Reinforcement learning on verifiable rewards, a reward model's besides (Llama-Nemotron, sections 5 and 6).
+
+    With `instruction_reward` all, the accuracy reward is paid when every instruction of a prompt is followed; with
+    share, in proportion to those that are.
 
     `max_importance_weight` caps the ratio of trainer to sampler by which each token's gradient is corrected.
     """
@@ -176,6 +199,8 @@ class RLConfig(Frozen):
     max_importance_weight: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     accuracy_reward: NonNegativeFloat
     format_reward: NonNegativeFloat
+    instruction_reward: Literal["share", "all"]
+    reward_model: RewardModelConfig | None
     difficulty: DifficultyConfig | None
     held_out: HeldOutRewardConfig
     stop: StopRulesConfig

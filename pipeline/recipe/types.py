@@ -12,3 +12,25 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Precision = Literal["fp32", "bf16"]
 ServedPrecision = Literal["fp32", "bf16", "fp8"]
 Backend = Literal["torch", "llama_cpp", "vllm"]  # what times models on the machine at hand
+
+# What an answer can be asked for in a way that a program can check (pipeline.data.instructions).
+InstructionKind = Literal[
+    "num_words",
+    "num_sentences",
+    "num_paragraphs",
+    "include_keywords",
+    "keyword_frequency",
+    "exclude_keywords",
+    "letter_frequency",
+    "all_lowercase",
+    "all_uppercase",
+    "no_commas",
+    "starts_with",
+    "ends_with",
+    "num_bullets",
+    "json_only",
+    "quoted",
+    "title",
+    "num_sections",
+    "postscript",
+]

@@ -157,6 +157,29 @@ def held_out_tasks_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Tab
     return Table.of(columns, rows)
 
 
+def instructions_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
+    """Return how many verifiable instructions greedy replies follow, one checkpoint per row.
+
+    A prompt is followed when all its instructions are; loose forgives bold type and a line around the answer.
+    """
+    rows = [
+        (
+            STAGE_TITLES[name],
+            *(write_estimate(quality.prompt_strict, as_percent=True) for quality in (on, off)),
+            *(write_estimate(quality.prompt_loose, as_percent=True) for quality in (on, off)),
+            *(write_estimate(quality.instruction_strict, as_percent=True) for quality in (on, off)),
+            *(write_estimate(quality.instruction_loose, as_percent=True) for quality in (on, off)),
+            f"{on.prompt_strict.num_samples} ({on.num_instructions})",
+        )
+        for name in ordered(evaluations)
+        if evaluations[name].instructions
+        for on, off in [(evaluations[name].instructions["on"], evaluations[name].instructions["off"])]
+    ]
+    measures = ("prompts, strict", "prompts, loose", "instructions, strict", "instructions, loose")
+    columns = ("checkpoint", *(f"{measure}, {mode}" for measure in measures for mode in ("on", "off")))
+    return Table.of((*columns, "n prompts (instructions)"), rows)
+
+
 def robustness_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
     """Return what replies do under unusual system prompts, one checkpoint and prompt per row."""
     rows = [
@@ -249,6 +272,7 @@ def evaluation_tables(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[s
         "multiple_choice": multiple_choice_table(evaluations),
         "reasoning": reasoning_table(evaluations),
         "held_out_tasks": held_out_tasks_table(evaluations),
+        "instructions": instructions_table(evaluations),
         "chains": chains_table(evaluations),
         "robustness": robustness_table(evaluations),
         "bookends": bookends_table(evaluations),

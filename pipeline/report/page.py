@@ -140,6 +140,7 @@ def _toggle_section(inputs: ReportInputs, *, figures: Mapping[str, str]) -> Sect
     tables = {
         "Greedy answers in both modes": evaluation_tables.reasoning_table(inputs.evaluations),
         "Tasks that nothing trains on": evaluation_tables.held_out_tasks_table(inputs.evaluations),
+        "Verifiable instructions": evaluation_tables.instructions_table(inputs.evaluations),
         "Sampled answers, and the health of chains": evaluation_tables.chains_table(inputs.evaluations),
     }
     if final is not None:

@@ -10,10 +10,12 @@ from pipeline.data.evaluation_sets import (
     save_evaluation_ngrams,
     save_held_out,
     save_held_out_items,
+    save_instruction_items,
     save_multiple_choice,
     save_reasoning_items,
     save_search_task,
 )
+from pipeline.data.instruction_items import generate_instruction_items
 from pipeline.data.reasoning_items import ReasoningItem, generate_items
 from pipeline.errors import DataError
 from pipeline.recipe import EvaluationSetsConfig, HeldOutText, MultipleChoiceSet, ReasoningTask
@@ -63,12 +65,25 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
         known={item.question for item in items},
     )
     save_held_out_items(out_dir, held_out_items)
-    texts += [item.question for item in [*items, *held_out_items]]
+    instruction_items = generate_instruction_items(
+        sets.instructions, part="evaluation", seed=sets.seed, exclude_questions=set()
+    )
+    save_instruction_items(out_dir, instruction_items)
+    texts += [item.question for item in [*items, *held_out_items, *instruction_items]]
     for task in config.reasoning_tasks:
         rows.append(("reasoning", task.name, sets.reasoning_items_per_task, "Apache-2.0 (reasoning-gym)"))
     for task in sets.held_out_tasks:
         rows.append(
             ("reasoning, not trained on", task.name, sets.reasoning_items_per_task, "Apache-2.0 (reasoning-gym)")
+        )
+    if instruction_items:
+        rows.append(
+            (
+                "instructions",
+                f"{len(sets.instructions.allowed_kinds)} kinds",
+                len(instruction_items),
+                "Apache-2.0 (our own)",
+            )
         )
     ngrams = build_ngrams(texts, num_words=sets.ngram_tokens)
     save_evaluation_ngrams(out_dir, ngrams)
@@ -78,6 +93,7 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
             "num_multiple_choice_items": sum(row[2] for row in rows if row[0] == "multiple choice"),
             "num_reasoning_items": len(items),
             "num_held_out_task_items": len(held_out_items),
+            "num_instruction_items": len(instruction_items),
             "num_ngrams": len(ngrams),
         },
         tables={"sets": Table.of(("kind", "name", "num_items", "licence"), rows)},

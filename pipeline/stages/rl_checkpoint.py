@@ -8,6 +8,7 @@ published, for people to look at, and fails its check.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +17,7 @@ import torch
 from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
 from pipeline.reasoning.prompts import load_prompts
+from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.rl import PolicyTraining, train_policy, units_per_update
 from pipeline.recipe import OnPolicyDistillation, RLConfig
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
@@ -55,6 +57,7 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
             engine,
             reference=reference,
             tokenizer=load_tokenizer(start_dir),
+            reward_model=None if config.reward_model is None else RewardModel(config.reward_model, device=device),
             items=load_prompts(inputs["rl_prompts"]),
             config=config,
             work_dir=out_dir / WORK_DIR,
@@ -101,11 +104,21 @@ def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
         },
         facts={**facts, "stopped": training.stopped or "no"},
         tables={
+            **_held_out_table(first, last),
             **({"pass_rates": _pass_rates_table(training.pass_rates)} if training.pass_rates else {}),
             "training_curve": Table.of(columns, [[row[column] for column in columns] for row in training.curve]),
             "samples": Table.of(shown, [[sample[name] for name in shown] for sample in training.samples[-_NUM_SHOWN:]]),
         },
     )
+
+
+def _held_out_table(first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, Table]:
+    """What each kind of prompt earned before training and at its end; nothing where there is one kind."""
+    names = ("held_out_reward_", "held_out_accuracy_")
+    kinds = sorted(name.removeprefix(names[0]) for name in first if name.startswith(names[0]))
+    columns = ("prompts", "reward, first", "reward, last", "accuracy, first", "accuracy, last")
+    rows = [(kind, *(row[name + kind] for name in names for row in (first, last))) for kind in kinds]
+    return {"held_out": Table.of(columns, rows)} if rows else {}
 
 
 def _pass_rates_table(pass_rates: tuple[float, ...]) -> Table:

@@ -1,4 +1,4 @@
-"""rl_prompts: verifiable questions that neither fine-tuning nor evaluation uses, answers checked."""
+"""rl_prompts: verifiable questions and instructions that neither fine-tuning nor evaluation uses, answers checked."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,8 +7,10 @@ import polars as pl
 
 from pipeline.artifacts import write_atomically
 from pipeline.data.evaluation_sets import build_text_ngrams, load_evaluated_questions
-from pipeline.data.reasoning_items import ReasoningItem, generate_items, score_answer
-from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
+from pipeline.data.instruction_items import InstructionItem, generate_instruction_items
+from pipeline.data.instructions import are_followed
+from pipeline.data.reasoning_items import generate_items, score_answer
+from pipeline.reasoning.prompts import PROMPTS_FILE, RLItem, kind_of, prompts_text
 from pipeline.stage import StageInputs, StageResult, Table
 from pipeline.stages.configs import RLPromptsStage
 
@@ -22,25 +24,27 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
     known = evaluated | set(samples["question"])
     num_known = len(known)
     measured = build_text_ngrams(inputs["evaluation_sets"], num_words=config.ngram_tokens)
-    num_contaminated = 0
-    items: list[ReasoningItem] = []
+    drawn: list[RLItem] = []
     for task in config.reasoning_tasks:
-        drawn = generate_items(
+        of_task = generate_items(
             task, num_items=config.rl_prompts.items_per_task, seed=config.rl_prompts.seed, exclude_questions=known
         )
-        known.update(item.question for item in drawn)
-        clean = [item for item in drawn if not measured.shares_ngram(item.question)]
-        num_contaminated += len(drawn) - len(clean)
-        items += clean
+        known.update(item.question for item in of_task)
+        drawn += of_task
+    drawn += generate_instruction_items(
+        config.rl_prompts.instructions, part="training", seed=config.rl_prompts.seed, exclude_questions=known
+    )
+    items = [item for item in drawn if not measured.shares_ngram(item.question)]
     write_atomically(out_dir / PROMPTS_FILE, prompts_text(items).encode())
     errors: Counter[str] = Counter()
-    num_rejected = sum(score_answer(item, item.answer, errors=errors) != 1.0 for item in items)
+    num_rejected = sum(not _accepts_its_answer(item, errors=errors) for item in items)
     return StageResult(
         metrics={
             "num_prompts": len(items),
+            "num_instruction_prompts": sum(kind_of(item) == "instructions" for item in items),
             "num_tasks": len(config.reasoning_tasks),
             "num_excluded_questions": num_known,
-            "num_contaminated_questions": num_contaminated,
+            "num_contaminated_questions": len(drawn) - len(items),
             "num_rejected_reference_answers": num_rejected,
             "num_verifier_errors": errors.total(),
         },
@@ -55,3 +59,9 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
             ),
         },
     )
+
+
+def _accepts_its_answer(item: RLItem, *, errors: Counter[str]) -> bool:
+    if isinstance(item, InstructionItem):
+        return all(are_followed(item.instructions, item.answer))
+    return score_answer(item, item.answer, errors=errors) == 1.0

@@ -20,7 +20,7 @@ from pipeline.execution import (
 )
 from pipeline.model.architecture_files import load_architecture
 from pipeline.model.decilm_config import decilm_config
-from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask, LocalParent
+from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask, LocalParent, RewardModelConfig
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, get_stage
@@ -180,6 +180,20 @@ def test_fingerprint_of_evaluations_follows_the_task_files_and_what_they_read(wo
     first = after(task, "{}")
     assert len({first, after(f"{task}num_fewshot: 2\n", "{}"), after(task, "{ }"), after("task: [", "{}")}) == 4
     assert after(task, "{}") == first
+
+
+def test_fingerprint_of_rl_follows_the_bytes_of_the_reward_model(workspace: Workspace, tmp_path: Path):
+    publish_all(workspace, target="fused")
+    (tmp_path / "judge").mkdir()
+    model = RewardModelConfig(path=str(tmp_path / "judge"), weight=1.0, min_score=0.0, max_score=1.0, precision="fp32")
+    rl = workspace.recipe.rl.model_copy(update={"reward_model": model})
+    judged = open_tiny(tmp_path, recipe=workspace.recipe.model_copy(update={"rl": rl}))
+    stage, weights = get_stage("rl_checkpoint"), tmp_path / "judge" / "model.safetensors"
+    found = []
+    for content in (b"one", b"two", b"one"):
+        weights.write_bytes(content)
+        found.append(stage_fingerprint(judged, stage, "fused"))
+    assert found[0] == found[2] != found[1]
 
 
 def test_open_workspace_puts_all_state_below_refit_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

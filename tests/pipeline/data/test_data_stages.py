@@ -22,6 +22,7 @@ from pipeline.recipe import (
     EvaluationSetsConfig,
     FileSource,
     HeldOutText,
+    InstructionsConfig,
     LongContextTokens,
     MixtureConfig,
     MixtureEntry,
@@ -50,6 +51,7 @@ SETS = EvaluationSetsConfig(
     multiple_choice=(),
     reasoning_items_per_task=5,
     held_out_tasks=(),
+    instructions=InstructionsConfig(num_prompts=3, kinds="all", max_instructions=2, max_words=20),
     ngram_tokens=13,
     seed=1,
 )

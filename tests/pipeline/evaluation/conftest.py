@@ -10,13 +10,19 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.artifacts import ArtifactStore
 from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.documents import Document
-from pipeline.data.evaluation_sets import save_held_out, save_held_out_items, save_multiple_choice, save_reasoning_items
+from pipeline.data.evaluation_sets import (
+    save_held_out,
+    save_held_out_items,
+    save_instruction_items,
+    save_multiple_choice,
+    save_reasoning_items,
+)
 from pipeline.data.reasoning_items import generate_items
 from pipeline.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import RandomParent
-from tests.pipeline.evaluation.stages import OTHER_TASK, TASK, publish
+from tests.pipeline.evaluation.stages import INSTRUCTED, OTHER_TASK, TASK, publish
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +71,7 @@ def artifacts(tmp_path: Path, parent_dir: Path, other: HeterogeneousLlamaForCaus
     save_multiple_choice(sets_dir, "quiz", [MultipleChoiceItem(prompt="1 + 1 =", choices=("2", "three"), gold=0)])
     save_reasoning_items(sets_dir, generate_items(TASK, num_items=3, seed=5, exclude_questions=frozenset()))
     save_held_out_items(sets_dir, generate_items(OTHER_TASK, num_items=2, seed=5, exclude_questions=frozenset()))
+    save_instruction_items(sets_dir, INSTRUCTED)
     for name in ("child", "fused", "kd", "cpt", "sft", "rl"):
         directory = store.directory(f"{name}_checkpoint", "f00")
         save_checkpoint(

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.artifacts import ArtifactStore
-from pipeline.recipe import EvaluationConfig, ReasoningTask, SampledConfig
+from pipeline.data.instruction_items import generate_instruction_items
+from pipeline.recipe import EvaluationConfig, InstructionsConfig, ReasoningTask, SampledConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import evaluation, parent_evaluation
 from pipeline.stages.configs import EvaluationStage
@@ -22,6 +23,12 @@ CONFIG = EvaluationStage(
     )
 )
 TASK = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+INSTRUCTED = generate_instruction_items(
+    InstructionsConfig(num_prompts=3, kinds="all", max_instructions=2, max_words=10),
+    part="evaluation",
+    seed=1,
+    exclude_questions=frozenset(),
+)
 OTHER_TASK = ReasoningTask(name="count_bits", config={"max_n": 15})
 
 

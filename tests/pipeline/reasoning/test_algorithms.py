@@ -14,7 +14,7 @@ from pipeline.recipe import GRPO, RLOO, RPO, OnPolicyDistillation, RLAlgorithm, 
 from pipeline.recipe_file import load_recipe
 
 CPU = torch.device("cpu")
-NO_VERDICT = Verdict(is_terminated=True, is_right=False, is_well_formed=False, has_verifier_failed=False)
+NO_VERDICT = Verdict(is_terminated=True, accuracy=0.0, is_well_formed=False, has_verifier_failed=False, answer="")
 
 
 def _row(
@@ -24,6 +24,7 @@ def _row(
         row=SampledRow(prompt_ids=(9,), completion_ids=tuple(range(len(old)))),
         sampler_logprobs=torch.tensor(old if sampler is None else sampler),
         verdict=NO_VERDICT,
+        model_reward=0.0,
         reward=reward,
         advantage=advantage,
         old=RowStatistics(logprobs=torch.tensor(old), entropies=torch.zeros(len(old))),
@@ -142,6 +143,7 @@ def _train_bandit(algorithm: RLAlgorithm, *, num_steps: int, num_groups: int, le
                 row=SampledRow(prompt_ids=(9,), completion_ids=(arm,)),
                 sampler_logprobs=old[arm : arm + 1],
                 verdict=NO_VERDICT,
+                model_reward=0.0,
                 reward=REWARDS[arm].item(),
                 advantage=0.0,
                 old=RowStatistics(logprobs=old[arm : arm + 1], entropies=torch.zeros(1)),

@@ -15,6 +15,7 @@ from pipeline.data.evaluation_sets import (
     save_evaluation_ngrams,
     save_held_out,
     save_held_out_items,
+    save_instruction_items,
     save_reasoning_items,
 )
 from pipeline.errors import DataError, StageError, UserError
@@ -193,6 +194,7 @@ def test_whole_data_pipeline_against_a_server_is_verified_counted_and_byte_ident
     save_held_out(evaluation_dir, "text", [Document(document_id="1", text=held_out)])
     save_reasoning_items(evaluation_dir, [])
     save_held_out_items(evaluation_dir, [])
+    save_instruction_items(evaluation_dir, [])
     save_evaluation_ngrams(evaluation_dir, build_ngrams([held_out], num_words=13))
     questions = tmp_path / "questions.jsonl"
     lines = [{"problem": f"What is {number} and {number}?"} for number in range(3)] + [{"problem": held_out + "?"}]

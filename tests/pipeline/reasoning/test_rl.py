@@ -8,62 +8,27 @@ import polars as pl
 import pytest
 import torch
 
-from pipeline.artifacts import write_atomically
 from pipeline.data.reasoning_items import ReasoningItem, generate_items
 from pipeline.errors import DataError, DivergedError, RecipeError, StageError
-from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
+from pipeline.model.checkpoint import load_model, read_architecture
 from pipeline.processes import run_checked
-from pipeline.progress import Reporter, SilentReporter
+from pipeline.progress import SilentReporter
 from pipeline.reasoning.experience import draw_prompts
-from pipeline.reasoning.prompts import PROMPTS_FILE, prompts_text
 from pipeline.reasoning.rl import split_held_out, units_per_update
 from pipeline.recipe import (
-    GRPO,
     RLOO,
     RPO,
     CurriculumConfig,
     DifficultyConfig,
-    HeldOutRewardConfig,
     OnPolicyDistillation,
-    OptimizerConfig,
     ReasoningTask,
     RLAlgorithm,
-    RLConfig,
     StopRulesConfig,
 )
-from pipeline.stage import ExecutionSettings, StageInputs, StageResult
+from pipeline.stage import StageResult
 from pipeline.stages import rl_checkpoint
 from pipeline.stages.spec import StageSpec, config_type_name
-
-CONFIG = RLConfig(
-    algorithm=GRPO(
-        kind="grpo", baseline="leave_one_out", normalise_by_std=True, clip_low=0.2, clip_high=0.28, kl_weight=0.01
-    ),
-    steps=3,
-    prompts_per_step=4,
-    samples_per_prompt=6,
-    max_new_tokens=10,
-    temperature=1.0,
-    share_thinking_on=0.25,
-    updates_per_rollout=2,
-    max_importance_weight=2.0,
-    accuracy_reward=1.0,
-    format_reward=0.2,
-    difficulty=None,
-    held_out=HeldOutRewardConfig(num_prompts=2, interval_steps=2),
-    stop=StopRulesConfig(patience_steps=5, min_entropy_nats=0.001, max_kl_nats=5.0, max_held_out_drop=1.0),
-    optimizer=OptimizerConfig(
-        learning_rate=1e-3,
-        min_learning_rate_ratio=1.0,
-        warmup_ratio=0.0,
-        schedule="constant",
-        weight_decay=0.0,
-        betas=(0.9, 0.95),
-        max_grad_norm=1.0,
-    ),
-    precision="fp32",
-    seed=6,
-)
+from tests.pipeline.reasoning.rl_builders import CONFIG, rl_artifacts, rl_inputs
 
 
 class Interrupted(Exception):  # noqa: N818 (it stands for a kill, not for an error of the code)
@@ -94,23 +59,7 @@ def artifacts(
 ) -> dict[str, Path]:
     """A policy that often ends its turn, so that some samples earn the format reward and some nothing."""
     root = tmp_path_factory.mktemp("rl")
-    tensors = dict(TensorReader(parent_dir))
-    tensors["model.embed_tokens.weight"][2] *= 6
-    save_checkpoint(root / "sft", architecture=read_architecture(parent_dir), tensors=tensors, tokenizer_dir=parent_dir)
-    write_atomically(root / "prompts" / PROMPTS_FILE, prompts_text(items).encode())
-    return {"sft_checkpoint": root / "sft", "rl_prompts": root / "prompts"}
-
-
-def _inputs(artifacts: dict[str, Path], *, reporter: Reporter | None = None, zero_stage: int = 1) -> StageInputs:
-    return StageInputs(
-        artifacts=artifacts,
-        store_root=artifacts["rl_prompts"],
-        downloads=artifacts["rl_prompts"],
-        execution=ExecutionSettings.model_validate(
-            {"micro_batch_size": 4, "checkpoint_interval_steps": 2, "zero_stage": zero_stage, "num_threads": 1}
-        ),
-        reporter=reporter or SilentReporter(),
-    )
+    return rl_artifacts(root, parent_dir=parent_dir, items=items)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -118,7 +67,7 @@ def test_rl_checkpoint_stage_writes_checkpoint_curve_and_samples(
     artifacts: dict[str, Path], tmp_path: Path, precision: str
 ):
     config = CONFIG.model_copy(update={"precision": precision})
-    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+    result = rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path)
 
     curve = pl.read_parquet(tmp_path / "curve.parquet")
     assert curve.columns[:2] == ["step", "tokens"]
@@ -139,10 +88,10 @@ def test_rl_checkpoint_stage_writes_checkpoint_curve_and_samples(
 def test_rl_checkpoint_stage_interrupted_and_resumed_is_bit_identical(artifacts: dict[str, Path], tmp_path: Path):
     config = CONFIG.model_copy(update={"precision": "bf16"})
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    result = rl_checkpoint.run(config, _inputs(artifacts), whole)
+    result = rl_checkpoint.run(config, rl_inputs(artifacts), whole)
     with pytest.raises(Interrupted):
-        rl_checkpoint.run(config, _inputs(artifacts, reporter=InterruptingReporter(at_step=3)), resumed)
-    again = rl_checkpoint.run(config, _inputs(artifacts), resumed)
+        rl_checkpoint.run(config, rl_inputs(artifacts, reporter=InterruptingReporter(at_step=3)), resumed)
+    again = rl_checkpoint.run(config, rl_inputs(artifacts), resumed)
 
     assert again == result
     for name in ("model.safetensors", "curve.parquet", "rollout_samples.parquet"):
@@ -158,14 +107,14 @@ def test_rl_checkpoint_stage_reward_rises_when_form_is_all_it_takes(artifacts: d
             "updates_per_rollout": 1,
         }
     )
-    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+    result = rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path)
     assert result.metrics["format_rate_last"] > result.metrics["format_rate_first"] + 0.3
 
 
 def test_rl_checkpoint_stage_non_finite_gradients_stop_it(artifacts: dict[str, Path], tmp_path: Path):
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e38})
     with pytest.raises(DivergedError, match=r"lower rl\.optimizer\.learning_rate"):
-        rl_checkpoint.run(CONFIG.model_copy(update={"optimizer": optimizer}), _inputs(artifacts), tmp_path)
+        rl_checkpoint.run(CONFIG.model_copy(update={"optimizer": optimizer}), rl_inputs(artifacts), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +132,7 @@ def test_rl_checkpoint_stage_trains_with_every_algorithm(
 ):
     config = CONFIG.model_copy(update={"algorithm": algorithm, "steps": 2, "updates_per_rollout": 1})
     given = {**artifacts, "parent_checkpoint": parent_dir}
-    result = rl_checkpoint.run(config, _inputs(given), tmp_path)
+    result = rl_checkpoint.run(config, rl_inputs(given), tmp_path)
     curve = pl.read_parquet(tmp_path / "curve.parquet")
     assert all(norm > 0 for norm in curve["grad_norm"])
     if algorithm.kind == "on_policy_distillation":
@@ -203,12 +152,12 @@ def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measur
     )
     config = CONFIG.model_copy(update={"difficulty": difficulty})
     with pytest.raises(Interrupted):
-        rl_checkpoint.run(config, _inputs(artifacts, reporter=InterruptingReporter(at_step=2)), tmp_path)
+        rl_checkpoint.run(config, rl_inputs(artifacts, reporter=InterruptingReporter(at_step=2)), tmp_path)
     path = tmp_path / "_work" / "pass_rates.json"
     rates = json.loads(path.read_text())
     assert len(rates) == 8  # ten prompts, two of them held out
     written = path.stat().st_mtime_ns
-    result = rl_checkpoint.run(config, _inputs(artifacts), tmp_path)
+    result = rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path)
     assert path.stat().st_mtime_ns == written
     assert sum(row[1] for row in result.tables["pass_rates"].rows) == 8
     assert pl.read_parquet(tmp_path / "curve.parquet")["aimed_pass_rate"].to_list() == [0.5, 0.25, 0.0]
@@ -216,7 +165,7 @@ def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measur
 
 def test_rl_checkpoint_stage_that_collapses_is_stopped_and_says_why(artifacts: dict[str, Path], tmp_path: Path):
     stop = StopRulesConfig(patience_steps=2, min_entropy_nats=100.0, max_kl_nats=5.0, max_held_out_drop=1.0)
-    result = rl_checkpoint.run(CONFIG.model_copy(update={"stop": stop}), _inputs(artifacts), tmp_path)
+    result = rl_checkpoint.run(CONFIG.model_copy(update={"stop": stop}), rl_inputs(artifacts), tmp_path)
     assert (result.metrics["num_steps"], result.metrics["num_stops"]) == (2, 1)
     assert result.facts["stopped"] == "collapse: entropy below 100 nats for 2 steps"
     assert (tmp_path / "model.safetensors").is_file()
@@ -225,7 +174,7 @@ def test_rl_checkpoint_stage_that_collapses_is_stopped_and_says_why(artifacts: d
 def test_rl_checkpoint_stage_held_out_prompts_are_watched_and_not_trained_on(
     artifacts: dict[str, Path], items: list[ReasoningItem], tmp_path: Path
 ):
-    rl_checkpoint.run(CONFIG, _inputs(artifacts), tmp_path)
+    rl_checkpoint.run(CONFIG, rl_inputs(artifacts), tmp_path)
     trained, held_out = split_held_out(items, config=CONFIG)
     assert (len(trained), len(held_out)) == (8, 2)
     asked = set(pl.read_parquet(tmp_path / "rollout_samples.parquet")["question"])
@@ -239,7 +188,7 @@ def test_rl_checkpoint_stage_held_out_prompts_are_watched_and_not_trained_on(
 
 @pytest.mark.slow
 def test_rl_checkpoint_stage_two_ranks_share_the_prompts(artifacts: dict[str, Path], tmp_path: Path):
-    inputs = _inputs(artifacts)
+    inputs = rl_inputs(artifacts)
     spec = StageSpec(
         config_type=config_type_name(CONFIG),
         config=CONFIG.model_dump(mode="json"),
@@ -266,7 +215,7 @@ def test_rl_checkpoint_stage_two_ranks_share_the_prompts(artifacts: dict[str, Pa
 
 def test_rl_checkpoint_stage_sharded_weights_are_refused(artifacts: dict[str, Path], tmp_path: Path):
     with pytest.raises(StageError, match="zero_stage is 3"):
-        rl_checkpoint.run(CONFIG, _inputs(artifacts, zero_stage=3), tmp_path)
+        rl_checkpoint.run(CONFIG, rl_inputs(artifacts, zero_stage=3), tmp_path)
 
 
 def test_draw_prompts_every_item_comes_once_before_any_again(items: list[ReasoningItem]):

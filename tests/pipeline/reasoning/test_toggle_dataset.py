@@ -11,11 +11,14 @@ from pipeline.data.chat import THINK_OPEN, THINKING_OFF, THINKING_ON, generation
 from pipeline.data.decontamination import build_ngrams
 from pipeline.data.documents import Document
 from pipeline.data.evaluation_sets import (
+    load_evaluated_questions,
     save_evaluation_ngrams,
     save_held_out,
     save_held_out_items,
+    save_instruction_items,
     save_reasoning_items,
 )
+from pipeline.data.instruction_items import InstructionItem, generate_instruction_items
 from pipeline.data.packed import IGNORED_LABEL, blend_split, load_packed
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import DataError
@@ -34,7 +37,7 @@ from pipeline.reasoning.toggle_dataset import (
     split_samples,
 )
 from pipeline.reasoning.trace_sources import chat_rows, solver_rows, task_items
-from pipeline.recipe import BlendConfig, ChatConfig, ReasoningTask, RLPromptsConfig
+from pipeline.recipe import BlendConfig, ChatConfig, InstructionsConfig, ReasoningTask, RLPromptsConfig
 from pipeline.stage import StageInputs
 from pipeline.stages import reasoning_toggle_dataset, reasoning_traces, rl_prompts
 from pipeline.stages.configs import RLPromptsStage, ToggleDatasetStage, TracesStage
@@ -211,6 +214,10 @@ def test_sample_self_chat_same_seed_same_turns(
     assert len(first.turns) + sum(first.num_dropped.values()) == 6
 
 
+def _instructions(num_prompts: int) -> InstructionsConfig:
+    return InstructionsConfig(num_prompts=num_prompts, kinds="all", max_instructions=2, max_words=20)
+
+
 @pytest.fixture(scope="module")
 def evaluation_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("evaluation_sets")
@@ -219,6 +226,8 @@ def evaluation_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = [item for task in TASKS for item in generate_items(task, num_items=4, seed=10**9, exclude_questions=set())]
     save_reasoning_items(directory, items)
     save_held_out_items(directory, [])
+    instructed = generate_instruction_items(_instructions(9), part="evaluation", seed=1, exclude_questions=set())
+    save_instruction_items(directory, instructed)
     save_evaluation_ngrams(directory, build_ngrams([text, *(item.question for item in items)], num_words=13))
     return directory
 
@@ -271,13 +280,17 @@ def test_stages_toggle_dataset_and_prompts_are_verified_paired_and_disjoint(
     assert trained_text.count(THINK_OPEN) == 38
 
     stage = RLPromptsStage(
-        rl_prompts=RLPromptsConfig(items_per_task=12, seed=4), reasoning_tasks=TASKS, ngram_tokens=13
+        rl_prompts=RLPromptsConfig(items_per_task=12, instructions=_instructions(7), seed=4),
+        reasoning_tasks=TASKS,
+        ngram_tokens=13,
     )
     prompts = rl_prompts.run(stage, inputs, prompts_dir)
     items = load_prompts(prompts_dir)
     asked = set(pl.read_parquet(toggle_dir / "samples.parquet")["question"])
     assert prompts.metrics["num_rejected_reference_answers"] == 0
-    assert len(items) == prompts.metrics["num_prompts"] == 24
+    assert len(items) == prompts.metrics["num_prompts"] == 31
+    assert prompts.metrics["num_instruction_prompts"] == sum(isinstance(item, InstructionItem) for item in items) == 7
+    assert not load_evaluated_questions(evaluation_dir) & {item.question for item in items}
     assert not asked & {item.question for item in items}
 
 

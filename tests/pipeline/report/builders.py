@@ -12,6 +12,7 @@ from pipeline.evaluation.results import (
     BothModes,
     ChainHealth,
     CheckpointEvaluation,
+    InstructionQuality,
     ModeQuality,
     MultipleChoiceQuality,
     PromptRobustness,
@@ -105,6 +106,16 @@ def checkpoint_evaluation(name: str) -> CheckpointEvaluation:
         thinking_on=on,
         thinking_off=off,
         held_out_tasks={"family not trained on": BothModes(thinking_on=on, thinking_off=off)},
+        instructions={
+            mode: InstructionQuality(
+                prompt_strict=share(9, num_samples=20),
+                prompt_loose=share(10, num_samples=20),
+                instruction_strict=estimate(0.6, half_width=0.1, num_samples=20),
+                instruction_loose=estimate(0.65, half_width=0.1, num_samples=20),
+                num_instructions=31,
+            )
+            for mode in ("on", "off")
+        },
         robustness=(
             PromptRobustness(
                 variant="missing",
