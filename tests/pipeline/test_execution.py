@@ -66,7 +66,7 @@ def test_materialize_records_where_the_artifact_comes_from(workspace: Workspace)
 
 
 def test_materialize_without_inputs_names_the_asset_to_materialize(workspace: Workspace):
-    with pytest.raises(MissingInputError, match=r"SELECT=\+(corpora|parent_checkpoint)` first"):
+    with pytest.raises(MissingInputError, match=r"SELECT='\*(corpora|parent_checkpoint)'` first"):
         materialize(workspace, "distillation_mix", "fused")
 
 
