@@ -56,7 +56,8 @@ def load(request: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:
     engines[request["load"]] = engine
     cache = engine.engine_core.engine_core.scheduler.kv_cache_config
     num_tokens = cache.num_blocks * engine.vllm_config.cache_config.block_size
-    return {"kv_bytes_per_token": sum(tensor.size for tensor in cache.kv_cache_tensors) / num_tokens}
+    # Layers of one shape are one tensor; each names the size of the allocation that all of them lie in.
+    return {"kv_bytes_per_token": max(tensor.size for tensor in cache.kv_cache_tensors) / num_tokens}
 
 
 def time_steps(request: dict[str, Any], engines: dict[str, Any]) -> dict[str, Any]:

@@ -57,19 +57,20 @@ class Engine:
     def __init__(self, given):
         config = json.loads(Path(given["model"], "config.json").read_text())
         assert config["model_type"] in transformers.AutoConfig.registered
-        heads, self.one_us, cached_values = config["num_attention_heads"], 7, 0
+        heads, self.one_us, cached_values, shapes = config["num_attention_heads"], 7, 0, set()
         head_dim = config["hidden_size"] // heads
         for block in config["block_configs"]:
             if not block["attention"]["no_op"]:
                 kv_heads = heads // block["attention"]["n_heads_in_group"]
                 self.one_us += 10 * heads + 100 * kv_heads
                 cached_values += 2 * kv_heads * head_dim
+                shapes.add(kv_heads)
             if not block["ffn"]["no_op"]:
                 self.one_us += -(-int(2 * block["ffn"]["ffn_mult"] * config["hidden_size"] / 3) // 256) * 256
         block_size = 16
         num_blocks = given["kv_cache_memory_bytes"] // (4 * cached_values * block_size)
         assert num_blocks * block_size >= given["max_num_seqs"] * given["max_model_len"]
-        tensors = [SimpleNamespace(size=num_blocks * block_size * 4 * cached_values)]
+        tensors = [SimpleNamespace(size=num_blocks * block_size * 4 * cached_values) for _ in shapes]
         cache = SimpleNamespace(num_blocks=num_blocks, kv_cache_tensors=tensors)
         core = SimpleNamespace(scheduler=SimpleNamespace(kv_cache_config=cache))
         self.engine_core = SimpleNamespace(engine_core=core)
