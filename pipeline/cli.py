@@ -29,6 +29,7 @@ from pipeline.progress import render_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import RECIPES_DIR, load_recipe
 from pipeline.stage import VIEW_DIR
+from pipeline.stages.configs import CARD_FILE
 from pipeline.stages.process import REPOSITORY
 from pipeline.stages.registry import STAGES
 
@@ -237,7 +238,6 @@ def push(workspace: Workspace, *, target: str, repo_id: str, public: bool) -> st
         HubError: as push_to_hub.
     """
     from pipeline.model.hub import push_to_hub  # huggingface_hub is slow to import
-    from pipeline.stages.model_card import CARD_FILE
 
     exported, card = (
         _sound_artifact(workspace, stage_name, target=target) for stage_name in ("exported_model", "model_card")

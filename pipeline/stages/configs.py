@@ -30,6 +30,8 @@ from pipeline.recipe import (
     TracesConfig,
 )
 
+CARD_FILE = "model_card.md"  # in the artifact of model_card
+
 
 class ParentStage(Frozen):
     """parent_checkpoint."""

@@ -7,9 +7,8 @@ import yaml
 from pipeline.report.inputs import read_inputs
 from pipeline.report.model_card import CardSubject, base_model, licence, render_model_card
 from pipeline.stage import StageInputs, StageResult
-from pipeline.stages.configs import ReportStage
+from pipeline.stages.configs import CARD_FILE, ReportStage
 
-CARD_FILE = "model_card.md"
 FRONT_MATTER_KEYS = ("license", "base_model", "library_name", "pipeline_tag")
 
 
