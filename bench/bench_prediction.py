@@ -219,8 +219,9 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a JSON file of what was measured, to go on with")
     given = parser.parse_args()
     keeper = Keeper(given.keep)
-    for backend in given.backend or [one for one in BACKENDS if there[one]]:
-        compare(backend, keeper)
+    for backend in BACKENDS:
+        if backend in given.backend if given.backend else there[backend]:
+            compare(backend, keeper)
 
 
 if __name__ == "__main__":
