@@ -20,6 +20,10 @@ from pipeline.recipe.data import (
     SourceConfig,
 )
 from pipeline.recipe.delivery import ExportConfig, GGUFPrecision
+from pipeline.recipe.fusion import (
+    DependencyConfig,
+    FusionConfig,
+)
 from pipeline.recipe.measuring import (
     OWN_REASONING_TASKS,
     OWN_TASK_PREFIX,
@@ -34,32 +38,22 @@ from pipeline.recipe.measuring import (
     Thresholds,
 )
 from pipeline.recipe.parent import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
+from pipeline.recipe.profile import (
+    ProfileConfig,
+    Scenario,
+)
 from pipeline.recipe.puzzle import (
     AttentionOption,
-    BatchChoice,
     BlockLibraryConfig,
     BlockLoss,
     BlockScoresConfig,
     CoupledSpace,
-    DependencyConfig,
     FFNOption,
-    FusionConfig,
     ImportanceConfig,
     KVHeadMode,
     LayerOverride,
-    LayerPattern,
-    Limit,
-    Objective,
-    Pin,
-    PoolConfig,
-    ProfileConfig,
-    RefinementConfig,
-    Requirements,
-    Scenario,
-    SearchConfig,
     SearchSpaceConfig,
     Subblock,
-    Target,
     VariantOverride,
 )
 from pipeline.recipe.reasoning import (
@@ -77,6 +71,18 @@ from pipeline.recipe.reasoning import (
     TracesConfig,
     Truth,
     VoteConfig,
+)
+from pipeline.recipe.search import (
+    BatchChoice,
+    LayerPattern,
+    Limit,
+    Objective,
+    Pin,
+    PoolConfig,
+    RefinementConfig,
+    Requirements,
+    SearchConfig,
+    Target,
 )
 from pipeline.recipe.training import (
     GRPO,

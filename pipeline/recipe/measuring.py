@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
-from pipeline.recipe.puzzle import Scenario
+from pipeline.recipe.profile import Scenario
 from pipeline.recipe.types import Backend, Positive, PositiveFloat, Precision, Ratio
 
 DECODE_STEPS = 8  # as many as one timing takes (pipeline.puzzle.timing), so that no filling comes before them

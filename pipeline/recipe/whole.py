@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from pipeline.architecture import Frozen
 from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
 from pipeline.recipe.delivery import ExportConfig
+from pipeline.recipe.fusion import (
+    DependencyConfig,
+    FusionConfig,
+)
 from pipeline.recipe.measuring import (
     OWN_REASONING_TASKS,
     OWN_TASK_PREFIX,
@@ -16,18 +20,20 @@ from pipeline.recipe.measuring import (
     Thresholds,
 )
 from pipeline.recipe.parent import ParentConfig
+from pipeline.recipe.profile import (
+    ProfileConfig,
+)
 from pipeline.recipe.puzzle import (
     BlockLibraryConfig,
     BlockScoresConfig,
-    DependencyConfig,
-    FusionConfig,
     ImportanceConfig,
-    ProfileConfig,
-    SearchConfig,
     SearchSpaceConfig,
-    Target,
 )
 from pipeline.recipe.reasoning import RLPromptsConfig, ToggleDatasetConfig, TracesConfig
+from pipeline.recipe.search import (
+    SearchConfig,
+    Target,
+)
 from pipeline.recipe.training import (
     DistillationConfig,
     LongContextPhase,

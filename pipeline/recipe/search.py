@@ -1,0 +1,159 @@
+"""What the search minimises, and the limits and pins of the targets it is run for."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.architecture import Frozen
+from pipeline.recipe.puzzle import AttentionOption, FFNOption
+from pipeline.recipe.types import (
+    Name,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Ratio,
+)
+
+Objective = Literal["kl", "lm_loss", "hidden_cosine", "top1_error", "task_error"]
+
+
+LayerPattern = Literal["heterogeneous", "homogeneous", "homogeneous_attention", "homogeneous_ffn", "depth_only"]
+"""What layers may become: any block each; one block for all; one attention, or one FFN, for all; kept or left out."""
+
+
+class PoolConfig(Frozen):
+    """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it.
+
+    (Puzzle, appendix B: alpha.)
+    """
+
+    num_solutions: Positive
+    max_overlap: Annotated[float, Field(ge=0, lt=1)]
+
+
+BatchChoice = Literal["lowest_loss", "highest_throughput"]
+"""Which batch size of a swept scenario is kept: the one where the search finds the least loss, or the most tokens/s."""
+
+
+class RefinementConfig(Frozen):
+    """Scoring of whole children, and the rounds that improve the best of them.
+
+    Each of at most `rounds` rounds measures every block again with the best child's other blocks in place, and solves
+    the programme with at most `max_changed_layers` layers changed. It ends when no answer is better as a whole model.
+    """
+
+    tokens: Positive
+    rounds: Annotated[int, Field(ge=0)]
+    max_changed_layers: Positive
+
+
+class SearchConfig(Frozen):
+    """The integer programme: which score it minimises, when the solver may stop, and what is done with its answers.
+
+    `layers` says what a child's layers have in common. `heterogeneous`: nothing. `homogeneous`: all are the same block.
+    `homogeneous_attention` and `homogeneous_ffn`: all have the same attention, or the same FFN. `depth_only`: each is
+    the parent's or is left out whole. Of a scenario with several batch sizes, `batch_choice` keeps the one with the
+    `lowest_loss` or the `highest_throughput`.
+    Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
+    `speed_tolerance`.
+    """
+
+    objective: Objective
+    layers: LayerPattern
+    pool: PoolConfig
+    refinement: RefinementConfig
+    batch_choice: BatchChoice
+    time_limit_s: PositiveFloat
+    relative_gap: NonNegativeFloat
+    max_recalibrations: Annotated[int, Field(ge=0)]
+    speed_margin: Annotated[float, Field(ge=0, lt=1)]
+    speed_tolerance: Ratio
+
+    def most_rounds(self, *, num_layers: int) -> int:
+        """Return how many rounds of refinement there can be: none where all layers only change together and may not."""
+        if self.layers == "homogeneous" and self.refinement.max_changed_layers < num_layers:
+            return 0
+        return self.refinement.rounds
+
+
+Quantity = Literal[
+    "decode_speed",
+    "prefill_speed",
+    "throughput",
+    "latency_ms",
+    "time_to_first_token_ms",
+    "weights_and_cache_mib",
+    "memory_mib",
+    "cached_tokens",
+    "num_parameters",
+    "kv_bytes_per_token",
+]
+COUNTED_WITHOUT_SCENARIO = ("cached_tokens", "num_parameters", "kv_bytes_per_token")
+
+
+class Limit(Frozen):
+    """One requirement on a child: a measured or counted quantity, an absolute bound or one relative to the parent.
+
+    `decode_speed` and `prefill_speed` are tokens per second of one phase of `scenario`; `throughput` is the scenario's
+    prompt and generated tokens per second of its `latency_ms` (Puzzle, appendix B); `time_to_first_token_ms` is its
+    prefill. `weights_and_cache_mib` is weights plus the scenario's KV cache, what published memory limits count;
+    `memory_mib` adds the activations of its prefill. `cached_tokens` is how many tokens' KV cache fits beside the
+    weights in `device_memory_gb` (10^9 bytes, all devices that hold the model together). The rest are counted. Speeds
+    and cached tokens are lower bounds, everything else upper bounds.
+    """
+
+    quantity: Quantity
+    scenario: Name | None
+    bound: PositiveFloat
+    relative_to: Literal["parent", "absolute"]
+    device_memory_gb: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _measured_quantities_name_a_scenario(self) -> Self:
+        needs = self.quantity not in COUNTED_WITHOUT_SCENARIO
+        if needs != (self.scenario is not None):
+            raise ValueError(
+                f"limit {self.quantity} has scenario {self.scenario!r}; it {'needs one' if needs else 'takes none'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_tokens_name_a_memory(self) -> Self:
+        needs = self.quantity == "cached_tokens"
+        if needs != (self.device_memory_gb is not None):
+            raise ValueError(
+                f"limit {self.quantity} has device_memory_gb {self.device_memory_gb}; it "
+                f"{'needs one' if needs else 'takes none'}"
+            )
+        if needs and self.relative_to == "parent":
+            raise ValueError(
+                "limit cached_tokens is relative to the parent, beside which none may fit; give the number of tokens "
+                "and relative_to: absolute"
+            )
+        return self
+
+
+class Pin(Frozen):
+    """Options that a target allows in some layers, to force an architecture through the search."""
+
+    layers: Annotated[tuple[int, ...], Field(min_length=1)]
+    attention: AttentionOption | None = None
+    ffn: FFNOption | None = None
+
+
+class Requirements(Frozen):
+    """What a child must reach, and what is decided for the search in advance."""
+
+    limits: tuple[Limit, ...]
+    pins: tuple[Pin, ...]
+
+
+class Target(Requirements):
+    """Requirements under a name; targets are the partitions of the graph."""
+
+    description: str
+
+    @property
+    def requirements(self) -> Requirements:
+        """The part that changes a result, without the prose."""
+        return Requirements(limits=self.limits, pins=self.pins)
