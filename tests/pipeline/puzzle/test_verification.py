@@ -24,7 +24,8 @@ MEASUREMENTS = Measurements(
         for model, times in TIMES_MS.items()
         for phase, time_ms in times.items()
         if phase in ("prefill", "decode")
-    }
+    },
+    kv_bytes_per_token={"parent": 128, "final": 64},
 )
 PARENT = parent_architecture()
 # As after fusion: four layers became three, the last one with both FFNs of its run and no attention.
