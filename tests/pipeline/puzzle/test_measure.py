@@ -40,7 +40,8 @@ def test_speedup_compares_timings_of_the_same_round():
         times_ms={
             ("parent", "chat", "decode"): (10.0, 20.0, 30.0),
             ("child", "chat", "decode"): (5.0, 10.0, 15.0),
-        }
+        },
+        kv_bytes_per_token={"parent": 128, "child": 64},
     )
     speedup = measurements.speedup("child", "chat", "decode", over="parent")
     assert (speedup.low, speedup.median, speedup.high) == (2.0, 2.0, 2.0)
