@@ -139,6 +139,7 @@ def _inputs(root: Path) -> StageInputs:
             "fused_checkpoint": start,
             "cpt_checkpoint": start,
             "distillation_mix": mixture,
+            "pretraining_mix": mixture,
             "reasoning_toggle_dataset": toggle,
         },
         store_root=root,
