@@ -51,13 +51,25 @@ def rl_artifacts(root: Path, *, parent_dir: Path, items: Sequence[RLItem]) -> di
     return {"sft_checkpoint": root / "sft", "rl_prompts": root / "prompts"}
 
 
-def rl_inputs(artifacts: dict[str, Path], *, reporter: Reporter | None = None, zero_stage: int = 1) -> StageInputs:
+def rl_inputs(
+    artifacts: dict[str, Path],
+    *,
+    reporter: Reporter | None = None,
+    zero_stage: int = 1,
+    micro_batch_size: int = 4,
+    checkpoint_interval_steps: int = 2,
+) -> StageInputs:
     return StageInputs(
         artifacts=artifacts,
         store_root=artifacts["rl_prompts"],
         downloads=artifacts["rl_prompts"],
         execution=ExecutionSettings.model_validate(
-            {"micro_batch_size": 4, "checkpoint_interval_steps": 2, "zero_stage": zero_stage, "num_threads": 1}
+            {
+                "micro_batch_size": micro_batch_size,
+                "checkpoint_interval_steps": checkpoint_interval_steps,
+                "zero_stage": zero_stage,
+                "num_threads": 1,
+            }
         ),
         reporter=reporter or SilentReporter(),
     )

@@ -1,5 +1,6 @@
 """Reinforcement learning on instructions and on a reward model: rewards that rise by learning alone, and refusals."""
 
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from pipeline.data.chat import render_chat
+from pipeline.data.chat import end_of_turn_id, generation_prompt_ids, reasoning_messages, render_chat
 from pipeline.data.instruction_items import InstructionItem, generate_instruction_items
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import CheckpointError, DataError
+from pipeline.model.checkpoint import TensorReader, load_model, load_tokenizer, read_architecture, save_checkpoint
 from pipeline.reasoning.prompts import RLItem, kind_of, load_prompts
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.rl import split_held_out
@@ -44,7 +46,7 @@ def _learning(algorithm: RLAlgorithm, **changes: object) -> RLConfig:
     return CONFIG.model_copy(
         update={
             "algorithm": algorithm,
-            "steps": 16,
+            "steps": 32,
             "prompts_per_step": 8,
             "samples_per_prompt": 8,
             "max_new_tokens": 8,
@@ -52,20 +54,48 @@ def _learning(algorithm: RLAlgorithm, **changes: object) -> RLConfig:
             "updates_per_rollout": 1,
             "format_reward": 0.0,
             "held_out": HeldOutRewardConfig(num_prompts=48, interval_steps=100),
+            "optimizer": CONFIG.optimizer.model_copy(update={"learning_rate": 3e-3}),
             **changes,
         }
     )
+
+
+def _write_letters_and_end(sft_dir: Path, *, parent_dir: Path, question: str) -> None:
+    """Save a policy that ends nearly every reply within a few letters, lowercase or not: ending is not what it lacks.
+
+    What a final hidden state has in common with all others is added to the output rows of letters and end of turn.
+    """
+    tokenizer, model = load_tokenizer(parent_dir), load_model(parent_dir, dtype=torch.float32)
+    prompt_ids = generation_prompt_ids(tokenizer, reasoning_messages(question, thinking=False))
+    with torch.no_grad():
+        mean_D = model.model(input_ids=torch.tensor([prompt_ids])).last_hidden_state[0].mean(dim=0)
+    tensors = dict(TensorReader(parent_dir))
+    rows_VD = tensors["model.embed_tokens.weight"]
+    for letter in string.ascii_letters:
+        rows_VD[tokenizer.encode(letter, add_special_tokens=False)[0]] += 3.0 * mean_D / mean_D.norm() ** 2
+    rows_VD[end_of_turn_id(tokenizer)] += 5.5 * mean_D / mean_D.norm() ** 2
+    save_checkpoint(sft_dir, architecture=read_architecture(parent_dir), tensors=tensors, tokenizer_dir=parent_dir)
 
 
 @pytest.mark.parametrize("algorithm", [RLOO_ALGORITHM, ONLINE_RPO], ids=["rloo", "rpo"])
 def test_rl_checkpoint_learns_to_follow_an_instruction_on_requests_it_never_saw(
     parent_dir: Path, tmp_path: Path, algorithm: RLAlgorithm
 ):
-    artifacts = rl_artifacts(tmp_path / "in", parent_dir=parent_dir, items=_instructed(80, "all_lowercase"))
-    result = rl_checkpoint.run(_learning(algorithm), rl_inputs(artifacts), tmp_path / "out")
-    # The same 48 requests, drawn with the same random numbers: only the weights differ.
+    items = _instructed(80, "all_lowercase")
+    artifacts = rl_artifacts(tmp_path / "in", parent_dir=parent_dir, items=items)
+    artifacts["sft_checkpoint"] = tmp_path / "sft"
+    _write_letters_and_end(tmp_path / "sft", parent_dir=parent_dir, question=items[0].question)
+    result = rl_checkpoint.run(
+        _learning(algorithm),
+        rl_inputs(artifacts, micro_batch_size=64, checkpoint_interval_steps=100),
+        tmp_path / "out",
+    )
+    # The same 48 requests, drawn with the same random numbers: only the weights differ. 0.29 to 0.96 and 0.75 here.
     first, last = result.metrics["held_out_reward_first"], result.metrics["held_out_reward_last"]
+    assert 0.1 < first < 0.5
     assert last > first + 0.3
+    truncation = pl.read_parquet(tmp_path / "out" / "curve.parquet")["truncation_rate"]
+    assert max(truncation[0], truncation[-1]) < 0.1
     assert "held_out" not in result.tables
 
 
