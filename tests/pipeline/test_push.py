@@ -99,6 +99,7 @@ def push_apart(home: Path, hub: HubServer, *arguments: str) -> Pushed:
 def push(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> PushTo:
     """Run the command in this process, for what is refused; whatever it prints must be free of the token."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # as `make test` sets it
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("RECIPE", "tiny")
     monkeypatch.setenv("REFIT_HOME", str(tmp_path))
