@@ -13,7 +13,7 @@ from pipeline.data.chat import generation_prompt_ids, reasoning_messages, split_
 from pipeline.data.instruction_items import InstructionItem
 from pipeline.data.instructions import are_followed, are_loosely_followed
 from pipeline.evaluation.generation import complete_greedily
-from pipeline.evaluation.intervals import Estimate, share, weighted_mean
+from pipeline.evaluation.intervals import Estimate, share
 from pipeline.evaluation.results import InstructionQuality, Mode
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 
@@ -63,6 +63,10 @@ def instruction_quality(items: Sequence[InstructionItem], texts: Sequence[str]) 
 
 
 def _instructions_followed(followed: Sequence[tuple[bool, ...]]) -> Estimate:
-    """Return the share of instructions; those of one prompt are not independent, so the interval is over prompts."""
-    mean = weighted_mean([[(sum(one), len(one)) for one in followed]])
-    return mean.mapped(lambda value: min(max(value, 0.0), 1.0))
+    """Return the share of instructions with Wilson's interval for as many samples as there are prompts.
+
+    Instructions of one prompt are followed together more often than chance would have it; counted as one they are never
+    more certain than they are.
+    """
+    part = sum(map(sum, followed)) / sum(map(len, followed))
+    return share(part * len(followed), num_samples=len(followed))

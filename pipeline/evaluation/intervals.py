@@ -31,8 +31,8 @@ class Estimate(Frozen):
         )
 
 
-def share(num_successes: int, *, num_samples: int) -> Estimate:
-    """Return a share with its Wilson score interval.
+def share(num_successes: float, *, num_samples: int) -> Estimate:
+    """Return a share with its Wilson score interval; samples may be successes in part.
 
     centre = (p + z^2 / 2n) / (1 + z^2 / n), half width = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2).
 
