@@ -5,7 +5,6 @@ fp16, as it does in llama.cpp's server unless told otherwise; llama-bench knows 
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.model.repacking import portable
 from pipeline.processes import run_checked
 from pipeline.progress import Reporter
 from pipeline.puzzle.calibration import PHASES, Phase
-from pipeline.puzzle.measure import Measurements
+from pipeline.puzzle.measure import Measurements, time_in_turn
 from pipeline.puzzle.timing import decode_work
 from pipeline.recipe import MeasurementConfig, ProfileConfig, Scenario
 from pipeline.runtimes import require_llama_cpp
@@ -41,27 +40,24 @@ def measure_in_llama_cpp(
 ) -> Measurements:
     """Time prefill and decode of whole models as re-packed for llama.cpp, in turn.
 
-    Every model is timed once per round; the one that begins changes, so a change of the machine's load meets all.
-
     Raises:
         RuntimeMissingError: when llama-bench is not installed.
     """
     program = require_llama_cpp("llama-bench")
-    names = list(architectures)
-    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
-    num_rounds = measurement.warmups + measurement.rounds
     with _files(architectures, profile=profile, work_dir=work_dir) as files:
-        for round_index in range(num_rounds):
-            begin = round_index % len(names)
-            for scenario in scenarios:
-                for name in names[begin:] + names[:begin]:
-                    for phase in PHASES:
-                        time_ms = _time_ms(program, files[name], scenario, phase, num_threads=profile.num_threads)
-                        if round_index >= measurement.warmups:
-                            times[name, scenario.name, phase].append(time_ms)
-            reporter.step(round_index + 1, num_rounds, what="llama-bench rounds")
+        times_ms = time_in_turn(
+            list(architectures),
+            scenarios,
+            lambda name, scenario: {
+                phase: _time_ms(program, files[name], scenario, phase, num_threads=profile.num_threads)
+                for phase in PHASES
+            },
+            measurement=measurement,
+            reporter=reporter,
+            what="llama-bench rounds",
+        )
     return Measurements(
-        times_ms={key: tuple(values) for key, values in times.items()},
+        times_ms=times_ms,
         kv_bytes_per_token={
             name: kv_bytes_per_token(portable(architecture).architecture, bytes_per_value=CACHE_BYTES_PER_VALUE)
             for name, architecture in architectures.items()

@@ -8,7 +8,7 @@ true median with a probability of 1 - 2 * P(Binomial(n, 1/2) < k), whatever the 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.costs import kv_bytes_per_token
@@ -66,30 +66,55 @@ def measure_models(
     threads: int,
     reporter: Reporter,
 ) -> Measurements:
-    """Time prefill and decode of every model in every scenario: `measurement.rounds` rounds, one timing each.
+    """Time prefill and decode of every model in every scenario, eagerly in this process."""
 
-    The model that begins changes from round to round; `measurement.warmups` rounds are thrown away.
-    """
-    names = list(models)
-    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
-    num_rounds = measurement.warmups + measurement.rounds
+    def time_ms(name: str, scenario: Scenario) -> dict[Phase, float]:
+        timing = time_generation(models[name], scenario)
+        return {phase: timing.of(phase) for phase in PHASES}
+
     with num_threads(threads):
-        for round_index in range(num_rounds):
-            begin = round_index % len(names)
-            for scenario in scenarios:
-                for name in names[begin:] + names[:begin]:
-                    timing = time_generation(models[name], scenario)
-                    if round_index >= measurement.warmups:
-                        for phase in PHASES:
-                            times[name, scenario.name, phase].append(timing.of(phase))
-            reporter.step(round_index + 1, num_rounds, what="measuring rounds")
+        times_ms = time_in_turn(
+            list(models),
+            scenarios,
+            time_ms,
+            measurement=measurement,
+            reporter=reporter,
+            what="measuring rounds",
+        )
     return Measurements(
-        times_ms={key: tuple(values) for key, values in times.items()},
+        times_ms=times_ms,
         kv_bytes_per_token={
             name: kv_bytes_per_token(model.architecture, bytes_per_value=next(model.parameters()).element_size())
             for name, model in models.items()
         },
     )
+
+
+def time_in_turn(
+    names: Sequence[str],
+    scenarios: Sequence[Scenario],
+    time_ms: Callable[[str, Scenario], Mapping[Phase, float]],
+    *,
+    measurement: MeasurementConfig,
+    reporter: Reporter,
+    what: str,
+) -> dict[tuple[str, str, Phase], tuple[float, ...]]:
+    """Time every model in every scenario once per round and return the milliseconds by model, scenario and phase.
+
+    The model that begins changes from round to round; `measurement.warmups` rounds are thrown away.
+    """
+    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
+    num_rounds = measurement.warmups + measurement.rounds
+    for round_index in range(num_rounds):
+        begin = round_index % len(names)
+        for scenario in scenarios:
+            for name in (*names[begin:], *names[:begin]):
+                found = time_ms(name, scenario)
+                if round_index >= measurement.warmups:
+                    for phase, value in found.items():
+                        times[name, scenario.name, phase].append(value)
+        reporter.step(round_index + 1, num_rounds, what=what)
+    return {key: tuple(values) for key, values in times.items()}
 
 
 def median_interval(values: Sequence[float]) -> Interval:

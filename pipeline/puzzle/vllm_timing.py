@@ -6,7 +6,6 @@ times, a server's HTTP is not. They run as `vllm serve` runs them by default, co
 
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from pipeline.processes import LineServer
 from pipeline.progress import Reporter
 from pipeline.puzzle import vllm_driver
 from pipeline.puzzle.calibration import PHASES, Phase
-from pipeline.puzzle.measure import Measurements
+from pipeline.puzzle.measure import Measurements, time_in_turn
 from pipeline.puzzle.timing import decode_work
 from pipeline.recipe import MeasurementConfig, Precision, ProfileConfig, Scenario
 from pipeline.runtimes import require_python
@@ -83,15 +82,10 @@ def measure_in_vllm(
 ) -> Measurements:
     """Time prefill and decode of whole models as re-packed for vLLM, in turn.
 
-    Every model is timed once per round; the one that begins changes, so a change of the machine's load meets all.
-
     Raises:
         RuntimeMissingError: when vLLM is not installed.
         StageError: when it cannot run a model.
     """
-    names = list(architectures)
-    times: defaultdict[tuple[str, str, Phase], list[float]] = defaultdict(list)
-    num_rounds = measurement.warmups + measurement.rounds
     work_dir.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(dir=work_dir) as directory,
@@ -103,17 +97,16 @@ def measure_in_vllm(
                 name, architecture, Path(directory, str(index)), scenarios=scenarios, precision=profile.precision
             )
             kv_bytes[name] = float(vllm.ask(request)["kv_bytes_per_token"])
-            reporter.step(index + 1, len(names), what="models loaded by vLLM")
-        for round_index in range(num_rounds):
-            begin = round_index % len(names)
-            for scenario in scenarios:
-                for name in names[begin:] + names[:begin]:
-                    for phase in PHASES:
-                        time_ms = _time_ms(vllm, name, scenario, phase)
-                        if round_index >= measurement.warmups:
-                            times[name, scenario.name, phase].append(time_ms)
-            reporter.step(round_index + 1, num_rounds, what="vLLM rounds")
-    return Measurements(times_ms={key: tuple(values) for key, values in times.items()}, kv_bytes_per_token=kv_bytes)
+            reporter.step(index + 1, len(architectures), what="models loaded by vLLM")
+        times_ms = time_in_turn(
+            list(architectures),
+            scenarios,
+            lambda name, scenario: {phase: _time_ms(vllm, name, scenario, phase) for phase in PHASES},
+            measurement=measurement,
+            reporter=reporter,
+            what="vLLM rounds",
+        )
+    return Measurements(times_ms=times_ms, kv_bytes_per_token=kv_bytes)
 
 
 def _load_request(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_atomically
-from pipeline.errors import DataError, DivergedError, RecipeError
+from pipeline.errors import DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.model.sampling import seeded_generator
 from pipeline.progress import Reporter
@@ -25,8 +25,9 @@ from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weig
 from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
 from pipeline.reasoning.experience import Prompt, Rollout, collect_rollout, draw_prompts, sample_judged, score_rows
 from pipeline.reasoning.grpo import kl_k3, token_logprobs
+from pipeline.reasoning.held_out import held_out_rewards, require_prompts, split_held_out
 from pipeline.reasoning.policy import batch_logits, batch_rows
-from pipeline.reasoning.prompts import RLItem, kind_of
+from pipeline.reasoning.prompts import RLItem
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
@@ -100,7 +101,7 @@ def train_policy(
         )
         kept = hard_enough(pass_rates, max_pass_rate=config.difficulty.max_pass_rate)
         reporter.note(f"{len(kept)} of {len(trained_items)} prompts are hard enough to learn from")
-        _require_prompts(len(kept), config=config)
+        require_prompts(len(kept), config=config)
         trained_items = [trained_items[place] for place in kept]
         if config.difficulty.curriculum is not None:
             curriculum = plan_curriculum(
@@ -118,7 +119,7 @@ def train_policy(
     stopped: str | None = None
     for step in range(len(curve) + 1, config.steps + 1):
         num_updates_before = engine.num_steps
-        watched_held_out = _held_out_rewards(
+        watched_held_out = held_out_rewards(
             engine,
             held_out,
             tokenizer=tokenizer,
@@ -174,44 +175,6 @@ def train_policy(
     )
 
 
-def split_held_out(items: Sequence[RLItem], *, config: RLConfig) -> tuple[list[RLItem], list[RLItem]]:
-    """Return the items that are trained on, and those whose reward is only watched: of each kind the same share.
-
-    Raises:
-        DataError: when too few are left to train on, or too few are held out to have one of each kind.
-    """
-    order = random.Random(f"held-out/{config.seed}").sample(range(len(items)), len(items))
-    by_kind: dict[str, list[int]] = {}
-    for place in order:
-        by_kind.setdefault(kind_of(items[place]), []).append(place)
-    num_held_out = config.held_out.num_prompts
-    if num_held_out < len(by_kind):
-        raise DataError(
-            f"rl.held_out.num_prompts is {num_held_out}, and there are prompts of {len(by_kind)} kinds "
-            f"({', '.join(sorted(by_kind))}): hold out at least one of each"
-        )
-    held_out: set[int] = set()
-    for num_left, (_, places) in zip(range(len(by_kind), 0, -1), sorted(by_kind.items()), strict=True):
-        wanted = round(num_held_out * len(places) / len(items))
-        # One of each at least, and the last kind takes what rounding left.
-        most = num_held_out - len(held_out) - (num_left - 1)
-        held_out |= set(places[: most if num_left == 1 else min(max(wanted, 1), most)])
-    _require_prompts(len(items) - len(held_out), config=config)
-    return (
-        [item for place, item in enumerate(items) if place not in held_out],
-        [item for place, item in enumerate(items) if place in held_out],
-    )
-
-
-def _require_prompts(num_prompts: int, *, config: RLConfig) -> None:
-    if num_prompts < config.prompts_per_step:
-        raise DataError(
-            f"{num_prompts} prompts are left for reinforcement learning, a step takes {config.prompts_per_step}: raise "
-            "rl_prompts.items_per_task or rl_prompts.instructions.num_prompts, make reasoning_tasks harder, or raise "
-            "rl.difficulty.max_pass_rate"
-        )
-
-
 def load_or_measure_pass_rates(
     engine: TrainEngine,
     items: Sequence[RLItem],
@@ -249,49 +212,6 @@ def load_or_measure_pass_rates(
         write_atomically(path, json.dumps(rates).encode())
     barrier()
     return rates
-
-
-def _held_out_rewards(
-    engine: TrainEngine,
-    items: Sequence[RLItem],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_model: RewardModel | None,
-    config: RLConfig,
-    step: int,
-    before: Mapping[str, float] | None,
-) -> dict[str, float]:
-    """Return mean reward and accuracy on the held-out prompts before the step's update, or as they were last seen.
-
-    Of all, and of each kind of prompt where there are several. One sample a prompt, drawn alike every time, so that two
-    values differ by the policy alone.
-    """
-    if before is not None and (step - 1) % config.held_out.interval_steps and step != config.steps:
-        return {name: value for name, value in before.items() if name.startswith("held_out_")}
-    kinds = [kind_of(item) for item in items]
-    prompts: list[Prompt] = []
-    for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
-        num_thinking = round(config.share_thinking_on * kinds.count(kind))
-        prompts.append(Prompt(item=item, thinking=kinds[:place].count(kind) < num_thinking))
-    groups = sample_judged(
-        engine.model,
-        prompts[engine.rank :: engine.world_size],
-        tokenizer=tokenizer,
-        reward_model=reward_model,
-        config=config,
-        num_samples=1,
-        generator=seeded_generator("held out", config.seed, engine.rank, device=engine.device),
-    )
-    found = list(zip(kinds[engine.rank :: engine.world_size], (group[0] for group in groups), strict=True))
-    watched: dict[str, float] = {}
-    for kind in ("", *(sorted(set(kinds)) if len(set(kinds)) > 1 else ())):
-        own = [judged for found_kind, judged in found if kind in ("", found_kind)]
-        sums = [sum(judged.reward for judged in own), float(sum(judged.verdict.is_right for judged in own))]
-        reward, right = sum_across_ranks(sums, device=engine.device)
-        num_prompts = kinds.count(kind) if kind else len(items)
-        suffix = f"_{kind}" if kind else ""
-        watched |= {f"held_out_reward{suffix}": reward / num_prompts, f"held_out_accuracy{suffix}": right / num_prompts}
-    return watched
 
 
 def sample_text(sample: Mapping[str, Any]) -> str:

@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts import ArtifactStore
 from pipeline.errors import RecipeError
-from pipeline.execution import Workspace, materialize
+from pipeline.execution import materialize
 from pipeline.model.architecture_files import parent_architecture
-from pipeline.planning.case import Case
 from pipeline.planning.command import plan_text
 from pipeline.planning.devices import DEVICES, find_device
 from pipeline.planning.estimates import estimate, has_estimate
@@ -20,35 +18,14 @@ from pipeline.planning.memory import activation_bytes, training_state_bytes
 from pipeline.planning.plan import make_plan
 from pipeline.planning.ranges import Range
 from pipeline.planning.render import binary, seconds, short
-from pipeline.planning.sizes import model_sizes
 from pipeline.planning.training_estimates import micro_batch_rows
 from pipeline.planning.warnings import fitting_settings
-from pipeline.recipe import Limit, Pin, Recipe, Target
 from pipeline.recipe_file import load_recipe
-from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 from pipeline.training.engine import choose_micro_batch_size
+from tests.pipeline.planning.builders import case, workspace
 
 RECIPES = ("tiny", "smol", "smol-full", "llama-8b", "super-49b", "ultra-253b")
-
-
-def workspace(tmp_path: Path, recipe: Recipe, **execution: Any) -> Workspace:
-    return Workspace(
-        recipe=recipe,
-        store=ArtifactStore(tmp_path / "store"),
-        downloads=tmp_path / "downloads",
-        execution=ExecutionSettings(**execution),
-    )
-
-
-def case(recipe: Recipe, *, target: Target | None = None, **execution: Any) -> Case:
-    return Case(
-        recipe=recipe,
-        sizes=model_sizes(
-            recipe, target or recipe.targets[recipe.default_target], parent=parent_architecture(recipe.parent)
-        ),
-        execution=ExecutionSettings(**execution),
-    )
 
 
 @pytest.mark.parametrize("recipe_name", RECIPES)
@@ -153,104 +130,6 @@ def test_activations_of_one_layer_by_hand():
     assert activation_bytes(one_layer, num_tokens=10, precision="fp32") == 4 * 10 * values
 
 
-def with_target(recipe: Recipe, *limits: Limit, pins: tuple[Pin, ...] = ()) -> Recipe:
-    target = Target(limits=limits, pins=pins, description="made for a test")
-    return recipe.model_copy(update={"targets": {"made": target}, "default_target": "made"})
-
-
-@pytest.mark.parametrize(
-    ("quantity", "scenario", "bound", "relative_to", "is_hopeless"),
-    [
-        ("num_parameters", None, 0.30, "parent", True),
-        ("num_parameters", None, 0.32, "parent", False),
-        ("kv_bytes_per_token", None, 255, "absolute", True),
-        ("kv_bytes_per_token", None, 256, "absolute", False),
-        ("memory_mib", "chat-1k", 20, "absolute", True),
-        ("decode_speed", "chat-1k", 10.0, "parent", True),
-        ("decode_speed", "chat-1k", 1.5, "parent", False),
-        ("latency_ms", "chat-1k", 0.05, "parent", True),
-    ],
-)
-def test_targets_that_no_choice_of_blocks_meets(
-    quantity: Any, scenario: str | None, bound: float, relative_to: Any, is_hopeless: bool, tmp_path: Path
-):
-    # smol's smallest child: 30 x FFN 256 and one attention of one KV head in layer 0, 42,338,304 of 134,515,008
-    # parameters, 2 x 64 values of 2 bytes a token.
-    limit = Limit(quantity=quantity, scenario=scenario, bound=bound, relative_to=relative_to)
-    plan = make_plan(workspace(tmp_path, with_target(load_recipe("smol"), limit)), target_name="made", device=None)
-    found = [warning for warning in plan.warnings if warning.startswith("target")]
-    assert bool(found) == is_hopeless
-    if is_hopeless:
-        assert quantity in found[0]
-
-
-@pytest.mark.parametrize(("bound", "is_hopeless"), [(59_000, False), (60_500, True)])
-def test_cached_tokens_that_no_choice_leaves_room_for(bound: int, is_hopeless: bool, tmp_path: Path):
-    # Beside the smallest child of above, 100 MB hold (100,000,000 - 2 x 42,338,304) / 256 = 59,857 tokens.
-    limit = Limit(quantity="cached_tokens", scenario=None, bound=bound, relative_to="absolute", device_memory_gb=0.1)
-    plan = make_plan(workspace(tmp_path, with_target(load_recipe("smol"), limit)), target_name="made", device=None)
-    found = [warning for warning in plan.warnings if warning.startswith("target")]
-    assert bool(found) == is_hopeless
-    if is_hopeless:
-        assert "the best is 59,857" in found[0]
-
-
-@pytest.mark.parametrize(
-    ("layers", "least"),
-    [
-        # smol's space is portable: layer 0 keeps attention and the last layer an FFN, so both stay whole, or all layers
-        # keep one head of keys and values beside FFNs of 256.
-        ("depth_only", 28_312_128 + 2 * 3_540_096),
-        ("homogeneous_attention", 28_312_128 + 30 * (2 * 576 * 576 + 2 * 576 * 64 + 3 * 576 * 256 + 2 * 576)),
-    ],
-)
-def test_what_a_pattern_over_layers_cannot_reach_is_told(layers: Any, least: int, tmp_path: Path):
-    limit = Limit(quantity="num_parameters", scenario=None, bound=0.2, relative_to="parent")
-    recipe = with_target(load_recipe("smol"), limit)
-    recipe = recipe.model_copy(
-        update={
-            "search": recipe.search.model_copy(update={"layers": layers}),
-            "search_space": recipe.search_space.model_copy(
-                update={"ffn": ("parent", 256, *(["no_op"] if layers == "depth_only" else []))}
-            ),
-        }
-    )
-    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
-    (found,) = [warning for warning in plan.warnings if warning.startswith("target")]
-    assert (
-        f"num_parameters <= 0.2 x parent cannot be met by any choice of blocks: the best is {least / 134_515_008:.6g}"
-        in found
-    )
-
-
-def test_pins_that_leave_a_layer_without_a_block_are_told(tmp_path: Path):
-    recipe = with_target(load_recipe("smol"), pins=(Pin(layers=(3,), ffn=768),))
-    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
-    assert any("leave layer 3 without a block" in warning for warning in plan.warnings)
-
-
-def test_what_the_execution_settings_make_impossible_is_told(tmp_path: Path):
-    recipe = load_recipe("super-49b")
-    plan = make_plan(
-        workspace(tmp_path, recipe, num_ranks=24, zero_stage=0),
-        target_name=recipe.default_target,
-        device=find_device("h100-80gb"),
-    )
-    text = "\n".join(plan.warnings)
-    assert "kd.global_batch_size is 512, which 24 ranks do not divide: run with 8" in text
-    assert "ZeRO stage 0 does wrongly" in text
-    assert "memory: kd_checkpoint" in text
-    assert "disk: artifacts of" in text
-
-
-def test_a_zero_stage_that_sampling_refuses_is_told(tmp_path: Path):
-    recipe = load_recipe("llama-8b")
-    plan = make_plan(
-        workspace(tmp_path, recipe, num_ranks=8, zero_stage=3), target_name=recipe.default_target, device=None
-    )
-    assert any("rl_checkpoint" in warning and "refuses zero_stage 3" in warning for warning in plan.warnings)
-
-
 @pytest.mark.parametrize("stage_name", ["kd_checkpoint", "cpt_checkpoint", "rl_checkpoint"])
 def test_settings_that_are_said_to_fit_do(stage_name: str):
     recipe, memory_bytes = load_recipe("llama-8b"), find_device("a100-80gb").memory_bytes
@@ -307,27 +186,6 @@ def test_pairs_are_planned_as_blocks_of_their_own():
     without = sum(3 * hidden * width + norm for width in (28672, *widths))
     planned = estimate("block_library", case(coupled)).disk
     assert planned.expected == 4 * parent.num_hidden_layers * (with_attention + without)
-
-
-@pytest.mark.parametrize(
-    ("changes", "execution", "said"),
-    [
-        ({}, {"num_ranks": 64}, "cpt.long_context[1].global_batch_size is 32, which 64 ranks do not divide"),
-        ({}, {"zero_stage": 0}, "rl trains in bf16, which ZeRO stage 0 does wrongly"),
-        ({"kd": {"tokens": 4_194_303}}, {}, "kd.tokens is 4,194,303, less than one step of 4,194,304 tokens"),
-        ({"rl": {"updates_per_rollout": 3}}, {}, "a rollout has 1024 samples per rank"),
-    ],
-)
-def test_what_a_training_would_refuse_is_told(changes: Any, execution: Any, said: str, tmp_path: Path):
-    shipped = load_recipe("super-49b")
-    recipe = shipped.model_copy(
-        update={key: getattr(shipped, key).model_copy(update=inner) for key, inner in changes.items()}
-    )
-    place = workspace(tmp_path, recipe, **execution)
-    warnings = make_plan(place, target_name=recipe.default_target, device=None).warnings
-    assert any(said in warning for warning in warnings)
-    fine = make_plan(workspace(tmp_path, shipped), target_name=recipe.default_target, device=None).warnings
-    assert not any(said in warning for warning in fine)
 
 
 def test_the_parent_is_evaluated_alone_and_a_child_beside_it():

@@ -14,7 +14,8 @@ from pipeline.model.checkpoint import load_model, read_architecture
 from pipeline.processes import run_checked
 from pipeline.progress import SilentReporter
 from pipeline.reasoning.experience import draw_prompts
-from pipeline.reasoning.rl import split_held_out, units_per_update
+from pipeline.reasoning.held_out import split_held_out
+from pipeline.reasoning.rl import units_per_update
 from pipeline.recipe import (
     RLOO,
     RPO,

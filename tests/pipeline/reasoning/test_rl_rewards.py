@@ -14,9 +14,9 @@ from pipeline.data.instruction_items import InstructionItem, generate_instructio
 from pipeline.data.reasoning_items import generate_items
 from pipeline.errors import CheckpointError, DataError
 from pipeline.model.checkpoint import TensorReader, load_model, load_tokenizer, read_architecture, save_checkpoint
+from pipeline.reasoning.held_out import split_held_out
 from pipeline.reasoning.prompts import RLItem, kind_of, load_prompts
 from pipeline.reasoning.reward_model import RewardModel
-from pipeline.reasoning.rl import split_held_out
 from pipeline.recipe import (
     RLOO,
     RPO,
