@@ -27,6 +27,7 @@ from pipeline.model.hf_config import (
     read_special_tokens,
     require_known_keys,
     require_tokens_in_vocabulary,
+    shared_config,
 )
 
 MODEL_TYPE = "nemotron-nas"
@@ -70,17 +71,9 @@ _READ = {
 
 
 def decilm_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, Any]:
-    """Return the config.json of an architecture whose FFN widths are all multiples of 256.
-
-    `rope_theta` and `rope_scaling` are both written: transformers 5 would save rope_parameters alone, and servers that
-    read the older pair would silently lose llama3 scaling.
-    """
-    eos_ids = list(architecture.eos_token_ids)
-    scaling = architecture.rope_scaling
-    config = {
+    """Return the config.json of an architecture whose FFN widths are all multiples of 256."""
+    own = {
         "architectures": [CLASS_NAME],
-        "attention_bias": architecture.attention_bias,
-        "attention_dropout": 0.0,
         "auto_map": {
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
@@ -92,28 +85,11 @@ def decilm_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, 
             }
             for block in architecture.blocks
         ],
-        "bos_token_id": architecture.bos_token_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else (eos_ids or None),
-        "hidden_act": "silu",
-        "hidden_size": architecture.hidden_size,
-        "initializer_range": 0.02,
         "intermediate_size": None,
-        "max_position_embeddings": architecture.max_position_embeddings,
-        "mlp_bias": architecture.mlp_bias,
         "model_type": MODEL_TYPE,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_hidden_layers": architecture.num_hidden_layers,
         "num_key_value_heads": None,
-        "pad_token_id": architecture.pad_token_id,
-        "pretraining_tp": 1,
-        "rms_norm_eps": architecture.rms_norm_eps,
-        "rope_scaling": None if scaling is None else scaling.model_dump(),
-        "rope_theta": architecture.rope_theta,
-        "tie_word_embeddings": architecture.tie_word_embeddings,
-        "torch_dtype": torch_dtype,
-        "use_cache": True,
-        "vocab_size": architecture.vocab_size,
     }
+    config = dict(sorted((shared_config(architecture, torch_dtype=torch_dtype) | own).items()))
     if architecture.head_dim * architecture.num_attention_heads != architecture.hidden_size:
         config["head_dim"] = architecture.head_dim
     return config

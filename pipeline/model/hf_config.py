@@ -112,30 +112,38 @@ def llama_architecture(config: dict[str, Any], *, token_ids: dict[str, Any], pat
 def llama_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, Any]:
     """Return the config.json of an architecture whose layers are all the same attention and FFN.
 
-    Rotary settings in the older spelling, which every reader of a Llama knows.
-
     Raises:
         CheckpointError: if the layers differ.
     """
-    block, scaling = architecture.homogeneous_block(), architecture.rope_scaling
-    eos_ids = list(architecture.eos_token_ids)
-    return {
+    block = architecture.homogeneous_block()
+    own = {
         "architectures": ["LlamaForCausalLM"],
+        "head_dim": architecture.head_dim,
+        "intermediate_size": block.ffn.intermediate_size,
+        "model_type": "llama",
+        "num_key_value_heads": block.attention.num_key_value_heads,
+    }
+    return dict(sorted((shared_config(architecture, torch_dtype=torch_dtype) | own).items()))
+
+
+def shared_config(architecture: Architecture, *, torch_dtype: str) -> dict[str, Any]:
+    """Return the keys of a config.json that do not depend on blocks; `rope_theta` and `rope_scaling` as the older pair.
+
+    transformers 5 would save rope_parameters alone, and servers that read the pair would silently lose llama3 scaling.
+    """
+    eos_ids, scaling = list(architecture.eos_token_ids), architecture.rope_scaling
+    return {
         "attention_bias": architecture.attention_bias,
         "attention_dropout": 0.0,
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else (eos_ids or None),
-        "head_dim": architecture.head_dim,
         "hidden_act": "silu",
         "hidden_size": architecture.hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": block.ffn.intermediate_size,
         "max_position_embeddings": architecture.max_position_embeddings,
         "mlp_bias": architecture.mlp_bias,
-        "model_type": "llama",
         "num_attention_heads": architecture.num_attention_heads,
         "num_hidden_layers": architecture.num_hidden_layers,
-        "num_key_value_heads": block.attention.num_key_value_heads,
         "pad_token_id": architecture.pad_token_id,
         "pretraining_tp": 1,
         "rms_norm_eps": architecture.rms_norm_eps,

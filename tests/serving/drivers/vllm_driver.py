@@ -32,7 +32,7 @@ def answer(model_dir: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
         engine = LLM(
             model=model_dir,
-            trust_remote_code=True,
+            trust_remote_code=True,  # of the two files that our own export wrote beside the weights
             skip_tokenizer_init=True,
             dtype="float32",
             enforce_eager=True,
