@@ -1,9 +1,10 @@
 """What block distillation of a whole library costs beside runs of its own for each block: python bench/bench_bld.py.
 
-SmolLM2-135M's layer shapes with random weights, a few layers deep, bf16. Every block's loss is back-propagated through
-its own subblock (an attention variant's through the parent's frozen FFN as well), so its FLOPs are counted by hand and
-held against the matmul peak that the same process measures at the same shapes: by the clock, and by the CPU time that
-both took, which says the same on an idle machine and is all that counts on one where others run.
+A few layers with random weights, bf16: SmolLM2-135M's shapes on a CPU, Llama-3.1-8B's on a GPU, which the small ones
+leave idle. Every block's loss is back-propagated through its own subblock (an attention variant's through the parent's
+frozen FFN as well), so its FLOPs are counted by hand and held against the matmul peak that the same process measures at
+the same shapes: by the clock and, without a GPU, by the CPU time that both took, which says the same on an idle machine
+and is all that counts on one where others run.
 """
 
 import tempfile
@@ -24,24 +25,49 @@ from pipeline.progress import SilentReporter
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
 from pipeline.puzzle.bld_cost import parent_flops_per_token, training_flops_per_token
 from pipeline.puzzle.block_keys import BlockKey, trainable_keys
-from pipeline.puzzle.devices import NUM_TRIALS, matmul_peak
+from pipeline.puzzle.devices import NUM_TRIALS, Ranks, matmul_peak, place
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.parent_layers import ParentLayers
 from pipeline.puzzle.search_space import resolve
 from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
 
-NUM_LAYERS = 6
 NUM_THREADS = 2
 NUM_STEPS = 4
-BATCH_SIZE, WINDOW_TOKENS = 2, 512
-SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", 1024, 512, 256), overrides=(), portable=True)
+VOCAB_SIZE = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is trained on one kind of device: layers of an architecture, narrower FFNs, and the batch of a step."""
+
+    architecture: str
+    num_layers: int
+    widths: tuple[int, ...]
+    batch_size: int
+    window_tokens: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Windows times their length."""
+        return self.batch_size * self.window_tokens
+
+
+CPU_CASE = Case(
+    architecture="smollm2-135m-instruct", num_layers=6, widths=(1024, 512, 256), batch_size=2, window_tokens=512
+)
+GPU_CASE = Case(
+    architecture="llama-3.1-8b-instruct", num_layers=2, widths=(10752, 7168, 3584), batch_size=4, window_tokens=2048
+)
+DEVICE = Ranks().device
+CASE = GPU_CASE if DEVICE.type == "cuda" else CPU_CASE
+SPACE = SearchSpaceConfig(attention=("parent", 1, "no_op"), ffn=("parent", *CASE.widths), overrides=(), portable=True)
 SETTINGS = BlockLibraryConfig(
     mode="decoupled",
     coupled_space=None,
-    tokens=NUM_STEPS * BATCH_SIZE * WINDOW_TOKENS,
+    tokens=NUM_STEPS * CASE.tokens_per_step,
     closed_form_tokens=0,
     loss="token",
-    batch_size=BATCH_SIZE,
+    batch_size=CASE.batch_size,
     learning_rate=1e-3,
     min_learning_rate_ratio=0.1,
     warmup_ratio=0.0,
@@ -66,8 +92,9 @@ def main() -> None:
     """Train the library at once, by variant and by block, and print the ratios."""
     torch.set_num_threads(NUM_THREADS)
     torch.manual_seed(1)
-    whole = load_architecture("smollm2-135m-instruct")
-    architecture = whole.model_copy(update={"blocks": whole.blocks[:NUM_LAYERS]})
+    whole = load_architecture(CASE.architecture)
+    # No block reads the vocabulary, and drawing 128,256 random embeddings takes longer than all that is measured.
+    architecture = whole.model_copy(update={"blocks": whole.blocks[: CASE.num_layers], "vocab_size": VOCAB_SIZE})
     space = resolve(SPACE, architecture)
     keys = trainable_keys(space)
     with tempfile.TemporaryDirectory() as parent_dir:
@@ -83,14 +110,14 @@ def main() -> None:
         variants = [train(group) for group in by_variant.values()]
         # One run for each block: the middle layer of every variant stands for all of them.
         blocks = [(len(group), train([group[len(group) // 2]])) for group in by_variant.values()]
-    per_token = parent_flops_per_token(architecture, num_layers=NUM_LAYERS, context_tokens=WINDOW_TOKENS)
-    per_token += training_flops_per_token(architecture, keys, context_tokens=WINDOW_TOKENS)
+    per_token = parent_flops_per_token(architecture, num_layers=CASE.num_layers, context_tokens=CASE.window_tokens)
+    per_token += training_flops_per_token(architecture, keys, context_tokens=CASE.window_tokens)
     flops = SETTINGS.tokens * per_token
     by_variant_s = sum(one.wall_s for one in variants), sum(one.cpu_s for one in variants)
     by_block_s = sum(n * one.wall_s for n, one in blocks), sum(n * one.cpu_s for n, one in blocks)
     print(
-        f"{len(keys)} blocks of {NUM_LAYERS} layers, {SETTINGS.tokens:,} tokens each, at once: "
-        f"{together.wall_s:.1f} s, {together.cpu_s:.1f} CPU-s"
+        f"{len(keys)} blocks of {CASE.num_layers} layers of {CASE.architecture}, {SETTINGS.tokens:,} tokens each, "
+        f"at once: {together.wall_s:.1f} s, {together.cpu_s:.1f} CPU-s"
     )
     for name, (wall_s, cpu_s), wanted in (
         ("one run per variant over all layers", by_variant_s, ""),
@@ -100,23 +127,26 @@ def main() -> None:
         print(f"{name}: {wall_s:.1f} s, {cpu_s:.1f} CPU-s: {ratios}{wanted}")
     print(
         f"{flops / together.wall_s / 1e9:.0f} GFLOP/s, {flops / together.wall_s / peak:.0%} of the {peak / 1e9:.0f} "
-        f"that bf16 matrix products of these shapes reach here; {flops / together.cpu_s / 1e9:.0f} per CPU-s, "
-        f"{flops / together.cpu_s / peak_per_cpu_s:.0%} of their {peak_per_cpu_s / 1e9:.0f} (wanted >= 35 %)"
+        "that bf16 matrix products of these shapes reach here (wanted >= 35 %)"
     )
+    if DEVICE.type == "cpu":
+        print(
+            f"{flops / together.cpu_s / 1e9:.0f} GFLOP per CPU-s, {flops / together.cpu_s / peak_per_cpu_s:.0%} of "
+            f"their {peak_per_cpu_s / 1e9:.0f}"
+        )
     print(f"({describe_hardware()}, {NUM_THREADS} threads, bf16)")
 
 
 def matmul_rates(architecture: Architecture) -> tuple[float, float]:
     """Return the peak of matrix products in FLOP/s, and what 60 of them do in a second of CPU time."""
-    cpu = torch.device("cpu")
-    shape = {"num_tokens": BATCH_SIZE * WINDOW_TOKENS, "dtype": torch.bfloat16, "device": cpu}
+    shape = {"num_tokens": CASE.tokens_per_step, "dtype": torch.bfloat16, "device": DEVICE}
     peak = matmul_peak(architecture, **shape)
     began = time.process_time()
     matmul_peak(architecture, **shape)
     cpu_s = time.process_time() - began
     width = architecture.homogeneous_block().ffn.intermediate_size
     assert width is not None
-    flops = 2 * NUM_TRIALS * 2.0 * BATCH_SIZE * WINDOW_TOKENS * architecture.hidden_size * width
+    flops = 2 * NUM_TRIALS * 2.0 * CASE.tokens_per_step * architecture.hidden_size * width
     return peak, flops / cpu_s
 
 
@@ -132,16 +162,16 @@ def make_trainer(parent_dir: Path, architecture: Architecture) -> Callable[[Sequ
         channel_order=tuple(torch.randperm(width) for _ in architecture.blocks),
         kv_heads="mean",
     )
-    tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_STEPS * BATCH_SIZE, WINDOW_TOKENS))
+    tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_STEPS * CASE.batch_size, CASE.window_tokens))
     packed = PackedTokens(
-        tokens_NT=tokens_NT, labels_NT=tokens_NT, position_ids_NT=torch.arange(WINDOW_TOKENS).expand_as(tokens_NT)
+        tokens_NT=tokens_NT, labels_NT=tokens_NT, position_ids_NT=torch.arange(CASE.window_tokens).expand_as(tokens_NT)
     )
 
     def train(keys: Sequence[BlockKey]) -> Cost:
         began, cpu_began = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as work_dir:
             training = train_blocks(
-                ParentLayers.whole(load_model(parent_dir, dtype=torch.bfloat16)),
+                ParentLayers.whole(place(load_model(parent_dir, dtype=torch.bfloat16), DEVICE)),
                 {key: str(key) for key in keys},
                 parent_tensors=TensorReader(parent_dir),
                 importance=importance,

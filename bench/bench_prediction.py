@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, AttentionSpec, BlockSpec, FFNSpec, gqa, swiglu
 from pipeline.artifacts import write_atomically
 from pipeline.fingerprint import fingerprint
@@ -25,6 +23,7 @@ from pipeline.model.heterogeneous import build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.backends import measure_as_profiled, profile_outside
 from pipeline.puzzle.calibration import PHASES, Calibration
+from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.profiling import Profile, profile_blocks
 from pipeline.puzzle.search_space import resolve
@@ -32,6 +31,7 @@ from pipeline.recipe import Backend, MeasurementConfig, ProfileConfig, Scenario,
 from pipeline.runtimes import find_llama_cpp, find_python, runtime_ids
 
 WANTED_ERROR = 0.10
+DEVICE = Ranks().device
 SCENARIO = Scenario(name="chat", batch_size=1, prompt_tokens=128, generation_tokens=64)
 SPACE = SearchSpaceConfig(
     attention=("parent", 1, "no_op"), ffn=("parent", 1024, 512, "no_op"), overrides=(), portable=False
@@ -116,7 +116,7 @@ def profile_of(parent: Architecture, config: ProfileConfig, work_dir: Path) -> P
         parent,
         space,
         profile=config,
-        device=torch.device("cpu"),
+        device=DEVICE,
         dtype=TORCH_DTYPES[config.precision],
         reporter=SilentReporter(),
     )
@@ -143,7 +143,7 @@ def rows_of(name: str, child: Architecture, *, costs: CostModel, work_dir: Path)
     """Measure one child in turn with the parent."""
     measured = measure_as_profiled(
         {
-            which: build_model(architecture, dtype=TORCH_DTYPES[costs.profile.precision], seed=0).eval()
+            which: place(build_model(architecture, dtype=TORCH_DTYPES[costs.profile.precision], seed=0), DEVICE).eval()
             for which, architecture in (("parent", costs.parent), ("child", child))
         },
         profile=costs.profile,

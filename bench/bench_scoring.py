@@ -8,7 +8,6 @@ not depend on the layer.
 
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -22,13 +21,17 @@ from pipeline.model.checkpoint import load_model, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.composition import LayerVariants, compose, embed, run_layers
+from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.timing import now_s
 from pipeline.recipe import SearchSpaceConfig
 
 NUM_THREADS = 2
-NUM_WINDOWS, WINDOW_TOKENS = 2, 512
+DEVICE = Ranks().device
+# A GPU is idle most of the time of a thousand tokens.
+NUM_WINDOWS, WINDOW_TOKENS = (16 if DEVICE.type == "cuda" else 2), 512
 NUM_LOOPED = 10
 NUM_TRIALS = 3
 SPACE = SearchSpaceConfig(attention=("parent", 1), ffn=("parent", 512), overrides=(), portable=True)
@@ -40,7 +43,8 @@ def main() -> None:
     torch.manual_seed(1)
     architecture = load_architecture("smollm2-135m-instruct")
     space = resolve(SPACE, architecture)
-    model = build_model(architecture, dtype=torch.float32, seed=1).eval().requires_grad_(requires_grad=False)
+    model = place(build_model(architecture, dtype=torch.float32, seed=1), DEVICE).eval()
+    model.requires_grad_(requires_grad=False)
     variants = make_variants(architecture, space)
     tokens_NT = torch.randint(0, architecture.vocab_size, (NUM_WINDOWS, WINDOW_TOKENS))
     packed = PackedTokens(
@@ -49,7 +53,7 @@ def main() -> None:
         position_ids_NT=torch.arange(WINDOW_TOKENS).expand_as(tokens_NT),
     )
     rate = forward_rate(model, packed)
-    began = time.perf_counter()
+    began = now_s(DEVICE)
     with tempfile.TemporaryDirectory() as work_dir:
         scores = score_blocks(
             model,
@@ -60,7 +64,7 @@ def main() -> None:
             max_activation_bytes=2**30,
             reporter=SilentReporter(),
         )
-    ours_s = time.perf_counter() - began
+    ours_s = now_s(DEVICE) - began
     bound_s = suffix_flops(architecture, scores) * packed.num_tokens / rate
     looped_s, difference = loop(model, variants, scores, packed)
     reload_s = reload(model)
@@ -80,7 +84,7 @@ def make_variants(architecture: Architecture, space: SearchSpace) -> list[LayerV
     attention = next(spec for spec in space.distinct_attention if spec != space.parent.attention)
     ffn = next(spec for spec in space.distinct_ffn if spec != space.parent.ffn)
     blocks = [BlockSpec(attention=attention, ffn=ffn, parent_layers=(layer,)) for layer in range(len(space.layers))]
-    donor = build_model(architecture.with_blocks(blocks), dtype=torch.float32, seed=2).eval()
+    donor = place(build_model(architecture.with_blocks(blocks), dtype=torch.float32, seed=2), DEVICE).eval()
     donor.requires_grad_(requires_grad=False)
     return [{("attention", attention.key): layer, ("ffn", ffn.key): layer} for layer in donor.model.layers]  # pyright: ignore[reportReturnType]
 
@@ -91,9 +95,9 @@ def forward_rate(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) -> 
     times_s = []
     with torch.inference_mode():
         for _ in range(NUM_TRIALS + 1):
-            began = time.perf_counter()
-            model(input_ids=packed.tokens_NT, use_cache=False)
-            times_s.append(time.perf_counter() - began)
+            began = now_s(DEVICE)
+            model(input_ids=packed.tokens_NT.to(DEVICE), use_cache=False)
+            times_s.append(now_s(DEVICE) - began)
     return flops / statistics.median(times_s[1:])
 
 
@@ -111,19 +115,19 @@ def loop(
     model: HeterogeneousLlamaForCausalLM, variants: list[LayerVariants], scores: Scores, packed: PackedTokens
 ) -> tuple[float, float]:
     """Return the seconds of one candidate in a plain loop, and the largest relative difference of its KL to ours."""
-    parent_log_NTV = model(input_ids=packed.tokens_NT, use_cache=False).logits.log_softmax(dim=-1)
+    parent_log_NTV = model(input_ids=packed.tokens_NT.to(DEVICE), use_cache=False).logits.log_softmax(dim=-1)
     parent = [compose(model, layer, block, {}) for layer, block in enumerate(model.architecture.blocks)]
     step = max(1, len(scores.candidates) // NUM_LOOPED)
     differences, times_s = [], []
     for one in scores.candidates[::step]:
         layers = list(parent)
         layers[one.layer] = compose(model, one.layer, one.block, variants[one.layer])
-        began = time.perf_counter()
+        began = now_s(DEVICE)
         final_NTD = run_layers(model, layers, embed(model, packed), packed)
         child_log_NTV = model.lm_head(model.model.norm(final_NTD)).log_softmax(dim=-1)
         kl = torch.nn.functional.kl_div(child_log_NTV, parent_log_NTV, log_target=True, reduction="sum")
         kl = kl.item() / packed.num_tokens
-        times_s.append(time.perf_counter() - began)
+        times_s.append(now_s(DEVICE) - began)
         exact = torch.nn.functional.kl_div(
             child_log_NTV.double(), parent_log_NTV.double(), log_target=True, reduction="sum"
         )
@@ -138,9 +142,9 @@ def reload(model: HeterogeneousLlamaForCausalLM) -> float:
         save_checkpoint(
             Path(directory), architecture=model.architecture, tensors=model.state_dict(), tokenizer_dir=None
         )
-        began = time.perf_counter()
+        began = now_s(DEVICE)
         load_model(Path(directory), dtype=torch.float32)
-        return time.perf_counter() - began
+        return now_s(DEVICE) - began
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def time_generation(
     num_before, num_steps = decode_work(scenario)
     cache = DynamicCache()
 
-    began = _now(device)
+    began = now_s(device)
     logits_BTV = model(input_ids=prompt_BT, cache=cache, use_cache=True, logits_to_keep=1).logits
-    prefill_s = _now(device) - began
+    prefill_s = now_s(device) - began
     after("prefill")
 
     if num_before > scenario.prompt_tokens:
@@ -76,15 +76,16 @@ def time_generation(
     token_BT = logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
     steps_s = []
     for _ in range(num_steps):
-        began = _now(device)
+        began = now_s(device)
         model(input_ids=token_BT, cache=cache, use_cache=True, logits_to_keep=1)
-        steps_s.append(_now(device) - began)
+        steps_s.append(now_s(device) - began)
     return GenerationTiming(
         prefill_ms=1000 * prefill_s, decode_ms=1000 * statistics.fmean(steps_s), num_decode_steps=num_steps
     )
 
 
-def _now(device: torch.device) -> float:
+def now_s(device: torch.device) -> float:
+    """Return the wall clock in seconds, on a GPU once its queue has run dry."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
