@@ -38,6 +38,9 @@ DAGSTER_HOME := $(REFIT_HOME)/dagster/$(patsubst %.yaml,%,$(notdir $(RECIPE)))
 export RECIPE REFIT_HOME DAGSTER_HOME REFIT_RUNTIMES
 # Without it OpenMP's threads spin while they wait, which on a shared machine slows everything down.
 export OMP_WAIT_POLICY := PASSIVE
+# As stage processes have it: freed tensors are used again, not given back and mapped anew page by page.
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export TOKENIZERS_PARALLELISM := false
 export DO_NOT_TRACK := 1
 export DAGSTER_DISABLE_TELEMETRY := 1

@@ -1,10 +1,10 @@
 """What block distillation of a whole library costs beside runs of its own for each block: python bench/bench_bld.py.
 
-A few layers with random weights, bf16: SmolLM2-135M's shapes on a CPU, Llama-3.1-8B's on a GPU, which the small ones
-leave idle. Every block's loss is back-propagated through its own subblock (an attention variant's through the parent's
-frozen FFN as well), so its FLOPs are counted by hand and held against the matmul peak that the same process measures at
-the same shapes: by the clock and, without a GPU, by the CPU time that both took, which says the same on an idle machine
-and is all that counts on one where others run.
+Random weights, bf16: all of SmolLM2-135M on a CPU; on a GPU, which that would leave idle, two layers of Llama-3.1-8B.
+Every block's loss is back-propagated through its own subblock (an attention variant's through the parent's frozen FFN
+as well), so its FLOPs are counted by hand and held against the matmul peak that the same process measures at the same
+shapes: by the clock and, without a GPU, by the CPU time that both took, which says the same on an idle machine and is
+all that counts on one where others run.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ from pipeline.puzzle.search_space import resolve
 from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
 
 NUM_THREADS = 2
-NUM_STEPS = 4
+NUM_STEPS = 6
 VOCAB_SIZE = 8192
 
 
@@ -53,7 +53,7 @@ class Case:
 
 
 CPU_CASE = Case(
-    architecture="smollm2-135m-instruct", num_layers=6, widths=(1024, 512, 256), batch_size=2, window_tokens=512
+    architecture="smollm2-135m-instruct", num_layers=30, widths=(1024, 512, 256), batch_size=4, window_tokens=512
 )
 GPU_CASE = Case(
     architecture="llama-3.1-8b-instruct", num_layers=2, widths=(10752, 7168, 3584), batch_size=4, window_tokens=2048

@@ -18,7 +18,7 @@ from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.choice_texts import TokenCodec, scored_text
 from pipeline.data.packed import IGNORED_LABEL, PackedTokens
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.puzzle.divergence import SLICE_TOKENS, Divergence, DivergenceSums, add_divergences
+from pipeline.puzzle.divergence import SLICE_TOKENS, Divergence, DivergenceSums, ParentSlices, add_divergences
 
 
 class ScoreFunction(Protocol):
@@ -55,10 +55,11 @@ class ScoreFunction(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DivergenceScore:
-    """KL, LM loss, cosine of hidden states and top-1 agreement on text."""
+    """KL, LM loss, cosine of hidden states and top-1 agreement on text; an instance is for one parent."""
 
     packed: PackedTokens
     sums_type: type[DivergenceSums] = DivergenceSums
+    parent_slices: ParentSlices = field(default_factory=ParentSlices, repr=False)
 
     def add(
         self,
@@ -69,7 +70,15 @@ class DivergenceScore:
         rows: slice,
     ) -> None:
         """Add as add_divergences does."""
-        add_divergences(sums, model, finals, parent_BTD, self.packed.labels_NT[rows])
+        add_divergences(
+            sums,
+            model,
+            finals,
+            parent_BTD,
+            self.packed.labels_NT[rows],
+            parent_slices=self.parent_slices,
+            first_token=rows.start * self.packed.sequence_length,
+        )
 
     def measures(self, sums: DivergenceSums) -> Mapping[str, float]:
         """Return means over tokens."""

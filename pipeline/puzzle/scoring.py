@@ -10,6 +10,7 @@ add up badly where many layers go, and are measured again around the choice they
 Letters: B rows (candidates x windows), T tokens, D hidden_size.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -171,18 +172,15 @@ def _score_layer(
             num_windows = len(hidden_BTD)
             group_size = max(1, composition.MAX_BATCH_TOKENS // (num_windows * packed.sequence_length))
             outputs = _candidate_outputs(model, variants, hidden_BTD, packed, rows, layer, candidates)
-            for start, stacked in _in_groups(outputs, size=group_size):
+            finals: list[Tensor] = []
+            for stacked in _in_groups(outputs, size=group_size):
                 behind_BTD = torch.cat(stacked)
                 kwargs = attention_kwargs(model, behind_BTD, packed.position_ids_NT[rows].repeat(len(stacked), 1))
                 for module in suffix:
                     behind_BTD = module(behind_BTD, **kwargs)
-                function.add(
-                    [of_block[place] for of_block in sums[start : start + len(stacked)]],
-                    model,
-                    list(behind_BTD.split(num_windows)),
-                    parent_BTD,
-                    rows,
-                )
+                finals += behind_BTD.split(num_windows)
+            # All at once: what a function needs of the parent at these windows is computed once.
+            function.add([of_block[place] for of_block in sums], model, finals, parent_BTD, rows)
     return sums
 
 
@@ -205,16 +203,10 @@ def _candidate_outputs(
         yield composed.feed_forward(attended_BTD)
 
 
-def _in_groups(tensors: Iterator[Tensor], *, size: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Give lists of `size` tensors, each with the index of its first."""
-    start, group = 0, []
-    for tensor in tensors:
-        group.append(tensor)
-        if len(group) == size:
-            yield start, group
-            start, group = start + size, []
-    if group:
-        yield start, group
+def _in_groups(tensors: Iterator[Tensor], *, size: int) -> Iterator[list[Tensor]]:
+    """Give lists of `size` tensors, the last one shorter."""
+    while group := list(itertools.islice(tensors, size)):
+        yield group
 
 
 def _others(blocks: Sequence[BlockSpec], base: BlockSpec) -> list[BlockSpec]:

@@ -245,7 +245,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=4,
+        version=5,
         inputs=("parent_checkpoint", "distillation_mix", "block_library", "evaluation_sets"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
@@ -338,7 +338,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=3,
+        version=4,
         inputs=(
             "mip_solution",
             "block_scores",
@@ -358,7 +358,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=2,
+        version=3,
         inputs=(
             "refined_solution",
             "block_scores",

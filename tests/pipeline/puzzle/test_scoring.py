@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.puzzle import activations, composition, divergence
 from pipeline.puzzle.activations import ActivationStore
 from pipeline.puzzle.block_keys import trainable_keys
 from pipeline.puzzle.composition import LayerVariants
-from pipeline.puzzle.divergence import Divergence, DivergenceSums, add_divergences
+from pipeline.puzzle.divergence import Divergence, DivergenceSums, ParentSlices, add_divergences
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.score_functions import DivergenceScore, TaskScore
@@ -114,16 +115,23 @@ def score(
 
 
 # Three windows of 16 tokens, 32 float32 values each: 6 KiB for every set of states; with 9 KB one and a half stay.
-@pytest.mark.parametrize(("batch_tokens", "max_activation_bytes"), [(16, 0), (16, 9000), (100, 10**9), (10_000, 0)])
+# Slices of 7 tokens and pieces of 3 leave rests; 20,000 bytes keep some slices and not others.
+@pytest.mark.parametrize(
+    ("batch_tokens", "max_activation_bytes", "max_kept_bytes"),
+    [(16, 0, 0), (16, 9000, 10**9), (100, 10**9, 20_000), (10_000, 0, 10**9)],
+)
 def test_score_blocks_equals_whole_forward_passes(
     workplace: Workplace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     batch_tokens: int,
     max_activation_bytes: int,
+    max_kept_bytes: int,
 ):
     monkeypatch.setattr(composition, "MAX_BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(divergence, "SLICE_TOKENS", 7)
+    monkeypatch.setattr(divergence, "PIECE_TOKENS", 3)
+    monkeypatch.setattr(divergence, "MAX_KEPT_BYTES", max_kept_bytes)
     space, packed = make_space(workplace), workplace.packed("validation").take(48)
     scores = score(workplace, space, packed, tmp_path, max_activation_bytes=max_activation_bytes)
     assert len(scores.candidates) == space.num_candidates == 3 * 15
@@ -315,6 +323,18 @@ def test_task_error_equals_that_of_the_evaluation_on_whole_children(workplace: W
     assert len(errors) > 1
 
 
+def add_one(
+    sums: DivergenceSums,
+    model: HeterogeneousLlamaForCausalLM,
+    child_BTD: torch.Tensor,
+    parent_BTD: torch.Tensor,
+    packed: PackedTokens,
+) -> None:
+    add_divergences(
+        [sums], model, [child_BTD], parent_BTD, packed.labels_NT[:1], parent_slices=ParentSlices(), first_token=0
+    )
+
+
 def test_divergence_of_logits_that_moved_beyond_the_exponents_range_is_exact(workplace: Workplace):
     model, packed = workplace.model(), workplace.packed("validation").take(16)
     generator = torch.Generator().manual_seed(0)
@@ -323,13 +343,13 @@ def test_divergence_of_logits_that_moved_beyond_the_exponents_range_is_exact(wor
         sums = DivergenceSums()
         with torch.no_grad():
             model.lm_head.weight.copy_(scale * workplace.model().lm_head.weight)
-            add_divergences([sums], model, [child_BTD], parent_BTD, packed.labels_NT[:1])
+            add_one(sums, model, child_BTD, parent_BTD, packed)
             parent, child = (
                 model.lm_head(model.model.norm(states)).double().log_softmax(dim=-1)
                 for states in (parent_BTD, child_BTD)
             )
         moved = (model.lm_head(model.model.norm(child_BTD)) - model.lm_head(model.model.norm(parent_BTD))).max()
-        assert (moved > divergence.LARGEST_CHANGE) == (scale > 1)
+        assert (moved > math.log(torch.finfo(torch.float32).max)) == (scale > 1)
         kl = torch.nn.functional.kl_div(child, parent, log_target=True, reduction="sum") / 16
         loss = torch.nn.functional.nll_loss(child[0, :-1], packed.labels_NT[0, 1:])
         assert sums.measures["kl"] == pytest.approx(kl.item(), rel=1e-5)
@@ -345,7 +365,7 @@ def test_divergence_is_exact_where_all_logits_moved_together(workplace: Workplac
     with torch.no_grad():
         # Adding one vector to every row moves all logits of a token alike, here by tens of nats, and no distribution.
         model.lm_head.weight += 10 * torch.randn(model.config.hidden_size, generator=generator)
-        add_divergences([sums], model, [child_BTD], parent_BTD, packed.labels_NT[:1])
+        add_one(sums, model, child_BTD, parent_BTD, packed)
         parent_TV, child_TV = (
             model.lm_head(model.model.norm(states)).double()[0] for states in (parent_BTD, child_BTD)
         )
