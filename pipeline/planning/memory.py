@@ -63,10 +63,10 @@ def logit_bytes(model: Architecture, *, num_tokens: int, precision: Precision, w
     return size * num_tokens * model.vocab_size * (3 if with_teacher else 2)
 
 
-def sampled_logit_bytes(model: Architecture, *, num_tokens: int, precision: Precision, with_gradient: bool) -> float:
-    """Return what policy log-probabilities of that many tokens need: whole fp32 copies of the logits, three or four."""
+def sampled_logit_bytes(model: Architecture, *, num_tokens: int, precision: Precision) -> float:
+    """Return what policy log-probabilities of that many tokens need, with gradients or without: three fp32 copies."""
     size = 2.0 if precision == "bf16" else 4.0
-    return num_tokens * model.vocab_size * (size + (16.0 if with_gradient else 12.0))
+    return num_tokens * model.vocab_size * (size + 12.0)
 
 
 def hidden_state_bytes(model: Architecture, *, num_tokens: int, precision: Precision) -> float:

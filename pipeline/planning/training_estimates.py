@@ -135,21 +135,14 @@ def rl_checkpoint(case: Case) -> Estimate:
     reference = weights.times(size)
     parts = {
         **trained.memory_parts,
-        "logits": sampled_logit_bytes(
-            sizes.parent,
-            num_tokens=micro_rows * longest,
-            precision=config.precision,
-            with_gradient=True,
-        ),
+        "logits": sampled_logit_bytes(sizes.parent, num_tokens=micro_rows * longest, precision=config.precision),
         "reference": reference.expected,
         **({"reward model": reward_model} if reward_model else {}),
         "sampling cache": cache * sizes.expected_share,
     }
     scored_rows = min(SCORED_ROWS, math.ceil(samples_at_once))
     # Between two updates the replies are scored without gradients, and nothing but the models and this is held.
-    scoring = sampled_logit_bytes(
-        sizes.parent, num_tokens=scored_rows * longest, precision=config.precision, with_gradient=False
-    )
+    scoring = sampled_logit_bytes(sizes.parent, num_tokens=scored_rows * longest, precision=config.precision)
     updating = parts["logits"] + parts["activations"]
     if scoring > updating:
         parts = {**parts, "activations": 0.0, "logits": 0.0, "logits of sampled replies": scoring}

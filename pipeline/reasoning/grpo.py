@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Baseline = Literal["leave_one_out", "group_mean"]
@@ -104,12 +105,20 @@ def importance_weights(*, old_logprobs_BT: Tensor, sampler_logprobs_BT: Tensor, 
 
 def token_logprobs(logits_BTV: Tensor, *, ids_BT: Tensor, temperature: float) -> Tensor:
     """Return log pi(ids) at each position, [B, T], in float32: bfloat16 has too few digits for a ratio near one."""
-    logits_BTV = logits_BTV.float() / temperature
-    chosen_BT = logits_BTV.gather(2, ids_BT.unsqueeze(2)).squeeze(2)
-    return chosen_BT - logits_BTV.logsumexp(dim=2)
+    # cross_entropy() keeps one tensor of the logits' size and writes the gradient in one pass over it; a gather and a
+    # logsumexp() keep two and take three.
+    return -F.cross_entropy(
+        _tempered(logits_BTV, temperature).flatten(0, 1), ids_BT.flatten(), reduction="none"
+    ).unflatten(0, ids_BT.shape)
 
 
-def token_entropies(logits_BTV: Tensor, *, temperature: float) -> Tensor:
-    """Return the entropy of the distribution at each position, [B, T], nats."""
-    logprobs_BTV = (logits_BTV.float() / temperature).log_softmax(dim=2)
-    return -(logprobs_BTV.exp() * logprobs_BTV).sum(dim=2)
+def token_statistics(logits_BTV: Tensor, *, ids_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log pi(ids) and the entropy of the distribution at each position, [B, T] each, float32; no gradients."""
+    with torch.no_grad():
+        logprobs_BTV = _tempered(logits_BTV, temperature).log_softmax(dim=2)
+        chosen_BT = logprobs_BTV.gather(2, ids_BT.unsqueeze(2)).squeeze(2)
+        return chosen_BT, -torch.linalg.vecdot(logprobs_BTV.exp(), logprobs_BTV)
+
+
+def _tempered(logits_BTV: Tensor, temperature: float) -> Tensor:
+    return logits_BTV.float() if temperature == 1 else logits_BTV.float() / temperature

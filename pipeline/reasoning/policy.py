@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.reasoning.grpo import token_entropies, token_logprobs
+from pipeline.reasoning.grpo import token_statistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +91,7 @@ def row_statistics(
         indices = order[start : start + batch_size]
         batch = batch_rows([rows[index] for index in indices], device=device)
         logits_BKV = batch_logits(forward, batch)
-        logprobs_BK = token_logprobs(logits_BKV, ids_BT=batch.target_ids_BK, temperature=temperature)
-        entropies_BK = token_entropies(logits_BKV, temperature=temperature)
+        logprobs_BK, entropies_BK = token_statistics(logits_BKV, ids_BT=batch.target_ids_BK, temperature=temperature)
         for place, index in enumerate(indices):
             sampled_K = batch.sampled_BK[place]
             found[index] = RowStatistics(

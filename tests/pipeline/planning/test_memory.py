@@ -23,7 +23,7 @@ from pipeline.planning.memory import (
     sampled_logit_bytes,
     training_state_bytes,
 )
-from pipeline.reasoning.grpo import token_entropies, token_logprobs
+from pipeline.reasoning.grpo import token_logprobs, token_statistics
 from pipeline.recipe import Precision
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
@@ -149,15 +149,13 @@ def test_log_probabilities_of_sampled_replies(precision: Precision, with_gradien
     ids_BT = torch.zeros(4, 16, dtype=torch.long)
 
     def score() -> None:
-        with torch.set_grad_enabled(with_gradient):
-            logprobs_BT = token_logprobs(logits_BTV, ids_BT=ids_BT, temperature=0.7)
-            if with_gradient:
-                logprobs_BT.sum().backward()
-            else:
-                token_entropies(logits_BTV, temperature=0.7)
+        if with_gradient:
+            token_logprobs(logits_BTV, ids_BT=ids_BT, temperature=0.7).sum().backward()
+        else:
+            token_statistics(logits_BTV, ids_BT=ids_BT, temperature=0.7)
 
     held = logits_BTV.untyped_storage().nbytes() + peak_bytes(score, known=[logits_BTV])
-    expected = sampled_logit_bytes(model, num_tokens=64, precision=precision, with_gradient=with_gradient)
+    expected = sampled_logit_bytes(model, num_tokens=64, precision=precision)
     assert held == pytest.approx(expected, rel=0.02)
 
 

@@ -10,8 +10,8 @@ from pipeline.reasoning.grpo import (
     group_advantages,
     kl_k3,
     share_zero_advantage_groups,
-    token_entropies,
     token_logprobs,
+    token_statistics,
 )
 
 
@@ -157,7 +157,9 @@ def test_token_logprobs_and_entropies_match_torch_distributions():
     ids = torch.tensor([[0, 1, 2], [3, 4, 0]])
     oracle = torch.distributions.Categorical(logits=logits / 0.7)
     assert torch.allclose(token_logprobs(logits, ids_BT=ids, temperature=0.7), oracle.log_prob(ids), atol=1e-6)
-    assert torch.allclose(token_entropies(logits, temperature=0.7), oracle.entropy(), atol=1e-6)
+    logprobs, entropies = token_statistics(logits, ids_BT=ids, temperature=0.7)
+    assert torch.allclose(logprobs, oracle.log_prob(ids), atol=1e-6)
+    assert torch.allclose(entropies, oracle.entropy(), atol=1e-6)
 
 
 def _train_bandit(*, kl_weight: float, num_steps: int) -> torch.Tensor:
