@@ -20,7 +20,6 @@ from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 from pipeline.training.engine import TrainEngine
 from tests.pipeline.puzzle.builders import make_profile
-from tests.pipeline.puzzle.conftest import workplace  # noqa: F401 (a fixture)
 from tests.pipeline.puzzle.test_bld import ALL, train
 from tests.pipeline.puzzle.test_scoring import initial_variants, make_space
 from tests.pipeline.puzzle.workplace import Workplace
@@ -33,7 +32,7 @@ CPU = torch.device("cpu")
 TOLERANCE = 2e-4
 
 
-def test_train_blocks_gives_the_blocks_of_a_cpu(workplace: Workplace, tmp_path: Path):  # noqa: F811
+def test_train_blocks_gives_the_blocks_of_a_cpu(workplace: Workplace, tmp_path: Path):
     device = Ranks().device
     assert device.type == "cuda"
     here = train(workplace, ALL, tmp_path / "gpu", model=place(workplace.model(), device))
@@ -46,7 +45,7 @@ def test_train_blocks_gives_the_blocks_of_a_cpu(workplace: Workplace, tmp_path: 
             torch.testing.assert_close(tensor, other.tensors[name], atol=1e-3, rtol=0)
 
 
-def scored(workplace: Workplace, device: torch.device, work_dir: Path, *, max_activation_bytes: int) -> Scores:  # noqa: F811
+def scored(workplace: Workplace, device: torch.device, work_dir: Path, *, max_activation_bytes: int) -> Scores:
     space = make_space(workplace)
     return score_blocks(
         place(workplace.model(), device),
@@ -60,7 +59,7 @@ def scored(workplace: Workplace, device: torch.device, work_dir: Path, *, max_ac
 
 
 @pytest.mark.parametrize("max_activation_bytes", [0, 10**9])
-def test_score_blocks_gives_the_scores_of_a_cpu(workplace: Workplace, tmp_path: Path, max_activation_bytes: int):  # noqa: F811
+def test_score_blocks_gives_the_scores_of_a_cpu(workplace: Workplace, tmp_path: Path, max_activation_bytes: int):
     here = scored(workplace, Ranks().device, tmp_path / "gpu", max_activation_bytes=max_activation_bytes)
     there = scored(workplace, CPU, tmp_path / "cpu", max_activation_bytes=10**9)
     assert here.base.kl == 0.0
@@ -70,7 +69,7 @@ def test_score_blocks_gives_the_scores_of_a_cpu(workplace: Workplace, tmp_path: 
         assert one.divergence.lm_loss == pytest.approx(other.divergence.lm_loss, rel=TOLERANCE)
 
 
-def test_engine_trains_as_plain_adamw_does_on_a_cpu(workplace: Workplace):  # noqa: F811
+def test_engine_trains_as_plain_adamw_does_on_a_cpu(workplace: Workplace):
     model, windows = workplace.model(), load_packed(workplace.mixture_dir, "train").tokens_NT[:8]
     engine = TrainEngine.create(
         copy.deepcopy(model),
@@ -105,7 +104,7 @@ def test_engine_trains_as_plain_adamw_does_on_a_cpu(workplace: Workplace):  # no
         torch.testing.assert_close(exported[name], weight.detach(), atol=1e-4, rtol=0)
 
 
-def test_sampled_logprobs_are_those_of_a_cpu(workplace: Workplace):  # noqa: F811
+def test_sampled_logprobs_are_those_of_a_cpu(workplace: Workplace):
     model = place(workplace.model(), Ranks().device)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     groups = sample_completions(
@@ -128,7 +127,7 @@ def test_sampled_logprobs_are_those_of_a_cpu(workplace: Workplace):  # noqa: F81
             assert completion.logprobs == pytest.approx(wanted, abs=1e-3)
 
 
-def test_profile_blocks_times_every_part_of_the_parent(workplace: Workplace):  # noqa: F811
+def test_profile_blocks_times_every_part_of_the_parent(workplace: Workplace):
     profile = profile_blocks(
         workplace.architecture,
         make_space(workplace),
@@ -144,6 +143,9 @@ def test_profile_blocks_times_every_part_of_the_parent(workplace: Workplace):  #
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_stage_of_tiny_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    execution = tmp_path / "execution.yaml"
+    execution.write_text("launcher: in_process\n")  # libraries are imported once, not once for each stage
+    monkeypatch.setenv("REFIT_EXECUTION", str(execution))
     monkeypatch.setenv("REFIT_HOME", str(tmp_path))
     workspace = open_workspace("tiny")
     target = workspace.recipe.default_target

@@ -1,0 +1,1 @@
+"""Tests that need a GPU; all are skipped where there is none."""
