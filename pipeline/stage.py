@@ -36,6 +36,9 @@ class ExecutionSettings(Frozen):
     block_memory_gib: float | None = Field(
         default=None, gt=0, description="GiB per rank for blocks in distillation; more are trained in rounds; None: all"
     )
+    sampler: Literal["torch", "vllm"] = Field(
+        default="torch", description="what reinforcement learning samples with; vllm: make install-vllm"
+    )
     sample_interval_steps: int = Field(default=10, ge=1, description="between completions shown while sampling trains")
     grace_seconds: float = Field(default=15.0, gt=0)
     requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")

@@ -9,66 +9,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pipeline.architecture import Architecture
 from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
-from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES
 from pipeline.model.decilm_config import decilm_config
-from pipeline.model.exported_code import configuration_decilm
 from pipeline.model.repacking import portable
-from pipeline.processes import LineServer
+from pipeline.model.vllm_process import VLLM
 from pipeline.progress import Reporter
-from pipeline.puzzle import vllm_driver
 from pipeline.puzzle.calibration import PHASES, Phase
 from pipeline.puzzle.measure import Measurements, time_in_turn
 from pipeline.puzzle.timing import decode_work
 from pipeline.recipe import MeasurementConfig, Precision, ProfileConfig, Scenario
-from pipeline.runtimes import require_python
 
-START_TIMEOUT_S = 600.0
-ANSWER_TIMEOUT_S = 3600.0  # loading compiles
 SLACK_TOKENS = 512  # of a sequence's cache, which is given out in blocks
-
-
-class VLLM:
-    """The driver in its own process; errors of vLLM come back as ours."""
-
-    def __init__(self, *, work_dir: Path, num_threads: int) -> None:
-        """The process starts with the first question.
-
-        Raises:
-            RuntimeMissingError: when vLLM is not installed.
-        """
-        self._log = work_dir / "vllm.log"
-        # -P: what lies beside the driver is not for vLLM to import.
-        settings = (str(self._log), str(num_threads), configuration_decilm.__file__)
-        command = (str(require_python("vllm")), "-P", vllm_driver.__file__, *settings)
-        self._server = LineServer(command, start_timeout_s=START_TIMEOUT_S)
-
-    def __enter__(self) -> "VLLM":
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the process."""
-        self._server.__exit__()
-
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Return the driver's answer.
-
-        Raises:
-            StageError: with what vLLM said last when it fails, dies or runs past an hour.
-        """
-        line = self._server.ask(json.dumps(request), timeout_s=ANSWER_TIMEOUT_S)
-        if line is None:
-            tail = self._log.read_text(errors="replace").splitlines()[-12:] if self._log.is_file() else []
-            raise StageError(f"vLLM gave no answer to {request}; it said last:\n" + "\n".join(tail))
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise StageError(f"vLLM failed at {request}:\n" + "\n".join(found["error"].strip().splitlines()[-12:]))
-        return found
 
 
 def measure_in_vllm(
@@ -126,6 +80,7 @@ def _load_request(
     return {
         "load": name,
         "directory": str(directory),
+        "with_weights": False,
         "dtype": torch_dtype,
         "max_tokens": max_tokens,
         "max_batch_size": max_batch_size,

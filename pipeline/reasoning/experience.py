@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.chat import generation_prompt_ids, reasoning_messages, stop_token_ids
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.model.sampling import Completion, sample_completions, seeded_generator
+from pipeline.model.sampling import Completion
 from pipeline.reasoning.algorithms import JudgedRow, with_advantages
 from pipeline.reasoning.curriculum import Batch
 from pipeline.reasoning.grpo import share_zero_advantage_groups
@@ -18,6 +18,7 @@ from pipeline.reasoning.policy import RowStatistics, SampledRow, row_statistics
 from pipeline.reasoning.prompts import RLItem
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.rewards import Verdict, judge
+from pipeline.reasoning.samplers import OwnSampler, Sampler
 from pipeline.recipe import RPO, RLConfig
 from pipeline.training.engine import TrainEngine
 
@@ -74,33 +75,40 @@ def draw_prompts(
     return [Prompt(item=items[place], thinking=number < num_thinking) for number, place in enumerate(places)]
 
 
+def longest_prompt(items: Sequence[RLItem], *, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens of the longest prompt, in whichever mode."""
+    return max(
+        len(generation_prompt_ids(tokenizer, reasoning_messages(item.question, thinking=thinking)))
+        for item in items
+        for thinking in (True, False)
+    )
+
+
 def sample_judged(
-    model: HeterogeneousLlamaForCausalLM,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     *,
+    eos_token_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     reward_model: RewardModel | None,
     config: RLConfig,
     num_samples: int,
-    generator: torch.Generator,
+    seed: Sequence[int | str],
 ) -> list[list[Judged]]:
     """Sample every prompt `num_samples` times at the recipe's temperature and judge the replies."""
     if not prompts:
         return []
-    model.eval()
     prompt_ids = [
         generation_prompt_ids(tokenizer, reasoning_messages(prompt.item.question, thinking=prompt.thinking))
         for prompt in prompts
     ]
-    groups = sample_completions(
-        model,
+    groups = sampler.sample(
         prompt_ids,
         num_samples=num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        top_p=1.0,
-        stop_ids=stop_token_ids(tokenizer, model.architecture.eos_token_ids),
-        generator=generator,
+        stop_ids=stop_token_ids(tokenizer, eos_token_ids),
+        seed=seed,
     )
     prompted = [
         (prompt, ids, completion, _text(completion, tokenizer))
@@ -140,6 +148,7 @@ def sample_judged(
 def collect_rollout(
     engine: TrainEngine,
     *,
+    sampler: Sampler,
     reference: HeterogeneousLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     reward_model: RewardModel | None,
@@ -151,13 +160,14 @@ def collect_rollout(
     own = prompts[engine.rank :: engine.world_size]
     is_offline = isinstance(config.algorithm, RPO) and not config.algorithm.online
     groups = sample_judged(
-        reference if is_offline else engine.model,
+        OwnSampler(reference) if is_offline else sampler,
         own,
+        eos_token_ids=engine.model.architecture.eos_token_ids,
         tokenizer=tokenizer,
         reward_model=reward_model,
         config=config,
         num_samples=config.samples_per_prompt,
-        generator=seeded_generator("rollout", config.seed, step, engine.rank, device=engine.device),
+        seed=("rollout", config.seed, step, engine.rank),
     )
     found = [judged for group in groups for judged in group]
     engine.model.eval()

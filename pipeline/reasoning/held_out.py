@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import DataError
-from pipeline.model.sampling import seeded_generator
 from pipeline.reasoning.experience import Prompt, sample_judged
 from pipeline.reasoning.prompts import RLItem, kind_of
 from pipeline.reasoning.reward_model import RewardModel
+from pipeline.reasoning.samplers import Sampler
 from pipeline.recipe import RLConfig
 from pipeline.training.distributed import sum_across_ranks
 from pipeline.training.engine import TrainEngine
@@ -62,6 +62,7 @@ def held_out_rewards(
     engine: TrainEngine,
     items: Sequence[RLItem],
     *,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     reward_model: RewardModel | None,
     config: RLConfig,
@@ -81,13 +82,14 @@ def held_out_rewards(
         num_thinking = round(config.share_thinking_on * kinds.count(kind))
         prompts.append(Prompt(item=item, thinking=kinds[:place].count(kind) < num_thinking))
     groups = sample_judged(
-        engine.model,
+        sampler,
         prompts[engine.rank :: engine.world_size],
+        eos_token_ids=engine.model.architecture.eos_token_ids,
         tokenizer=tokenizer,
         reward_model=reward_model,
         config=config,
         num_samples=1,
-        generator=seeded_generator("held out", config.seed, engine.rank, device=engine.device),
+        seed=("held out", config.seed, engine.rank),
     )
     found = list(zip(kinds[engine.rank :: engine.world_size], (group[0] for group in groups), strict=True))
     watched: dict[str, float] = {}

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.artifacts import write_atomically
 from pipeline.errors import DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from pipeline.model.sampling import seeded_generator
 from pipeline.progress import Reporter
 from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weight, units_loss
 from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
@@ -29,6 +28,7 @@ from pipeline.reasoning.held_out import held_out_rewards, require_prompts, split
 from pipeline.reasoning.policy import batch_logits, batch_rows
 from pipeline.reasoning.prompts import RLItem
 from pipeline.reasoning.reward_model import RewardModel
+from pipeline.reasoning.samplers import Sampler
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
 from pipeline.training.distributed import barrier, sum_across_ranks
@@ -76,6 +76,7 @@ def units_per_update(config: RLConfig, *, world_size: int) -> int:
 def train_policy(
     engine: TrainEngine,
     *,
+    sampler: Sampler,
     reference: HeterogeneousLlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     reward_model: RewardModel | None,
@@ -88,6 +89,8 @@ def train_policy(
 ) -> PolicyTraining:
     """Train until `config.steps` or a stop rule, continuing from the newest checkpoint if there is one.
 
+    `sampler` gives the replies of the engine's model as it is at each step.
+
     Raises:
         DataError: when too few prompts are left to train on.
         DivergedError: when the loss or the gradient is no longer finite.
@@ -97,7 +100,13 @@ def train_policy(
     curriculum: list[Batch] | None = None
     if config.difficulty is not None:
         pass_rates = load_or_measure_pass_rates(
-            engine, trained_items, tokenizer=tokenizer, config=config, path=work_dir / _PASS_RATES, reporter=reporter
+            engine,
+            trained_items,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            config=config,
+            path=work_dir / _PASS_RATES,
+            reporter=reporter,
         )
         kept = hard_enough(pass_rates, max_pass_rate=config.difficulty.max_pass_rate)
         reporter.note(f"{len(kept)} of {len(trained_items)} prompts are hard enough to learn from")
@@ -113,6 +122,7 @@ def train_policy(
             )
     checkpoints_dir = work_dir / "checkpoints"
     state = engine.load_latest(checkpoints_dir) or {"curve": [], "samples": []}
+    sampler.refresh()
     curve: list[dict[str, float]] = state["curve"]
     samples: list[dict[str, Any]] = state["samples"]
     final_kl = math.nan
@@ -122,6 +132,7 @@ def train_policy(
         watched_held_out = held_out_rewards(
             engine,
             held_out,
+            sampler=sampler,
             tokenizer=tokenizer,
             reward_model=reward_model,
             config=config,
@@ -130,6 +141,7 @@ def train_policy(
         )
         rollout = collect_rollout(
             engine,
+            sampler=sampler,
             reference=reference,
             tokenizer=tokenizer,
             reward_model=reward_model,
@@ -142,6 +154,7 @@ def train_policy(
         if curriculum is not None:
             watched["aimed_pass_rate"] = curriculum[step - 1].aimed_pass_rate
         updated = _update(engine, rollout.rows, config=config, step=step)
+        sampler.refresh()
         curve.append({"step": step, "tokens": tokens_before + int(watched.pop("num_tokens")), **updated, **watched})
         samples += [{"step": step, **sample} for sample in rollout.samples]
         reporter.step(
@@ -179,6 +192,7 @@ def load_or_measure_pass_rates(
     engine: TrainEngine,
     items: Sequence[RLItem],
     *,
+    sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     config: RLConfig,
     path: Path,
@@ -196,13 +210,14 @@ def load_or_measure_pass_rates(
     for start in range(0, len(items), size):
         places = list(range(start, min(start + size, len(items))))[engine.rank :: engine.world_size]
         groups = sample_judged(
-            engine.model,
+            sampler,
             [Prompt(item=items[place], thinking=True) for place in places],
+            eos_token_ids=engine.model.architecture.eos_token_ids,
             tokenizer=tokenizer,
             reward_model=None,
             config=config,
             num_samples=config.difficulty.num_samples,
-            generator=seeded_generator("pass rates", config.seed, start, engine.rank, device=engine.device),
+            seed=("pass rates", config.seed, start, engine.rank),
         )
         for place, group in zip(places, groups, strict=True):
             num_right[place] = float(sum(judged.verdict.is_right for judged in group))

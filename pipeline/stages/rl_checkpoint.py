@@ -2,11 +2,12 @@
 
     python -m pipeline materialize rl_checkpoint          # on every rank that the execution settings name
 
-Policy and sampler are one model; the reference is the supervised checkpoint, frozen, in the same precision, so that the
-KL begins at zero. For on-policy distillation it is the parent, the teacher. A training that a stop rule ended is
-published, for people to look at, and fails its check.
+Policy and sampler are one model, or vLLM samples with the policy's weights (`execution.sampler`). The reference is the
+supervised checkpoint, frozen, in the same precision, so that the KL begins at zero. For on-policy distillation it is
+the parent, the teacher. A training that a stop rule ended is published, for people to look at, and fails its check.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 
 from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
+from pipeline.reasoning.experience import longest_prompt
 from pipeline.reasoning.prompts import load_prompts
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.rl import PolicyTraining, train_policy, units_per_update
+from pipeline.reasoning.samplers import OwnSampler, Sampler, VLLMSampler
 from pipeline.recipe import OnPolicyDistillation, RLConfig
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.training_figures import with_curve
@@ -52,24 +55,40 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         inputs["parent_checkpoint"] if is_distillation else start_dir, dtype=TORCH_DTYPES[config.precision]
     )
     torch.nn.Module.to(reference, device)
+    tokenizer, items = load_tokenizer(start_dir), load_prompts(inputs["rl_prompts"])
     try:
-        training = train_policy(
-            engine,
-            reference=reference,
-            tokenizer=load_tokenizer(start_dir),
-            reward_model=None if config.reward_model is None else RewardModel(config.reward_model, device=device),
-            items=load_prompts(inputs["rl_prompts"]),
-            config=config,
-            work_dir=out_dir / WORK_DIR,
-            checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
-            sample_interval_steps=inputs.execution.sample_interval_steps,
-            reporter=inputs.reporter,
-        )
+        with contextlib.ExitStack() as opened:
+            sampler: Sampler = OwnSampler(engine.model)
+            if inputs.execution.sampler == "vllm":
+                sampler = opened.enter_context(
+                    VLLMSampler(
+                        engine.model,
+                        tokenizer_dir=start_dir,
+                        work_dir=out_dir / WORK_DIR / f"vllm-{engine.rank}",
+                        precision=config.precision,
+                        max_tokens=longest_prompt(items, tokenizer=tokenizer) + config.max_new_tokens,
+                        num_rows=config.prompts_per_step * config.samples_per_prompt // engine.world_size,
+                        num_threads=torch.get_num_threads(),
+                    )
+                )
+            training = train_policy(
+                engine,
+                sampler=sampler,
+                reference=reference,
+                tokenizer=tokenizer,
+                reward_model=None if config.reward_model is None else RewardModel(config.reward_model, device=device),
+                items=items,
+                config=config,
+                work_dir=out_dir / WORK_DIR,
+                checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
+                sample_interval_steps=inputs.execution.sample_interval_steps,
+                reporter=inputs.reporter,
+            )
         export_checkpoint(engine, start_dir=start_dir, out_dir=out_dir)
         if engine.rank == 0:
             write_curve(out_dir, training.curve)
             pl.DataFrame(training.samples).write_parquet(out_dir / SAMPLES_FILE)
-        facts = training_facts(engine)
+        facts = {**training_facts(engine), "sampler": inputs.execution.sampler}
     finally:
         engine.close()
     result = _result(training, facts=facts)
