@@ -65,6 +65,11 @@ def last_step(home: Path, asset: str) -> int:
     return max(steps)
 
 
+def notes_of(home: Path, asset: str) -> list[str]:
+    (path,) = (home / "store" / asset).glob("*/progress.jsonl")
+    return [line["note"] for line in map(json.loads, path.read_text().splitlines()) if "note" in line]
+
+
 def checkpoints(home: Path, asset: str) -> int:
     """Return how many files of resumable state the stage has written."""
     return sum(file.is_file() for file in (home / "store" / asset).glob("*/_work/**/*") if file.suffix != ".log")
@@ -114,7 +119,11 @@ def test_kill_9_during_block_library_and_kd_resumes_to_identical_weights(tmp_pat
             time.sleep(0.1)
         assert not list((disturbed / "store" / asset).glob("*/manifest.json"))
 
-    assert "block_library resumed" in told["kd_checkpoint"]  # by the run that was then killed in kd_checkpoint
+    # By the run that was then killed in kd_checkpoint. On a busy machine the first kill may come when every block is
+    # published and the library is not: nothing is left to resume then, nor to train.
+    assert "block_library resumed" in told["kd_checkpoint"] or "23 blocks wanted, 0 to train" in notes_of(
+        disturbed, "block_library"
+    )
     how = outcomes(start(disturbed, stages))
     assert how["block_library"] == "reused"
     assert how["kd_checkpoint"] == "resumed"
