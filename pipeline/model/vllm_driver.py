@@ -8,7 +8,7 @@ then it answers each line of JSON with another:
     {"load": NAME, "directory", "with_weights", "dtype", "max_tokens", "max_batch_size", "max_prefill_tokens",
      "cache_bytes"}                                                            -> {"kv_bytes_per_token"}
     {"time": NAME, "batch_size", "num_prompt_tokens", "num_tokens"}            -> {"steps_ms"}
-    {"reload": NAME, "directory"}                                              -> {}
+    {"reload": NAME, and the rest as to load it}                               -> {}
     {"sample": NAME, "prompts", "num_samples", "max_new_tokens", "temperature", "stop_ids", "seed"}
                                           -> {"groups": [[{"ids", "logprobs", "is_terminated"}, ...], ...]}
 
@@ -27,9 +27,6 @@ import time
 import traceback
 from importlib.metadata import distributions
 from typing import Any, TextIO
-
-loads: dict[str, dict[str, Any]] = {}
-"""What each model was loaded by."""
 
 
 def register(configuration: str) -> None:
@@ -65,7 +62,6 @@ def load(request: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
         kv_cache_memory_bytes=request["cache_bytes"],
     )
     models[request["load"]] = model
-    loads[request["load"]] = request
     engine = model.llm_engine
     cache = engine.engine_core.engine_core.scheduler.kv_cache_config
     num_tokens = cache.num_blocks * engine.vllm_config.cache_config.block_size
@@ -80,7 +76,7 @@ def reload(request: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
         # vLLM 0.32 computes with weights packed for the CPU, and a tied head keeps those of its first load.
         del models[name]
         gc.collect()
-        load(loads[name] | {"directory": request["directory"]}, models)
+        load(request | {"load": name}, models)
         return {}
     models[name].collective_rpc("reload_weights", kwargs={"weights_path": request["directory"]})
     models[name].reset_prefix_cache()
@@ -164,7 +160,9 @@ def main() -> None:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if device:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+        # Its number among those that this process may see.
+        visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(device)] if visible else device
     register(configuration)
     models: dict[str, Any] = {}
     commands = {"load": load, "time": time_steps, "reload": reload, "sample": sample}

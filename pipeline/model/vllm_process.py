@@ -24,7 +24,7 @@ class VLLM:
         Args:
             work_dir: where vLLM's log goes.
             num_threads: of a CPU.
-            device: the only GPU that it may see, by its number; empty for what this process sees.
+            device: the only GPU that it may see, by its number among those this process sees; empty for all of them.
 
         Raises:
             RuntimeMissingError: when vLLM is not installed.

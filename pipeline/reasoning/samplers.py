@@ -186,18 +186,14 @@ class VLLMSampler:
                 tokenizer_dir=self._tokenizer_dir,
             )
         export_decilm(own_dir, out_dir=served_dir)
-        if self._is_loaded:
-            self._vllm.ask({"reload": _NAME, "directory": str(served_dir)})
-        else:
-            self._vllm.ask(self._load_request(served_dir))
-            self._is_loaded = True
+        self._vllm.ask({"reload" if self._is_loaded else "load": _NAME, **self._engine_settings(served_dir)})
+        self._is_loaded = True
         self._is_stale = False
 
-    def _load_request(self, directory: Path) -> dict[str, object]:
+    def _engine_settings(self, directory: Path) -> dict[str, object]:
         served = portable(self._model.architecture).architecture
         cached_tokens = self._num_rows * (self._max_tokens + _SLACK_TOKENS)
         return {
-            "load": _NAME,
             "directory": str(directory),
             "with_weights": True,
             "dtype": str(TORCH_DTYPES[self._precision]).removeprefix("torch."),

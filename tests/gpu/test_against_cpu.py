@@ -136,8 +136,7 @@ def test_profile_blocks_times_every_part_of_the_parent(workplace: Workplace):
         dtype=torch.float32,
         reporter=SilentReporter(),
     )
-    assert all(samples.median_ms >= 0 for samples in profile.samples.values())
-    assert any(samples.median_ms > 0 for samples in profile.samples.values())
+    assert all(samples.median_ms > 0 for names, samples in profile.samples.items() if "no_op" not in names)
 
 
 @pytest.mark.slow
