@@ -100,7 +100,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solution:
-    """The chosen candidate of every layer; `feasible` means that the time limit ended the search with `gap` left."""
+    """The chosen candidate of every layer; where it is only `feasible`, its sum is at most the share `gap` too high."""
 
     chosen: tuple[Candidate, ...]
     status: Literal["optimal", "feasible"]

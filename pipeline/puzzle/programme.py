@@ -142,7 +142,7 @@ def solve_programme(
     kept = _undominated(programme) if not earlier else [range(len(scores)) for scores in programme.scores]
     model = pulp.LpProblem("choose", pulp.LpMinimize)
     variables = _add_choices(model, kept, programme)
-    model.setObjective(_sum(programme.scores, variables))
+    model.setObjective(_sum(_near_one(programme.scores), variables))
     for index, row in enumerate(programme.rows):
         used = _used(model, row, variables, name=f"row_{index}")
         model.addConstraint(used <= 1 - row.fixed / row.upper, f"row_{index}")
@@ -253,6 +253,13 @@ def _add_families(
             model.addConstraint(pulp.lpSum(members) == chosen[family], f"family_{number}_in_layer_{layer:03d}")
 
 
+def _near_one(scores: Values) -> Values:
+    """Return the scores by a power of two such that the largest lies near one: HiGHS takes 1e-7 and less for nothing."""
+    largest = max((abs(score) for layer in scores for score in layer), default=0.0)
+    exponent = math.frexp(largest)[1]
+    return tuple(tuple(math.ldexp(score, -exponent) for score in layer) for layer in scores)
+
+
 def _sum(values: Values, variables: Sequence[dict[int, Any]]) -> Any:
     return pulp.lpSum(
         values[layer][index] * variable
@@ -281,6 +288,7 @@ def _run_solver(model: pulp.LpProblem, *, time_limit_s: float, relative_gap: flo
             msg=False,
             threads=1,
             gapRel=relative_gap,
+            gapAbs=0.0,  # HiGHS's own default of 1e-6 would override a smaller relative gap
             timeLimit=time_limit_s,
             random_seed=0,
             mip_feasibility_tolerance=FEASIBILITY_TOLERANCE,

@@ -1,8 +1,9 @@
 """From a pool of answers to the child that is best as a whole model, and from there to better ones.
 
 Sums of replace-1-block scores choose badly where many layers go: what a layer is worth depends on which others stay.
-So the answers are scored as whole models, and around the best, x, every block is measured again with x's other blocks
-in place. With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
+So the answers are scored as whole models, beside the parent with whole layers left out by their influence, which sums
+often lose to where much has to go. Around the best, x, every block is measured again with x's other blocks in place.
+With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
 
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
 
@@ -10,21 +11,26 @@ is linear again and exact for one change; it is solved for r, r/2, r/4, ... 1, i
 and the best of them becomes x while it is better. (The scoring is Puzzle's, section 4.2; the rounds are ours.)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
-from pipeline.architecture import BlockSpec
+from pipeline.architecture import Architecture, BlockSpec
 from pipeline.progress import Reporter
+from pipeline.puzzle.baselines import drop_layers, dropped
 from pipeline.puzzle.divergence import Divergence
-from pipeline.puzzle.mip import Problem, Solution, solve_near
+from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
+from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.predictions import CostModel
-from pipeline.puzzle.search import SolutionRecord, base_value, build_problem, record_solution
+from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
 POOL = "pool"
 """What the origin of an answer to the programme over the parent's scores begins with."""
+LAYERS_LEFT_OUT = "layers left out by influence"
+"""The origin of the start that is no answer to the programme."""
 
 ScoreWholeModels = Callable[[Mapping[str, Sequence[BlockSpec]]], Mapping[str, Divergence]]
 ScoreAround = Callable[[Sequence[BlockSpec], int], pl.DataFrame]
@@ -58,6 +64,7 @@ def refine(
     pool: Sequence[SolutionRecord],
     scores: pl.DataFrame,
     *,
+    dropping_order: Sequence[int],
     score_whole_models: ScoreWholeModels,
     score_around: ScoreAround,
     costs: CostModel,
@@ -65,11 +72,12 @@ def refine(
     settings: SearchConfig,
     reporter: Reporter,
 ) -> Refinement:
-    """Return the best child found from a pool of answers.
+    """Return the best child found from a pool of answers and from leaving out whole layers.
 
     Args:
         pool: answers to the programme over `scores`.
         scores: replace-1-block scores around the parent.
+        dropping_order: the layers, those first that the parent misses least.
         score_whole_models: measures children.
         score_around: measures every block in the company of a child's other blocks, in the given round.
         costs: what blocks cost.
@@ -86,7 +94,22 @@ def refine(
             for origin, record in records.items()
         ]
 
-    scored = measure({f"{POOL} {number}": record for number, record in enumerate(pool)})
+    def recorded(solution: Solution, problem: Problem, scores: pl.DataFrame) -> SolutionRecord:
+        return record_solution(
+            solution,
+            problem=problem,
+            base_value=base_value(scores, objective),
+            costs=costs,
+            target_name=pool[0].target_name,
+            settings=settings,
+        )
+
+    problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
+    starts = {f"{POOL} {number}": record for number, record in enumerate(pool)}
+    without_layers = _leave_out_layers(problem, costs.parent, dropping_order, least=math.fsum(pool[0].layer_scores))
+    if without_layers is not None:
+        starts[LAYERS_LEFT_OUT] = recorded(without_layers, problem, scores)
+    scored = measure(starts)
     best = min(scored, key=lambda one: one.value(objective))
     for number in range(1, settings.most_rounds(num_layers=len(best.record.blocks)) + 1):
         reporter.note(
@@ -96,14 +119,7 @@ def refine(
         scores = score_around(best.record.blocks, number)
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
         proposals = {
-            f"round {number}, at most {max_changed} layers changed": record_solution(
-                solution,
-                problem=problem,
-                base_value=base_value(scores, objective),
-                costs=costs,
-                target_name=best.record.target_name,
-                settings=settings,
-            )
+            f"round {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
             for max_changed, solution in _proposals(problem, best.record.blocks, settings=settings).items()
         }
         if not proposals:
@@ -115,6 +131,72 @@ def refine(
             break
         best = better
     return Refinement(scored=tuple(scored), best=best, scores=scores)
+
+
+def search_again(
+    scores: pl.DataFrame,
+    *,
+    costs: CostModel,
+    target_name: str,
+    requirements: Requirements,
+    settings: SearchConfig,
+) -> SolutionRecord:
+    """Return the best answer near the model that was scored; of all answers, where none near it meets the limits.
+
+    Sums of scores around a model are held good for `refinement.max_changed_layers` changes and no more.
+
+    Raises:
+        InfeasibleError, RecipeError: as search.
+    """
+    problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
+    centre = _scored_blocks(scores, len(problem.layers))
+    near = None
+    if centre is not None:
+        near = solve_near(
+            problem,
+            centre,
+            max_changed_layers=settings.refinement.max_changed_layers,
+            time_limit_s=settings.time_limit_s,
+            relative_gap=settings.relative_gap,
+        )
+    if near is None:
+        return search(scores, costs=costs, target_name=target_name, requirements=requirements, settings=settings)[0]
+    return record_solution(
+        near,
+        problem=problem,
+        base_value=base_value(scores, settings.objective),
+        costs=costs,
+        target_name=target_name,
+        settings=settings,
+    )
+
+
+def _scored_blocks(scores: pl.DataFrame, num_layers: int) -> list[BlockSpec] | None:
+    """Return the blocks of the model that was scored; None where some layer's is no candidate."""
+    rows = scores.filter("is_base").sort("layer")
+    if rows["layer"].to_list() != list(range(num_layers)):
+        return None
+    return [block_of(row) for row in rows.iter_rows(named=True)]
+
+
+def _leave_out_layers(problem: Problem, parent: Architecture, order: Sequence[int], *, least: float) -> Solution | None:
+    """Return the first child within the limits as whole layers go; None where the candidates do not hold one.
+
+    `least` is the sum of the programme's own answer.
+    """
+    own = [{candidate.block.key: candidate for candidate in candidates} for candidates in problem.layers]
+    if problem.pattern in SHARED or any(block.key not in one for block, one in zip(parent.blocks, own, strict=True)):
+        return None
+    blocks = drop_layers(
+        parent,
+        [layer for layer in order if dropped(layer).key in own[layer]],
+        is_feasible=lambda blocks: not violated_limits(blocks, problem.limits),
+    )
+    if blocks is None:
+        return None
+    chosen = tuple(one[block.key] for block, one in zip(blocks, own, strict=True))
+    total = math.fsum(candidate.score for candidate in chosen)
+    return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)
 
 
 def _proposals(problem: Problem, blocks: Sequence[BlockSpec], *, settings: SearchConfig) -> dict[int, Solution]:

@@ -1,9 +1,9 @@
 """From the tables of scores and times to a solution: builds the programme, solves it, and records what it promises."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 from pydantic import Field
@@ -199,12 +199,7 @@ def build_problem(
     base = base_value(scores, settings.objective)
     layers: list[list[Candidate]] = [[] for _ in costs.parent.blocks]
     for row in scores.iter_rows(named=True):
-        block = BlockSpec(
-            attention=attention_from_key(row["attention"]),
-            ffn=ffn_from_key(row["ffn"]),
-            parent_layers=(row["layer"],),
-        )
-        layers[row["layer"]].append(Candidate(block=block, score=row[settings.objective] - base))
+        layers[row["layer"]].append(Candidate(block=block_of(row), score=row[settings.objective] - base))
     for pin in requirements.pins:
         layers = _pinned(layers, pin, parent=parent)
     if settings.layers == "depth_only":
@@ -222,6 +217,15 @@ def build_problem(
             "heterogeneous"
         )
     return problem
+
+
+def block_of(row: Mapping[str, Any]) -> BlockSpec:
+    """Return the block that a row of a score table is of."""
+    return BlockSpec(
+        attention=attention_from_key(row["attention"]),
+        ffn=ffn_from_key(row["ffn"]),
+        parent_layers=(row["layer"],),
+    )
 
 
 def base_value(scores: pl.DataFrame, objective: Objective) -> float:

@@ -148,7 +148,8 @@ def resolve_ffn(option: FFNOption, *, parent: FFNSpec) -> FFNSpec:
     if isinstance(option, float):
         exact = option * width
         multiple = PORTABLE_WIDTH_MULTIPLE if exact >= PORTABLE_WIDTH_MULTIPLE else NARROW_WIDTH_MULTIPLE
-        return swiglu(max(1, int(exact // multiple)) * multiple)
+        # A share that is a multiple in decimals may lie a rounding error below it: 0.58 of 12,800 is 7,424.
+        return swiglu(max(1, int(exact / multiple + 1e-9)) * multiple)
     if option > width:
         raise RecipeError(f"ffn option {option} is wider than the parent's intermediate_size of {width}; choose less")
     return swiglu(option)

@@ -1,4 +1,4 @@
-"""refined_solution: the answers of the programme scored as whole models, and the best of them improved in rounds."""
+"""refined_solution: the programme's answers and a child without whole layers as whole models; the best improved."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,16 @@ import polars as pl
 
 from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
+from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
+from pipeline.puzzle.baselines import influence_order
 from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.importance import block_influence
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.refinement import POOL, Refinement, ScoredSolution, refine
+from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, POOL, Refinement, ScoredSolution, refine
 from pipeline.puzzle.score_table import read_scores, score_table, write_scores
 from pipeline.puzzle.scoring import score_blocks
 from pipeline.puzzle.search import read_costs, read_pool, write_solution
@@ -29,7 +32,7 @@ from pipeline.stages.score_inputs import score_functions
 
 
 def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Write solution.json, the best child found, and scores.parquet, the last round's measures around it."""
+    """Write solution.json, the best child found, and scores.parquet, the measures around the last round's centre."""
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
@@ -56,7 +59,9 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         )
 
     def score_around(blocks: Sequence[BlockSpec], round_number: int) -> pl.DataFrame:
-        work_dir = out_dir / WORK_DIR / f"round-{round_number}"
+        # Named after what stands around: a run that was killed may find another centre in the same round.
+        centre = fingerprint([block.key for block in blocks])
+        work_dir = out_dir / WORK_DIR / f"round-{round_number}-{centre}"
         scores = score_blocks(
             parent,
             space,
@@ -79,6 +84,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         refinement = refine(
             pool,
             read_scores(inputs["block_scores"]),
+            dropping_order=influence_order(block_influence(parent, functions[0].packed)),
             score_whole_models=score_whole_models,
             score_around=score_around,
             costs=costs,
@@ -125,7 +131,7 @@ def _composition(refinement: Refinement, config: RefinedStage) -> dict[str, Numb
     ratios: dict[str, list[float]] = {"sum_of_scores": [], "sum_around_a_child": []}
     for one in refinement.scored:
         ratio = _sum_over_whole(one, config)
-        if ratio is not None:
+        if ratio is not None and one.origin != LAYERS_LEFT_OUT:
             ratios["sum_of_scores" if one.origin.startswith(POOL) else "sum_around_a_child"].append(ratio)
     return {f"{name}_over_whole": statistics.median(found) for name, found in ratios.items() if found}
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,21 @@ def test_solve_random_instance_equals_brute_force(seed: int):
     solution = solve(problem, time_limit_s=10, relative_gap=0.0)
     assert solution.status == "optimal"
     assert solution.objective == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_solve_scores_far_below_the_solvers_own_gap_equals_brute_force(seed: int):
+    problem = make_problem([limit("decode_speed", 1.6), limit("memory_mib", 0.9)], seed=seed, num_layers=6)
+    tiny = replace(
+        problem,
+        layers=tuple(
+            tuple(replace(candidate, score=candidate.score * 1e-8) for candidate in candidates)
+            for candidates in problem.layers
+        ),
+    )
+    expected = brute_force(tiny)
+    assert expected is not None
+    assert solve(tiny, time_limit_s=10, relative_gap=0.0).objective == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 def test_solve_loose_limits_keeps_the_parent():

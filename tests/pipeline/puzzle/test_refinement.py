@@ -10,10 +10,10 @@ from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.predictions import linear_limits
-from pipeline.puzzle.refinement import Refinement, refine
+from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, Refinement, refine, search_again
 from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
-from pipeline.recipe import LayerPattern, PoolConfig, RefinementConfig, Requirements, SearchConfig
+from pipeline.recipe import LayerPattern, Pin, PoolConfig, RefinementConfig, Requirements, SearchConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
 NUM_LAYERS = 5
@@ -48,21 +48,8 @@ def score_around(base: Sequence[BlockSpec], _: int = 0) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
 
 
-def run(
-    *,
-    rounds: int,
-    max_changed_layers: int = 4,
-    layers: LayerPattern = "heterogeneous",
-    around: list[tuple[str, ...]] | None = None,
-    is_misled: bool = False,
-) -> tuple[Refinement, float]:
-    """Search and refine; return the outcome and the best value of all children within the limit.
-
-    `around` gets the blocks that each round measures around; a misled one is told that what is worse is better.
-    """
-    architecture = make_architecture(num_layers=NUM_LAYERS)
-    costs = make_costs(architecture, OPTIONS)
-    settings = SearchConfig(
+def settings(*, rounds: int, max_changed_layers: int, layers: LayerPattern = "heterogeneous") -> SearchConfig:
+    return SearchConfig(
         objective="kl",
         layers=layers,
         pool=PoolConfig(num_solutions=1, max_overlap=0.5),
@@ -74,6 +61,26 @@ def run(
         speed_margin=0.0,
         speed_tolerance=0.0,
     )
+
+
+def run(
+    *,
+    rounds: int,
+    max_changed_layers: int = 4,
+    layers: LayerPattern = "heterogeneous",
+    dropping_order: Sequence[int] = (),
+    pins: tuple[Pin, ...] = (),
+    around: list[tuple[str, ...]] | None = None,
+    is_misled: bool = False,
+) -> tuple[Refinement, float]:
+    """Search and refine; return the outcome and the best value of all children within the limit.
+
+    `around` gets the blocks that each round measures around; a misled one is told that what is worse is better.
+    """
+    architecture = make_architecture(num_layers=NUM_LAYERS)
+    costs = make_costs(architecture, OPTIONS)
+    requirements = Requirements(limits=REQUIREMENTS.limits, pins=pins)
+    chosen = settings(rounds=rounds, max_changed_layers=max_changed_layers, layers=layers)
     scores = score_around([OPTIONS[0]] * NUM_LAYERS)
 
     def score_around_noting(base: Sequence[BlockSpec], number: int) -> pl.DataFrame:
@@ -82,15 +89,16 @@ def run(
         table = score_around(base, number)
         return table.with_columns(kl=-pl.col("kl")) if is_misled else table
 
-    pool = search(scores, costs=costs, target_name="t", requirements=REQUIREMENTS, settings=settings)
+    pool = search(scores, costs=costs, target_name="t", requirements=requirements, settings=chosen)
     outcome = refine(
         pool,
         scores,
+        dropping_order=dropping_order,
         score_whole_models=score_whole_models,
         score_around=score_around_noting,
         costs=costs,
-        requirements=REQUIREMENTS,
-        settings=settings,
+        requirements=requirements,
+        settings=chosen,
         reporter=SilentReporter(),
     )
     (size,) = linear_limits(REQUIREMENTS.limits, costs=costs, blocks=OPTIONS, speed_margin=0.0)
@@ -113,6 +121,57 @@ def test_refine_comes_near_the_best_child_where_sums_of_single_scores_mislead():
     assert all(limit.is_met for limit in outcome.best.record.limits)
     values = [one.value("kl") for one in outcome.scored]
     assert min(values) == outcome.best.value("kl")
+
+
+def test_refine_starts_from_layers_left_out_in_the_given_order_where_that_is_the_better_child():
+    centres: list[tuple[str, ...]] = []
+    outcome, _ = run(rounds=1, dropping_order=[0, 2, 4, 1, 3], around=centres)
+    start = next(one for one in outcome.scored if one.origin == LAYERS_LEFT_OUT)
+    # A quarter of the parameters is two of five layers, and these two are no neighbours.
+    kept, gone = OPTIONS[0].key, OPTIONS[2].key
+    assert [block.key for block in start.record.blocks] == [gone, kept, gone, kept, kept]
+    assert start.value("kl") < outcome.scored[0].value("kl")
+    assert start.record.objective == pytest.approx(0.3 * (1 + 1.2))
+    assert (start.record.status, outcome.scored[0].record.status) == ("feasible", "optimal")
+    assert start.record.gap == pytest.approx(1 - outcome.scored[0].record.objective / start.record.objective)
+    assert centres == [tuple(block.key for block in start.record.blocks)]
+    assert outcome.best.value("kl") <= start.value("kl")
+
+
+def test_search_again_keeps_near_the_model_that_was_scored_where_the_limits_allow():
+    centre = [OPTIONS[0], OPTIONS[2], OPTIONS[0], OPTIONS[2], OPTIONS[0]]
+    # Around the centre it looks as if keeping what is gone and dropping what is kept were a bargain, all five at once.
+    scores = score_around(centre).with_columns(
+        kl=pl.when("is_base").then(1.0).when(pl.col("layer").is_in([1, 3])).then(0.9).otherwise(0.8)
+    )
+    architecture = make_architecture(num_layers=NUM_LAYERS)
+    costs = make_costs(architecture, OPTIONS)
+
+    def changed(bound: float, max_changed_layers: int) -> int:
+        record = search_again(
+            scores,
+            costs=costs,
+            target_name="t",
+            requirements=Requirements(limits=(limit("num_parameters", bound),), pins=()),
+            settings=settings(rounds=1, max_changed_layers=max_changed_layers),
+        )
+        assert all(limit.is_met for limit in record.limits)
+        return sum(one.key != other.key for one, other in zip(record.blocks, centre, strict=True))
+
+    assert changed(0.75, 5) == 5
+    assert changed(0.75, 1) == 1
+    # Nothing within one layer of the centre is small enough: then everything may change.
+    assert changed(0.3, 1) > 1
+
+
+def test_no_layers_are_left_out_against_a_pin_or_a_pattern():
+    pin = Pin(layers=(0,), attention="no_op", ffn="parent")
+    for outcome, _ in (
+        run(rounds=0, dropping_order=[0, 2, 4, 1, 3], pins=(pin,)),
+        run(rounds=0, dropping_order=[0, 2, 4, 1, 3], layers="homogeneous_ffn"),
+        run(rounds=0, dropping_order=[0]),
+    ):
+        assert [one.origin for one in outcome.scored] == ["pool 0"]
 
 
 def test_refine_ends_where_no_single_layer_may_change_for_the_better():

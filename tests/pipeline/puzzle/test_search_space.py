@@ -3,9 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from pipeline.architecture import swiglu
 from pipeline.errors import RecipeError
 from pipeline.model.architecture_files import load_architecture
-from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve
+from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve, resolve_ffn
 from pipeline.recipe import LayerOverride, SearchSpaceConfig
 from tests.pipeline.puzzle.builders import make_architecture
 
@@ -26,6 +27,13 @@ def test_resolve_product_has_parent_first_in_a_fixed_order():
     assert len(found.layers[1].blocks) == 12
     assert found.num_candidates == 3 * 11
     assert all(block.parent_layers == (2,) for block in found.layers[2].blocks)
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "expected"), [(0.58, 12800, 7424), (0.7, 23040, 16128), (0.5, 1536, 768), (0.55, 1536, 768)]
+)
+def test_resolve_share_of_a_width_that_is_exact_in_decimals_loses_no_step(share: float, width: int, expected: int):
+    assert resolve_ffn(share, parent=swiglu(width)).intermediate_size == expected
 
 
 def test_resolve_override_replaces_one_list_of_some_layers():

@@ -231,6 +231,17 @@ def test_child_checkpoint_short_of_its_speed_calibrates_and_searches_again(line:
     assert read_architecture(tmp_path / "child") == read_solution(tmp_path / "child").architecture
 
 
+def test_child_checkpoint_of_a_roofline_measures_here_and_believes_the_named_device(line: Line, tmp_path: Path):
+    wanted = target(limit("decode_speed", 1.3))
+    hopeful = told_a_faster_machine(line, tmp_path / "profile", times=10)
+    named = ProfileConfig.model_validate(PROFILE.model_dump() | {"backend": "roofline", "device": "h100-80gb"})
+    hopeful = replace(hopeful, profile_config=named)
+    hopeful.mip(wanted, tmp_path / "mip")
+    result = hopeful.child(wanted, tmp_path / "mip", tmp_path / "child")
+    assert (result.metrics["num_missed_limits"], result.metrics["num_recalibrations"]) == (1, 0)
+    assert read_solution(tmp_path / "child").blocks == read_solution(tmp_path / "mip").blocks
+
+
 def test_child_checkpoint_out_of_reach_once_measured_keeps_its_child_and_counts_the_miss(line: Line, tmp_path: Path):
     wanted = target(limit("decode_speed", 50_000.0, relative=False))
     hopeful = told_a_faster_machine(line, tmp_path / "profile", times=1000)
