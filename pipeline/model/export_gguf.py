@@ -114,8 +114,9 @@ def write_gguf(
     if tokenizer_dir is None:
         writer.add_tokenizer_model("none")
     else:
-        add_tokenizer(writer, tokenizer_dir, vocab_size=architecture.vocab_size)
-        _add_end_tokens(writer, architecture)
+        add_tokenizer(
+            writer, tokenizer_dir, vocab_size=architecture.vocab_size, end_token_ids=architecture.eos_token_ids
+        )
     planned = list(_planned_tensors(architecture, read, precision=precision))
     for tensor in planned:
         stored = np.dtype(np.float32 if tensor.dtype == torch.float32 else np.float16)
@@ -157,14 +158,6 @@ def _add_shape(writer: GGUFWriter, architecture: Architecture, *, precision: GGU
     writer.add_head_count([0 if spec.kind == "no_op" else heads for spec in attention])
     writer.add_head_count_kv([spec.num_key_value_heads or 0 for spec in attention])
     writer.add_feed_forward_length([block.ffn.intermediate_size or 0 for block in _with_zero_ffns(architecture).blocks])
-
-
-def _add_end_tokens(writer: GGUFWriter, architecture: Architecture) -> None:
-    """Name the tokens besides EOS that end an answer; llama.cpp ends at any of the three."""
-    for token_id, add in zip(
-        architecture.eos_token_ids[1:3], (writer.add_eot_token_id, writer.add_eom_token_id), strict=False
-    ):
-        add(token_id)
 
 
 def _with_zero_ffns(architecture: Architecture) -> Architecture:

@@ -5,6 +5,7 @@ from its pre-tokenizer, compared whole: a tokenizer that splits in any other way
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def tokenizer_obstacle(directory: Path) -> str | None:
     return None
 
 
-def add_tokenizer(writer: GGUFWriter, directory: Path, *, vocab_size: int) -> None:
+def add_tokenizer(writer: GGUFWriter, directory: Path, *, vocab_size: int, end_token_ids: Sequence[int]) -> None:
     """Write tokens, merges, special tokens and the chat template of a checkpoint; ids without a token become unused.
+
+    Of `end_token_ids`, with which the model ends an answer, two are named besides the tokenizer's EOS: llama.cpp ends
+    at any of the three.
 
     Raises:
         CheckpointError: when llama.cpp has no rule by which this tokenizer splits text.
@@ -72,16 +76,20 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, *, vocab_size: int) -> No
     writer.add_token_merges([_spaced(merge) for merge in described["model"]["merges"]] or [_NO_MERGE])
 
     config = read_json_object(directory / "tokenizer_config.json")
+    special = {role: _token_id(config.get(f"{role}_token"), backend) for role in ("bos", "eos", "pad", "unk")}
     for role, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),
         ("pad", writer.add_pad_token_id),
         ("unk", writer.add_unk_token_id),
     ):
-        token_id = _token_id(config.get(f"{role}_token"), backend)
+        token_id = special[role]
         if token_id is not None:
             add(token_id)
-    bos_id = _token_id(config.get("bos_token"), backend)
+    others = [token_id for token_id in end_token_ids if token_id != special["eos"]]
+    for token_id, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(token_id)
+    bos_id = special["bos"]
     writer.add_add_bos_token(bos_id is not None and backend.encode("a").ids[0] == bos_id)
     template = directory / "chat_template.jinja"
     if template.is_file():

@@ -32,14 +32,18 @@ _QUESTION = "What is 17 + 25?\n\n1. Think.  2. Answer."
 
 
 def run(config: ExportStage, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Export rl_checkpoint and prove that transformers loads the same model and tokenizer from it.
+    """Export rl_checkpoint."""
+    use_threads(inputs.execution.num_threads)
+    return export_and_compare(inputs["rl_checkpoint"], out_dir=out_dir, config=config)
+
+
+def export_and_compare(checkpoint_dir: Path, *, out_dir: Path, config: ExportStage) -> StageResult:
+    """Export a checkpoint and prove that transformers loads the same model and tokenizer from it.
 
     A child with layers that llama.cpp does not have gets no GGUF file though the recipe asks for one: the search
     decides the layers, and the portability table says what keeps them out. In the same way, only a child whose layers
     are all alike gets the directory of a plain Llama.
     """
-    use_threads(inputs.execution.num_threads)
-    checkpoint_dir = inputs["rl_checkpoint"]
     architecture = read_architecture(checkpoint_dir)
     repacking = export_decilm(checkpoint_dir, out_dir=out_dir)
     exported = repacking.architecture
@@ -51,7 +55,8 @@ def run(config: ExportStage, inputs: StageInputs, out_dir: Path) -> StageResult:
     obstacle = llama_obstacle(architecture)
     if config.export.plain_llama and obstacle is None:
         export_llama(checkpoint_dir, out_dir=out_dir / LLAMA_DIR)
-        difference = max(difference, _largest_difference(LlamaForCausalLM, out_dir / LLAMA_DIR, ids_BT, expected_BTV))
+        as_llama = _largest_difference(LlamaForCausalLM, out_dir / LLAMA_DIR, ids_BT, expected_BTV)
+        difference = torch.tensor([difference, as_llama]).max().item()  # max() of Python would lose a NaN
     support = runtime_support(architecture, tokenizer_obstacle=tokenizer_obstacle(checkpoint_dir))
     refused = {item.runtime: item.reason for item in support if item.runs == "cannot"}
     if config.export.gguf is not None and "llama.cpp" not in refused:

@@ -521,7 +521,7 @@ STAGES: tuple[Stage, ...] = (
         name="exported_model",
         group="results",
         module="pipeline.stages.exported_model",
-        version=3,
+        version=4,
         inputs=("rl_checkpoint",),
         config=lambda recipe, _: configs.ExportStage(export=recipe.exported_model),
         description="The final checkpoint as one DeciLM (nemotron-nas) directory, and as GGUF.",

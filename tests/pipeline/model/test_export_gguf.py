@@ -180,13 +180,16 @@ def save_tokenizer(directory: Path, **changes: Any) -> Path:
 
 
 def test_smollm_tokenizer_is_named_and_ids_beyond_it_are_unused(tmp_path: Path):
-    architecture = make_architecture(eos_token_ids=(2, 0))
+    architecture = make_architecture(eos_token_ids=(0, 2, 5, 4))
     reader = written(tmp_path, architecture, tokenizer_dir=save_tokenizer(tmp_path / "tokenizer"))
     assert key(reader, "tokenizer.ggml.pre") == "smollm"
     assert key(reader, "tokenizer.ggml.merges") == ["\u010a \u010a"]
     assert key(reader, "tokenizer.ggml.tokens")[259:262] == ["\u010a\u010a", "[PAD260]", "[PAD261]"]
     assert key(reader, "tokenizer.ggml.token_type")[259:262] == [1, 5, 5]
+    assert key(reader, "tokenizer.ggml.eos_token_id") == 2
+    # Whatever their order in generation_config.json, none of the first three is lost.
     assert key(reader, "tokenizer.ggml.eot_token_id") == 0
+    assert key(reader, "tokenizer.ggml.eom_token_id") == 5
 
 
 @pytest.mark.parametrize(
