@@ -36,7 +36,7 @@ def is_equal_answer(answer: str, *, reference: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().strip(".").casefold()
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").casefold()
 
 
 def _judge(question: dict[str, Any]) -> bool:
@@ -48,7 +48,9 @@ def _judge(question: dict[str, Any]) -> bool:
 
 def main() -> None:
     """Answer until standard input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    # macOS refuses this limit (EINVAL) and keeps none of its kind; there, time alone ends a question that grows.
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     logging.disable()  # math-verify warns once per question that its time-outs are off
     print(READY, flush=True)  # noqa: T201  the line protocol
     for line in sys.stdin:

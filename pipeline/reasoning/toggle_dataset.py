@@ -70,7 +70,7 @@ def filter_rows(
     max_tokens: int,
     on_verified: Callable[[], None],
 ) -> Filtered:
-    """Run every filter: what is cheap first, what looks at several rows last."""
+    """Run every filter; what needs nothing but the row comes first."""
     check_languages(config.languages)
     repetition, near = config.repetition, config.near_duplicates
 
@@ -94,11 +94,12 @@ def filter_rows(
             each(lambda row: repetition_flaw(row, num_words=repetition.ngram_words, max_share=repetition.max_share)),
         ),
         ("code", each(code_flaw)),
+        # Before duplicates go: replies that are the same are the votes.
+        ("vote", vote_step(grader, min_samples=config.vote.min_samples, min_share=config.vote.min_share)),
         ("exact duplicates", exact_duplicates_step),
         ("near duplicates", near_duplicates),
         ("decontamination", guard.step()),
         ("verification", verification_step(grader, on_row=on_verified)),
-        ("vote", vote_step(grader, min_samples=config.vote.min_samples, min_share=config.vote.min_share)),
     ]
     if config.require_pairs:
         steps.append(("pairs", pairs_step))

@@ -4,14 +4,18 @@ import sys
 import time
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.decontamination import build_ngrams
 from pipeline.data.reasoning_items import generate_items
 from pipeline.processes import LineServer
+from pipeline.reasoning.filtering import EvaluationGuard, TokenisedRows
 from pipeline.reasoning.grading import Grader, final_answer
 from pipeline.reasoning.rows import TraceRow
+from pipeline.reasoning.toggle_dataset import filter_rows
 from pipeline.reasoning.verification import verification_step, vote_step
 from pipeline.recipe import ReasoningTask
-from tests.pipeline.reasoning.builders import make_row
+from tests.pipeline.reasoning.builders import FILTERS, make_row
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,7 @@ def test_verification_right_answers_in_other_words(grader: Grader, reference: st
         ("12", "so 12 is wrong, it is \\boxed{13}"),
         ("Paris", "\\boxed{pairs}"),  # the same product of letters
         ("12", "no number"),
+        (".5", "5"),
         ("x^2+1", "\\boxed{x^2-1}"),
     ],
 )
@@ -128,3 +133,22 @@ def test_vote_step_ballots_of_prompts_do_not_mix_and_known_truths_do_not_vote(gr
     step = vote_step(grader, min_samples=3, min_share=0.6)
     rows = [*_ballot("A?", "1", "1", "1"), make_row(question="A?", output="<think>x</think>9"), *_ballot("B?", "2")]
     assert step(rows) == [None, None, None, None, "fewer than 3 replies to vote"]
+
+
+def test_filter_rows_counts_the_votes_of_replies_that_are_the_same(grader: Grader, tokenizer: PreTrainedTokenizerFast):
+    answers = ["42"] * 6 + ["41", "It is\n41"]
+    rows = [
+        make_row(question="What is six times seven?", output=answer, mode="off", truth="majority") for answer in answers
+    ]
+    nothing = build_ngrams([], num_words=13)
+    filtered = filter_rows(
+        rows,
+        config=FILTERS.model_copy(update={"require_pairs": False}),
+        tokens=TokenisedRows(tokenizer),
+        tokenizer=tokenizer,
+        guard=EvaluationGuard(questions=frozenset(), all_ngrams=nothing, text_ngrams=nothing),
+        grader=grader,
+        max_tokens=300,
+        on_verified=lambda: None,
+    )
+    assert [row.output for row in filtered.kept] == ["42"]
