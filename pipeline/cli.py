@@ -5,6 +5,7 @@
     python -m pipeline materialize STAGE
     python -m pipeline summary
     python -m pipeline chat [--thinking on|off] QUESTION
+    python -m pipeline export CHECKPOINT DIRECTORY
     python -m pipeline serve [--port N] [--runtime llama.cpp|vllm]
     python -m pipeline push --repo OWNER/NAME [--public]
     python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.artifacts import Artifact, write_atomically
-from pipeline.errors import MissingInputError, RecipeError, RefitError
+from pipeline.errors import CheckpointError, MissingInputError, RecipeError, RefitError
 from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, refit_home, require_sound
 from pipeline.processes import become
 from pipeline.progress import render_progress
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 SUMMARY_FILE = "summary.json"
 MAX_NEW_TOKENS = 256
+CHECKPOINTS = tuple(
+    stage.name for stage in STAGES if stage.name.endswith("_checkpoint") and stage.name != "parent_checkpoint"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 text = make(workspace, given.stage, target=target)
             case "summary":
                 text = summarise(workspace, target=target, started_at=given.started_at)
+            case "export":
+                text = export(workspace, given.checkpoint, directory=given.directory, target=target)
             case "serve":
                 serve(workspace, target=target, port=given.port, runtime=given.runtime)
             case "push":
@@ -207,6 +213,36 @@ def answer(workspace: Workspace, *, target: str, question: str, thinking: bool) 
     return text if completion.has_ended else f"{text} [cut off after {MAX_NEW_TOKENS} tokens]"
 
 
+def export(workspace: Workspace, stage_name: str, *, directory: Path, target: str) -> str:
+    """Write a stage's checkpoint as what other programs load; return what was written and where it runs.
+
+    Raises:
+        CheckpointError: when something is in the directory already, or what was written is not the same model.
+        MissingInputError: when the target has no such checkpoint yet.
+        StageError: when the checkpoint failed a blocking check.
+    """
+    # These import torch and transformers.
+    from pipeline.stages.configs import ExportStage
+    from pipeline.stages.exported_model import export_and_compare
+
+    if directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory} has files in it; want an empty or new directory: name another")
+    checkpoint = _sound_artifact(workspace, stage_name, target=target)
+    config = ExportStage(export=workspace.recipe.exported_model)
+    result = export_and_compare(checkpoint.path, out_dir=directory, config=config)
+    allowed = workspace.recipe.thresholds.max_export_logit_difference
+    difference = result.metrics["max_abs_logit_difference"]
+    if not difference <= allowed or result.metrics["num_token_id_differences"]:
+        raise CheckpointError(
+            f"{directory}: logits differ by {difference:.3g} from the checkpoint's, at most {allowed:.3g} is allowed, "
+            f"and {result.metrics['num_token_id_differences']} token ids of a chat differ, 0 are allowed: do not use "
+            "it, and report it with the recipe"
+        )
+    formats = "".join(f"{name}: {result.facts[name]}\n" for name in ("format", "gguf", "plain_llama"))
+    runtimes = "".join(f"{name}: {runs}, {how}\n" for name, runs, how in result.tables["portability"].rows)
+    return f"{stage_name} is in {directory}; logits differ by at most {difference:.3g}\n{formats}{runtimes}"
+
+
 def serve(workspace: Workspace, *, target: str, port: int, runtime: "Runtime | None") -> NoReturn:
     """Say how to ask in both modes, then become the server of the exported model, on this machine alone.
 
@@ -289,13 +325,16 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="ask the final checkpoint one question")
     chat.add_argument("--thinking", choices=("on", "off"), default="on")
     chat.add_argument("question")
+    out = commands.add_parser("export", help="write any checkpoint of a target as what other programs load")
+    out.add_argument("checkpoint", choices=CHECKPOINTS)
+    out.add_argument("directory", type=Path, help="where to; new, or empty")
     server = commands.add_parser("serve", help="serve the exported model as an OpenAI-compatible API on 127.0.0.1")
     server.add_argument("--port", type=int, default=8080)
     server.add_argument("--runtime", choices=("llama.cpp", "vllm"), help="the first installed when not given")
     upload = commands.add_parser("push", help="push the exported model and its card to the Hugging Face hub, private")
     upload.add_argument("--repo", required=True, help="owner/name; made where it is missing")
     upload.add_argument("--public", action="store_true", help="let everybody have it")
-    for command in (plan, why, doctor, gone, one, summary, chat, server, upload):
+    for command in (plan, why, doctor, gone, one, summary, chat, out, server, upload):
         command.add_argument("--recipe", help="a shipped recipe or a YAML file; RECIPE when not given")
         command.add_argument("--target", help="a target of the recipe; its default when not given")
     return parser

@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
+from pipeline.wrong_keys import wrong_keys
 
+_BOOL = "tag:yaml.org,2002:bool"
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
@@ -42,7 +44,7 @@ def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as err:
-        lines = [f"  {'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in err.errors()]
+        lines = [f"  {line}" for line in wrong_keys(err, data, whole="the whole")]
         raise RecipeError(f"{origin} is not a valid recipe:\n" + "\n".join(lines)) from err
 
 
@@ -64,7 +66,15 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, which YAML would otherwise settle silently."""
+    """A safe loader that refuses a key given twice, which YAML would otherwise settle silently.
+
+    Words are words: `on`, `off`, `yes` and `no`, which YAML 1.1 reads as true and false, stay what they are.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  as the base class has it
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -76,3 +86,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+_UniqueKeyLoader.add_implicit_resolver(_BOOL, re.compile(r"true|false"), list("tf"))

@@ -254,7 +254,7 @@ def _add_families(
 
 
 def _near_one(scores: Values) -> Values:
-    """Return the scores times a power of two that brings the largest near one: HiGHS takes 1e-7 and less for nothing."""
+    """Return the scores times the power of two that brings the largest near one: HiGHS takes 1e-7 for nothing."""
     largest = max((abs(score) for layer in scores for score in layer), default=0.0)
     exponent = math.frexp(largest)[1]
     return tuple(tuple(math.ldexp(score, -exponent) for score in layer) for layer in scores)

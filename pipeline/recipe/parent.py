@@ -54,7 +54,7 @@ class HubParent(Frozen):
     kind: Literal["hub"]
     architecture: str
     repo_id: str
-    revision: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     licence: str
 
 

@@ -8,8 +8,8 @@ import pytest
 from tests.bad_input.command import CANARY, refused, write_recipe
 
 EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown key": ({"kd.learning_rates": 1}, ["kd.learning_rates", "Extra inputs"]),
-    "missing key": ({"kd.tokens": ...}, ["kd.tokens", "Field required"]),
+    "unknown key": ({"kd.learning_rates": 1}, ["kd.learning_rates", "no such key"]),
+    "missing key": ({"kd.tokens": ...}, ["kd.tokens", "this key is missing"]),
     "wrong type": ({"kd.tokens": "many"}, ["kd.tokens", "valid integer"]),
     "negative budget": ({"kd.tokens": -5}, ["kd.tokens", "greater than or equal to 1"]),
     "zero budget": ({"cpt.tokens": 0}, ["cpt.tokens", "greater than or equal to 1"]),

@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from pipeline.model.checkpoint import load_model
 from pipeline.stages.registry import STAGES
 from tests.dagster.commands import REPOSITORY, materialize_command, run_module
 from tests.end_to_end.conftest import TinyRun
@@ -44,6 +47,24 @@ def test_tiny_from_the_command_line_runs_then_is_reused_and_summarised(tiny_run:
     for thinking in ("on", "off"):
         chat = run_module("pipeline", "chat", "--thinking", thinking, "What is 2 + 2?", home=home)
         assert chat.returncode == 0, chat.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_any_checkpoint_leaves_as_a_directory_that_transformers_loads(tiny_run: TinyRun, tmp_path: Path):
+    out = tmp_path / "distilled"
+    done = run_module("pipeline", "export", "kd_checkpoint", str(out), home=tiny_run.home)
+    assert done.returncode == 0, done.stderr
+    assert f"kd_checkpoint is in {out}" in done.stdout
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)
+    (distilled,) = (tiny_run.home / "store" / "kd_checkpoint").glob("*/model.safetensors")
+    ids_BT = torch.arange(24).reshape(2, 12)
+    expected = load_model(distilled.parent, dtype=torch.float32)(input_ids=ids_BT).logits
+    torch.testing.assert_close(exported(input_ids=ids_BT, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+
+    again = run_module("pipeline", "export", "kd_checkpoint", str(out), home=tiny_run.home)
+    assert again.returncode == 1
+    assert "want an empty or new directory" in again.stderr
 
 
 def test_summary_before_anything_is_materialized_is_one_clear_line(tmp_path: Path):

@@ -139,8 +139,8 @@ def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("kd.token", 5), r"kd\.token: Extra inputs"),
-        (_set("learning_rate", 5), r"learning_rate: Extra inputs"),
+        (_set("kd.token", 5), r"kd\.token: no such key"),
+        (_set("learning_rate", 5), r"learning_rate: no such key"),
         (_set("kd.tokens", 0), r"kd\.tokens: .*greater than or equal to 1"),
         (_set("kd.tokens", "many"), r"kd\.tokens: .*integer"),
         (_set("kd.tokens", 1.5), r"kd\.tokens: .*integer"),
@@ -194,12 +194,65 @@ def test_recipe_with_an_lm_eval_task_that_cannot_be_asked_says_why(section: dict
         parse_recipe(data, origin="test")
 
 
+def _lines(change: Callable[[dict[str, Any]], None]) -> list[str]:
+    data = _tiny()
+    change(data)
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data, origin="test")
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_misspelt_key_is_told_once_with_the_key_that_was_meant():
+    def change(data: dict[str, Any]) -> None:
+        data["block_score"] = data.pop("block_scores")
+        data["kd"]["token"] = data["kd"].pop("tokens")
+
+    assert sorted(_lines(change)) == [
+        "block_score: no such key; did you mean block_scores?",
+        "kd.token: no such key; did you mean tokens?",
+    ]
+
+
+def test_wrong_value_is_told_with_what_was_got_and_all_that_was_wanted():
+    assert _lines(_set("kd.tokens", "1e5")) == [
+        "kd.tokens: want a valid integer, unable to parse string as an integer; got '1e5'"
+    ]
+    (line,) = _lines(_set("search_space.attention", ["parent", "noop"]))
+    assert line.startswith("search_space.attention.1: want 'parent', 'linear' or 'no_op' or want a valid integer")
+    assert line.endswith("; got 'noop'")
+
+
+def test_key_of_a_chosen_kind_is_named_as_the_file_has_it():
+    hub = {"kind": "hub", "repo_id": "a/b", "revision": "main", "licence": "MIT"}
+    assert _lines(_set("parent", hub)) == [
+        "parent.architecture: this key is missing",
+        "parent.revision: String should match pattern '^[0-9a-f]{40}$'; got 'main'",
+    ]
+
+
+def test_words_of_yaml_stay_words(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    text = (RECIPES_DIR / "smol.yaml").read_text(encoding="utf-8").replace("name: smol\n", "name: mine\n")
+    assert "lm_eval: null" in text
+    path.write_text(
+        text.replace(
+            "lm_eval: null",
+            "lm_eval: {tasks: [{name: refit_reasoning, prompts: [on, off], num_fewshot: null}], include_path: null, "
+            "max_items: null, seed: 1, checkpoints: last}",
+        ),
+        encoding="utf-8",
+    )
+    lm_eval = load_recipe(str(path)).evaluation.lm_eval
+    assert lm_eval is not None
+    assert lm_eval.tasks[0].prompts == ("on", "off")
+
+
 @pytest.mark.parametrize("key", sorted(Recipe.model_fields))
 def test_recipe_without_a_key_names_it(key: str):
     data = _tiny()
     del data[key]
 
-    with pytest.raises(RecipeError, match=rf"{key}: Field required"):
+    with pytest.raises(RecipeError, match=rf"{key}: this key is missing"):
         parse_recipe(data, origin="test")
 
 
