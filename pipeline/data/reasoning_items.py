@@ -15,19 +15,12 @@ from reasoning_gym.factory import DATASETS
 from pipeline.architecture import Frozen
 from pipeline.errors import DataError
 from pipeline.fingerprint import canonical_json
-from pipeline.recipe import ReasoningTask
+from pipeline.recipe import REFUSED_TASKS, ReasoningTask
 
 # Entry i of a dataset is drawn from Random(seed + i): seeds nearer than a dataset is long share entries (2 and 10 share
 # 42 of 50). 20,000 is the longest that every dataset allows.
 DATASET_SIZE = 20_000
 _MAX_GYM_SEED = 2**32 - DATASET_SIZE  # datasets that draw with numpy take no larger seeds
-
-# Junk answers tried on each task: these scorers pay 1.0, or a good part of it, for some that are wrong.
-REFUSED_TASKS = {
-    "game_of_life_halting": "its scorer gives 1.0 to any text",
-    "complex_arithmetic": "its scorer gives 1.0 to 'nan'",
-    "propositional_logic": "its scorer pays for answers that are not conclusions",
-}
 
 
 class ReasoningItem(Frozen):
@@ -46,11 +39,11 @@ def generate_items(
 ) -> list[ReasoningItem]:
     """Draw distinct items whose own answer scores 1.0, none of them a question in `exclude_questions`.
 
-    Different seeds never share an entry by construction; equal questions from different entries are what
-    `exclude_questions` is for (easy settings repeat themselves).
+    Seeds less than 214,747 apart share no entry; beyond that they wrap, and some do. What keeps questions of one set
+    out of another is `exclude_questions` alone: easy settings repeat themselves whatever the seed.
 
     Raises:
-        DataError: when the task is unknown or refused, its config is wrong, or it has fewer distinct questions.
+        DataError: when the task is unknown, its config is wrong, or it has fewer distinct questions.
     """
     gym_seed = seed * DATASET_SIZE % _MAX_GYM_SEED
     dataset = _dataset(task.name, canonical_json(task.config), gym_seed)
@@ -118,8 +111,6 @@ def regenerate_entry(item: ReasoningItem) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=512)
 def _dataset(name: str, config_json: str, gym_seed: int) -> Any:
-    if name in REFUSED_TASKS:
-        raise DataError(f"reasoning task {name} is refused: {REFUSED_TASKS[name]}; choose another task")
     if name not in DATASETS or name == "composite":
         known = sorted(set(DATASETS) - set(REFUSED_TASKS) - {"composite"})
         raise DataError(f"no reasoning task {name!r}; the tasks are {', '.join(known)}")

@@ -30,7 +30,7 @@ def chain_health(texts: Sequence[str]) -> ChainHealth:
     repeated = [repeated_share(chain, num_words=REPEATED_WORDS) for chain in chains]
     return ChainHealth(
         num_words=weighted_mean([[(float(len(chain)), 1.0) for chain in chains]]),
-        repeated_share=weighted_mean([[(value, 1.0) for value in repeated]]),
+        repeated_share=share(sum(repeated), num_samples=len(chains)),
         looping=share(sum(value > MAX_REPEATED_SHARE for value in repeated), num_samples=len(chains)),
         self_bleu=self_bleu(chains[:MAX_COMPARED]),
     )

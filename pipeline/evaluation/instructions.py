@@ -13,7 +13,7 @@ from pipeline.data.chat import generation_prompt_ids, reasoning_messages, split_
 from pipeline.data.instruction_items import InstructionItem
 from pipeline.data.instructions import are_followed, are_loosely_followed
 from pipeline.evaluation.generation import complete_greedily
-from pipeline.evaluation.intervals import Estimate, share
+from pipeline.evaluation.intervals import Estimate, clustered_share, share
 from pipeline.evaluation.results import InstructionQuality, Mode
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 
@@ -63,10 +63,5 @@ def instruction_quality(items: Sequence[InstructionItem], texts: Sequence[str]) 
 
 
 def _instructions_followed(followed: Sequence[tuple[bool, ...]]) -> Estimate:
-    """Return the share of instructions with Wilson's interval for as many samples as there are prompts.
-
-    Instructions of one prompt are followed together more often than chance would have it; counted as one they are never
-    more certain than they are.
-    """
-    part = sum(map(sum, followed)) / sum(map(len, followed))
-    return share(part * len(followed), num_samples=len(followed))
+    """Return the share of instructions; those of one prompt are followed together more often than by chance."""
+    return clustered_share([(sum(of_prompt), len(of_prompt)) for of_prompt in followed])

@@ -32,14 +32,14 @@ from pipeline.evaluation.multiple_choice import multiple_choice_quality
 from pipeline.evaluation.perplexity import ParentText, cut_windows, sum_over_windows, text_quality
 from pipeline.evaluation.results import BothModes, CheckpointEvaluation, Mode, SampleAnswer
 from pipeline.evaluation.robustness import VARIANTS, robustness_rows
-from pipeline.evaluation.sampled import sampled_quality
+from pipeline.evaluation.sampled import num_sampled_batches, sampled_quality
 from pipeline.evaluation.toggle import Answer, answer_items, mode_quality
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, load_tokenizer
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.recipe import EvaluationConfig
 
-HARNESS_VERSION = 3
+HARNESS_VERSION = 4
 MAX_SAMPLES = 6
 OTHER_DIFFICULTY = "trained family, other difficulty"
 OTHER_FAMILY = "family not trained on"
@@ -66,8 +66,11 @@ class Suite:
         rows += [len(items) for items in self.held_out_tasks.values()] * 2
         rows += [len(self.instructions)] * 2
         rows += [len(VARIANTS) * len(self.reasoning[: self.config.robustness_items])]
-        rows += [len(self.reasoning[: self.config.sampled.num_items]) * self.config.sampled.num_samples]
-        return sum(math.ceil(num_rows / self.config.batch_size) for num_rows in rows)
+        batch_size, sampled = self.config.batch_size, self.config.sampled
+        num_sampled = num_sampled_batches(
+            len(self.reasoning[: sampled.num_items]), config=sampled, batch_size=batch_size
+        )
+        return num_sampled + sum(math.ceil(num_rows / batch_size) for num_rows in rows)
 
 
 def load_suite(sets_dir: Path, *, parent_dir: Path, config: EvaluationConfig) -> Suite:

@@ -5,6 +5,7 @@ in ExecutionSettings. Budgets are tokens, never seconds.
 """
 
 from pipeline.recipe.data import (
+    REFUSED_TASKS,
     CorporaConfig,
     DatasetSource,
     EmbeddedSource,
@@ -121,6 +122,7 @@ __all__ = [
     "GRPO",
     "OWN_REASONING_TASKS",
     "OWN_TASK_PREFIX",
+    "REFUSED_TASKS",
     "RLOO",
     "RPO",
     "AttentionOption",

@@ -1,8 +1,9 @@
 """Sources, evaluation sets and mixtures of a recipe."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.recipe.types import InstructionKind, Name, Positive, PositiveFloat
@@ -64,11 +65,56 @@ class CorporaConfig(Frozen):
         return self
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefusedTask:
+    """Why a reasoning-gym task cannot be judged, and a task like it that can."""
+
+    why: str
+    instead: str
+
+
+_EVALUATES = "its scorer evaluates the answer as code, and that of 9**9**7 never ends"
+
+# Answers are what a model wrote, and evaluation and reinforcement learning judge them where nobody can kill the judge.
+# Found by trying 49 hostile answers on every task of reasoning-gym 0.1.19.
+REFUSED_TASKS = {
+    "game_of_life_halting": RefusedTask(why="its scorer gives 1.0 to any text", instead="game_of_life"),
+    "complex_arithmetic": RefusedTask(why="its scorer gives 1.0 to 'nan'", instead="decimal_arithmetic"),
+    "propositional_logic": RefusedTask(
+        why="its scorer pays for answers that are not conclusions", instead="knights_knaves"
+    ),
+    "countdown": RefusedTask(why=_EVALUATES, instead="basic_arithmetic"),
+    "puzzle24": RefusedTask(why=_EVALUATES, instead="basic_arithmetic"),
+    "simple_integration": RefusedTask(why=_EVALUATES, instead="simple_equations"),
+    "intermediate_integration": RefusedTask(why=_EVALUATES, instead="simple_equations"),
+    "polynomial_multiplication": RefusedTask(why=_EVALUATES, instead="products"),
+    "string_insertion": RefusedTask(why=_EVALUATES, instead="string_manipulation"),
+    "spiral_matrix": RefusedTask(why=_EVALUATES, instead="rotate_matrix"),
+    "binary_matrix": RefusedTask(why=_EVALUATES, instead="manipulate_matrix"),
+    "n_queens": RefusedTask(why=_EVALUATES, instead="mini_sudoku"),
+    "coin_flip": RefusedTask(why="its scorer writes 1e999999999 out as a fraction, which never ends", instead="dice"),
+    "rubiks_cube": RefusedTask(
+        why="its scorer turns the cube as often as the answer R999999999 says", instead="color_cube_rotation"
+    ),
+    "rush_hour": RefusedTask(
+        why="its scorer moves a car as far as the answer A+999999999 says", instead="tower_of_hanoi"
+    ),
+}
+
+
 class ReasoningTask(Frozen):
-    """One reasoning-gym dataset and its difficulty."""
+    """One reasoning-gym dataset and its difficulty; a task of REFUSED_TASKS cannot be named."""
 
     name: Name
     config: dict[str, int | float | str | bool]
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_judged(cls, name: str) -> str:
+        refused = REFUSED_TASKS.get(name)
+        if refused is not None:
+            raise ValueError(f"reasoning task {name} is refused: {refused.why}; take {refused.instead}")
+        return name
 
 
 class InstructionsConfig(Frozen):

@@ -76,8 +76,9 @@ class LmEvalConfig(Frozen):
 class EvaluationConfig(Frozen):
     """How every checkpoint is measured; parent and children by the same harness.
 
-    `robustness_items` of the reasoning items are asked under unusual system prompts; 0: none. `lm_eval` null: lm-eval
-    is not asked.
+    `robustness_items` of the reasoning items are asked under unusual system prompts; 0: none. `batch_size` rows run at
+    once, but never fewer than `sampled.num_samples` where that is measured: the samples of an item share one reading of
+    their prompt. `lm_eval` null: lm-eval is not asked.
     """
 
     robustness_items: Annotated[int, Field(ge=0)]

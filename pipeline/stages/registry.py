@@ -316,7 +316,7 @@ STAGES: tuple[Stage, ...] = (
         name="parent_evaluation",
         group="parent",
         module="pipeline.stages.parent_evaluation",
-        version=3,
+        version=4,
         inputs=("parent_checkpoint", "evaluation_sets"),
         config=lambda recipe, _: configs.EvaluationStage(evaluation=recipe.evaluation),
         description="The parent measured by the harness that measures its children.",
@@ -486,7 +486,7 @@ STAGES: tuple[Stage, ...] = (
         name="evaluation",
         group="results",
         module="pipeline.stages.evaluation",
-        version=3,
+        version=4,
         inputs=(
             "parent_evaluation",
             "parent_checkpoint",

@@ -1,12 +1,18 @@
 """Verifiable items: distinct, repeatable, and scored so that junk earns nothing."""
 
+import inspect
+import re
 from collections import Counter
+from typing import Any
 
 import pytest
+import yaml
+from reasoning_gym.factory import DATASETS
 
 from pipeline.data.reasoning_items import ReasoningItem, generate_items, regenerate_entry, score_answer
-from pipeline.errors import DataError
-from pipeline.recipe import ReasoningTask
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipe import REFUSED_TASKS, ReasoningTask
+from pipeline.recipe_file import RECIPES_DIR, parse_recipe
 
 CHAIN_SUM = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2})
 JUNK = ["", " ", "nan", "-1e999", "1e999", "True", "yes", "I do not know", "0 0 0", "[]", "{}", "None", "9" * 5000]
@@ -44,9 +50,6 @@ def test_items_beyond_what_a_config_holds_are_an_error():
 @pytest.mark.parametrize(
     ("name", "config", "match"),
     [
-        ("game_of_life_halting", {}, "refused: its scorer gives 1.0 to any text"),
-        ("complex_arithmetic", {}, "refused"),
-        ("propositional_logic", {}, "refused"),
         ("chain_sums", {}, "no reasoning task 'chain_sums'; the tasks are .*chain_sum,"),
         ("chain_sum", {"terms": 3}, "refuses the config"),
         ("chain_sum", {"min_terms": 5, "max_terms": 2}, "refuses the config"),
@@ -57,9 +60,43 @@ def test_task_that_cannot_be_used_is_refused(name: str, config: dict[str, int | 
         generate_items(ReasoningTask(name=name, config=config), num_items=1, seed=1, exclude_questions=set())
 
 
+@pytest.mark.parametrize("key", ["reasoning_tasks", "held_out_tasks"])
 @pytest.mark.parametrize(
-    "name", ["chain_sum", "gcd", "prime_factorization", "coin_flip", "leg_counting", "ransom_note"]
+    ("name", "message"),
+    [
+        ("game_of_life_halting", "its scorer gives 1.0 to any text; take game_of_life"),
+        ("complex_arithmetic", "its scorer gives 1.0 to 'nan'; take decimal_arithmetic"),
+        ("propositional_logic", "its scorer pays for .*; take knights_knaves"),
+        ("countdown", "its scorer evaluates the answer as code, .* never ends; take basic_arithmetic"),
+        ("n_queens", "its scorer evaluates the answer as code, .* never ends; take mini_sudoku"),
+        ("coin_flip", "never ends; take dice"),
+        ("rubiks_cube", "as often as the answer R999999999 says; take color_cube_rotation"),
+        ("rush_hour", r"as far as the answer A\+999999999 says; take tower_of_hanoi"),
+    ],
 )
+def test_recipe_with_a_task_that_cannot_be_judged_says_why_and_names_another(key: str, name: str, message: str):
+    recipe: dict[str, Any] = yaml.safe_load((RECIPES_DIR / "tiny.yaml").read_text(encoding="utf-8"))
+    section = recipe if key == "reasoning_tasks" else recipe["evaluation_sets"]
+    section[key].append({"name": name, "config": {}})
+    with pytest.raises(RecipeError, match=rf"{key}\.2\.name: .*reasoning task {name} is refused: .*{message}"):
+        parse_recipe(recipe, origin="test")
+
+
+def test_every_task_whose_scorer_evaluates_the_answer_is_refused():
+    """So that a new version of reasoning-gym adds none unseen."""
+    scorers = {name: inspect.getsource(dataset.score_answer) for name, (dataset, _) in DATASETS.items()}
+    evaluating = {name for name, text in scorers.items() if re.search(r"(eval|parse_expr|Fraction)\(answer", text)}
+    assert "countdown" in evaluating
+    assert evaluating <= set(REFUSED_TASKS)
+
+
+@pytest.mark.parametrize("name", sorted({refused.instead for refused in REFUSED_TASKS.values()}))
+def test_task_named_instead_of_a_refused_one_can_be_used(name: str):
+    (item,) = generate_items(ReasoningTask(name=name, config={}), num_items=1, seed=1, exclude_questions=set())
+    assert all(score_answer(item, junk) == 0.0 for junk in [*JUNK, "9**9**9", "1e999999999", "A+999999999"])
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "prime_factorization", "leg_counting", "ransom_note"])
 def test_junk_answers_earn_nothing(name: str):
     items = generate_items(ReasoningTask(name=name, config={}), num_items=5, seed=1, exclude_questions=set())
     for item in items:

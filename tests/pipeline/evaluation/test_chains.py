@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pipeline.evaluation.chains import chain_health, self_bleu
+from pipeline.evaluation.intervals import share
 
 
 def test_self_bleu_of_equal_and_of_unlike_chains():
@@ -28,3 +29,14 @@ def test_chain_health_counts_loops_and_leaves_empty_replies_out():
     assert (health.looping.value, health.looping.num_samples) == (0.5, 2)
     assert health.num_words.value == pytest.approx((48 + 9) / 2)
     assert math.isnan(chain_health([" "]).self_bleu)
+
+
+def test_chain_health_of_four_chains_that_repeat_nothing_leaves_room_for_some_that_do():
+    assert chain_health(["a chain of words"] * 4).repeated_share == share(0, num_samples=4)
+
+
+def test_chain_health_repeated_share_stays_a_share():
+    # Nine windows of 8 words, of which only the first is new: 8/9.
+    repeated = chain_health(["a " * 16, "b", "c", "d"]).repeated_share
+    assert (repeated.value, repeated.num_samples) == (pytest.approx(8 / 9 / 4), 4)
+    assert 0 < repeated.low < repeated.value < repeated.high < 1

@@ -38,9 +38,10 @@ def test_instruction_quality_counts_prompts_and_instructions_strictly_and_loosel
 
 def test_instruction_quality_two_prompts_of_which_nothing_is_followed_prove_little():
     quality = instruction_quality(ITEMS[:2], ["", "Snow falls, softly"])
-    for estimate in (quality.prompt_strict, quality.instruction_strict):
-        # Wilson's upper bound of 0 of 2: z^2 / (2 + z^2), z = 1.96.
-        assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, pytest.approx(3.8416 / 5.8416, abs=1e-4))
+    # Two instructions and one count for (2 + 1)^2 / (4 + 1) = 1.8 prompts.
+    for estimate, n in ((quality.prompt_strict, 2), (quality.instruction_strict, 1.8)):
+        # Wilson's upper bound of 0 of n: z^2 / (n + z^2), z = 1.96.
+        assert (estimate.value, estimate.low, estimate.high) == (0, 0, pytest.approx(3.8416 / (n + 3.8416), abs=1e-4))
 
 
 def test_instruction_qualities_of_a_model_are_of_its_own_replies_in_both_modes(

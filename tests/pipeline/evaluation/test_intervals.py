@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from pipeline.evaluation.intervals import share, student_t_95, weighted_mean
+from pipeline.evaluation.intervals import clustered_share, share, student_t_95, weighted_mean
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,27 @@ def test_share_of_all_samples_ends_at_one() -> None:
 def test_share_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sample"):
         share(0, num_samples=0)
+
+
+@pytest.mark.parametrize("num_followed", [0, 2])
+def test_clustered_share_of_unlike_clusters_rests_on_fewer_than_there_are(num_followed: int) -> None:
+    estimate = clustered_share([(num_followed, 4), (0, 1), (0, 1)])
+    # (4 + 1 + 1)^2 / (16 + 1 + 1) = 2, and Wilson's interval of n = 2: (p + z^2 / 4 +- z sqrt(p q / 2 + z^2 / 16))
+    # / (1 + z^2 / 2), z^2 = 3.84146.
+    p = num_followed / 6
+    half_width = math.sqrt(3.84146 * (p * (1 - p) / 2 + 3.84146 / 16))
+    assert (estimate.value, estimate.num_samples) == (pytest.approx(p), 3)
+    assert estimate.low == pytest.approx(max(0.0, (p + 3.84146 / 4 - half_width) / 2.92073), abs=1e-5)
+    assert estimate.high == pytest.approx((p + 3.84146 / 4 + half_width) / 2.92073, abs=1e-5)
+
+
+def test_clustered_share_of_equal_clusters_is_the_share_of_as_many_samples() -> None:
+    assert clustered_share([(3, 3), (0, 3), (0, 3), (3, 3)]) == share(2, num_samples=4)
+
+
+def test_clustered_share_without_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sample"):
+        clustered_share([])
 
 
 @pytest.mark.parametrize(
