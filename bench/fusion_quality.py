@@ -3,7 +3,9 @@
 Each child is the recipe's parent without the attention of one stretch of layers, untrained. Runs of two FFNs and more
 at its start are fused by both norm rules, put in reverse order, and deleted but for one FFN; every two neighbours are
 fused alone, beside their entry of the dependency matrix. The last FFN of a stretch is left alone, but in one run that
-shows what it costs. Every finished figure is kept in the results file: start it again, and it goes on.
+shows what it costs. Then each child, it with a run of `--kd-ffns` fused, and it with as many layers deleted as that
+leaves out, are distilled from the parent on the same tokens. Every finished figure is kept in the results file: start
+it again, and it goes on.
 """
 
 import argparse
@@ -30,10 +32,11 @@ from pipeline.evaluation.arrangements import (
     unchanged,
     without,
 )
-from pipeline.evaluation.closeness import Comparison, Reference
+from pipeline.evaluation.closeness import Comparison, Reference, compare
 from pipeline.execution import Workspace, materialize, refit_home
+from pipeline.fingerprint import fingerprint
 from pipeline.hardware import describe_hardware
-from pipeline.model.checkpoint import TORCH_DTYPES, load_model, model_from_tensors
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model, model_from_tensors, save_checkpoint
 from pipeline.model.fusion_runs import FusionRun
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import SilentReporter
@@ -41,7 +44,8 @@ from pipeline.puzzle.dependency import measure_dependencies
 from pipeline.puzzle.measure import measure_models
 from pipeline.recipe import MeasurementConfig
 from pipeline.recipe_file import load_recipe
-from pipeline.stage import ExecutionSettings
+from pipeline.stage import ExecutionSettings, StageInputs
+from pipeline.stages import kd_checkpoint
 from pipeline.stages.fusion_report import SINGLE_USER
 
 Kept = dict[str, Any]
@@ -56,7 +60,7 @@ def main() -> None:
         recipe=recipe,
         store=ArtifactStore(refit_home() / "store"),
         downloads=refit_home() / "downloads",
-        execution=ExecutionSettings(),
+        execution=ExecutionSettings(num_threads=given.threads),
     )
     mixture, parent_dir = (
         materialize(workspace, name, recipe.default_target).artifact.path
@@ -99,6 +103,17 @@ def main() -> None:
         if "decode_ms" not in kept:
             kept["decode_ms"] = time_run(child, whole, given=given)
             keep()
+        distilled: Kept = kept.setdefault("distilled", {})
+        for arrangement in to_distil(child, whole.ffn_layers, models, given=given) if given.kd_tokens else []:
+            origin = fingerprint([label, parent_dir.name, mixture.name, arrangement.name, recipe.kd, given.kd_tokens])
+            if distilled.get(arrangement.name, {}).get("origin") != origin:
+                directory = given.work_dir / origin
+                model = distil(directory, arranged(child, arrangement), workspace, given=given)
+                distilled[arrangement.name] = figures(compare(model, packed, references)) | {"origin": origin}
+                keep()
+                print(
+                    f"{label}: {arrangement.name}, distilled: {distilled[arrangement.name]['kl_to_parent']}", flush=True
+                )
     for label, kept in results.items():
         show(label, kept)
     windows = f"{packed.num_tokens:,} validation tokens in {len(packed)} windows, {given.precision}"
@@ -115,6 +130,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kd-tokens", type=int, default=32_768, help="0: compare before distillation alone")
+    parser.add_argument("--kd-ffns", type=int, default=4, help="FFNs of the run that is fused and distilled")
+    parser.add_argument("--work-dir", type=Path, default=refit_home() / "bench-fusion", help="of distillation")
     parser.add_argument("--results", type=Path, default=Path("bench/fusion_quality.json"))
     return parser.parse_args()
 
@@ -158,6 +176,44 @@ def deletions(child: HeterogeneousLlamaForCausalLM, ffns: tuple[int, ...], model
     depth = child.architecture.num_hidden_layers
     alone = {layer: models[without(depth, [layer]).name]["kl_to_child"][0] for layer in ffns}
     return [without(depth, sorted(run.ffn_layers, key=lambda layer: alone[layer])[:-1]) for run in runs_of(ffns)]
+
+
+def to_distil(
+    child: HeterogeneousLlamaForCausalLM, ffns: tuple[int, ...], models: Kept, *, given: argparse.Namespace
+) -> list[Arrangement]:
+    """Return the child, it with one run fused, and it with the same number of layers by deletion."""
+    run = run_of(range(ffns[0], ffns[0] + given.kd_ffns))
+    depth = child.architecture.num_hidden_layers
+    (deleted,) = (one for one in deletions(child, ffns, models) if len(one.order) == depth - given.kd_ffns + 1)
+    return [unchanged(depth), named(run, fused(depth, [run], norm_rule="fold_each")), deleted]
+
+
+def distil(
+    directory: Path, model: HeterogeneousLlamaForCausalLM, workspace: Workspace, *, given: argparse.Namespace
+) -> HeterogeneousLlamaForCausalLM:
+    """Return the model distilled as the stage kd_checkpoint does it; a killed run goes on from its checkpoint."""
+    mixture, parent_dir = (
+        materialize(workspace, name, workspace.recipe.default_target).artifact.path
+        for name in ("distillation_mix", "parent_checkpoint")
+    )
+    save_checkpoint(
+        directory / "start",
+        architecture=model.architecture,
+        tensors=model.state_dict(),
+        tokenizer_dir=parent_dir,
+    )
+    inputs = StageInputs(
+        artifacts={
+            "fused_checkpoint": directory / "start",
+            "parent_checkpoint": parent_dir,
+            "distillation_mix": mixture,
+        },
+        store_root=workspace.store.root,
+        downloads=workspace.downloads,
+        execution=workspace.execution,
+    )
+    kd_checkpoint.run(workspace.recipe.kd.model_copy(update={"tokens": given.kd_tokens}), inputs, directory / "kd")
+    return load_model(directory / "kd", dtype=TORCH_DTYPES[given.precision])
 
 
 def runs_of(ffns: tuple[int, ...]) -> list[FusionRun]:
@@ -230,6 +286,10 @@ def show(label: str, kept: Kept) -> None:
             f"{name:34} {interval:>26} {one['kl_to_parent'][0]:13.4f} {one['perplexity'][0]:11.2f} "
             f"{one['relative_output_error']:13.4f} {largest:7.3f}"
         )
+    for name, one in kept.get("distilled", {}).items():
+        low, high = one["kl_to_parent"][1:]
+        kl = f"{one['kl_to_parent'][0]:.4f} [{low:.4f}, {high:.4f}]"
+        print(f"distilled {name:34} KL to parent {kl}, perplexity {one['perplexity'][0]:.2f}")
     print(f"identity error, fp32, relative: {kept['identity_error']}")
     print(f"single-user decoding, ms: {kept['decode_ms']}")
 

@@ -23,6 +23,7 @@ from pipeline.evaluation.multiple_choice import multiple_choice_quality
 from pipeline.evaluation.perplexity import sum_over_windows, text_quality
 from pipeline.evaluation.suite import load_for_evaluation, load_suite, parent_texts
 from pipeline.execution import Workspace, materialize, refit_home
+from pipeline.fingerprint import fingerprint
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
 from pipeline.puzzle.assemble import PREFIXES
@@ -62,7 +63,11 @@ def main() -> None:
             parent_dir = artifacts["parent_checkpoint"]
             results["parent"] = measure(parent_dir, artifacts=artifacts, recipe=workspace.recipe)
         children = read_table(artifacts["baselines"], CHILDREN).sort("kl")
-        results.setdefault(target, {})["before"] = children.rows(named=True)
+        # What was distilled is of this comparison and of these settings, or it is distilled again.
+        compared = fingerprint([artifacts["baselines"].name, workspace.recipe.kd])
+        if results.get(target, {}).get("compared") != compared:
+            results[target] = {"compared": compared}
+        results[target]["before"] = children.rows(named=True)
         keep(given.results, results)
         print(f"{target}: {children.height} children compared before distillation", flush=True)
     # Every speed's first comparison before any speed's second.
@@ -75,7 +80,7 @@ def main() -> None:
             if method in found.setdefault("after", {}):
                 continue
             began = time.monotonic()
-            directory = given.work_dir / target / method.replace(" ", "-")
+            directory = given.work_dir / target / found["compared"] / method.replace(" ", "-")
             assemble(directory / "child", method, weights=weights[method], artifacts=artifacts, workspace=workspace)
             distil(directory, artifacts=artifacts, workspace=workspace, given=given)
             found["after"][method] = measure(directory / "kd", artifacts=artifacts, recipe=workspace.recipe)
