@@ -228,6 +228,7 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
             "reward_first": ("Reward at first", ""),
             "reward_last": ("Reward at last", ""),
             "final_kl": ("KL to the supervised checkpoint", "nats/token"),
+            "kl_to_teacher": ("KL to the teacher", "nats/token"),
             "accuracy_last": ("Right answers at last", "%"),
         },
         sparkline="reward",

@@ -83,13 +83,22 @@ def describe_outcome(outcome: Outcome, *, recipe: Recipe) -> dg.MaterializeResul
 
 
 def _evaluate(check: Check, outcome: Outcome, *, recipe: Recipe) -> dg.AssetCheckResult:
-    value = outcome.artifact.record.result.metrics.get(check.metric)
+    metrics = outcome.artifact.record.result.metrics
+    severity = dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN
+    if not check.applies_to(metrics):
+        return dg.AssetCheckResult(
+            check_name=check.name,
+            passed=True,
+            severity=severity,
+            description=f"does not apply: {check.unless} was measured in place of {check.metric}",
+        )
+    value = metrics.get(check.metric)
     bound = check.bound_for(recipe)
     measured = "not measured" if value is None else f"{value:.6g}"
     return dg.AssetCheckResult(
         check_name=check.name,
         passed=value is not None and check.passes(value, recipe=recipe),
-        severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
+        severity=severity,
         description=f"{check.metric} is {measured}; wanted {check.comparison} {bound:.6g}",
         metadata={
             "metric": check.metric,

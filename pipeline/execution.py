@@ -44,6 +44,7 @@ from pipeline.stages.configs import CorporaStage, EvaluationStage, ParentStage
 from pipeline.stages.process import REPOSITORY, ProgressListener, run_stage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE
+from pipeline.wrong_keys import wrong_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,16 @@ def load_execution(path: str | None) -> ExecutionSettings:
     if path is None:
         return ExecutionSettings()
     try:
-        return ExecutionSettings.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as err:
-        raise RecipeError(f"REFIT_EXECUTION is {path!r}, which cannot be read as execution settings: {err}") from err
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise RecipeError(f"REFIT_EXECUTION is {path!r}, which cannot be read: {err}") from err
+    if not isinstance(data, dict):
+        raise RecipeError(f"REFIT_EXECUTION is {path!r}, which holds a {type(data).__name__}; want keys and values")
+    try:
+        return ExecutionSettings.model_validate(data)
+    except ValidationError as err:
+        lines = [f"  {line}" for line in wrong_keys(err, data, whole="the whole")]
+        raise RecipeError(f"REFIT_EXECUTION is {path!r}, which is wrong:\n" + "\n".join(lines)) from err
 
 
 def stage_fingerprint(workspace: Workspace, stage: Stage, target: str) -> str:
@@ -270,9 +278,12 @@ def has_saved_work(out_dir: Path) -> bool:
 
 def failed_blocking_check(artifact: Artifact, recipe: Recipe) -> str | None:
     """Return which blocking check of the recipe an artifact fails and by how much, or None when it passes all."""
+    metrics = artifact.record.result.metrics
     for check in BY_NAME[artifact.manifest.asset].checks:
-        value = artifact.record.result.metrics.get(check.metric)
-        if check.blocking and (value is None or not check.passes(value, recipe=recipe)):
+        value = metrics.get(check.metric)
+        if not check.blocking or not check.applies_to(metrics):
+            continue
+        if value is None or not check.passes(value, recipe=recipe):
             return f"{check.name}: {check.metric} is {value}, wanted {check.comparison} {check.bound_for(recipe)}"
     return None
 

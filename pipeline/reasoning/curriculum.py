@@ -9,8 +9,10 @@ Source: Llama-Nemotron, section 5.1, which publishes the idea and no parameters:
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from pipeline.recipe import CurriculumConfig
 
@@ -31,21 +33,33 @@ def hard_enough(pass_rates: Sequence[float], *, max_pass_rate: float) -> list[in
 def plan_curriculum(
     pass_rates: Sequence[float], *, num_steps: int, prompts_per_step: int, config: CurriculumConfig, seed: int
 ) -> list[Batch]:
-    """Return the batches of all steps; the pools are filled again whenever too few prompts are left for a batch."""
+    """Return the batches of all steps.
+
+    Where too few prompts are left for a batch, all of them go into it, and the rest comes from pools that are filled
+    again; no batch holds a prompt twice.
+    """
     generator = random.Random(f"curriculum/{seed}")
     pools: dict[float, list[int]] = {}
     batches: list[Batch] = []
     for step in range(num_steps):
+        left: list[int] = []
         if sum(map(len, pools.values())) < prompts_per_step:
+            left = list(chain.from_iterable(pools.values()))
+            others = [place for place in generator.sample(range(len(pass_rates)), len(pass_rates)) if place not in left]
             pools = {}
-            for place in generator.sample(range(len(pass_rates)), len(pass_rates)):
+            # Pools are drawn from at their ends: those left over come last.
+            for place in (*left, *others):
                 pools.setdefault(pass_rates[place], []).append(place)
+        taken = Counter(pass_rates[place] for place in left)
         done = step / (num_steps - 1) if num_steps > 1 else 0.0
         aim = config.start + (config.end - config.start) * done
         counts = allocate(
-            {rate: len(pool) for rate, pool in pools.items()}, size=prompts_per_step, aim=aim, sigma=config.sigma
+            {rate: len(pool) - taken[rate] for rate, pool in pools.items()},
+            size=prompts_per_step - len(left),
+            aim=aim,
+            sigma=config.sigma,
         )
-        places = [pools[rate].pop() for rate, number in sorted(counts.items()) for _ in range(number)]
+        places = left + [pools[rate].pop() for rate, number in sorted(counts.items()) for _ in range(number)]
         batches.append(Batch(places=tuple(generator.sample(places, len(places))), aimed_pass_rate=aim))
     return batches
 

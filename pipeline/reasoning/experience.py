@@ -56,6 +56,11 @@ class Rollout:
     samples: tuple[dict[str, Any], ...]
 
 
+def is_sampled_by_reference(config: RLConfig) -> bool:
+    """Return whether rollouts are replies of the reference, as in offline RPO, and not of the policy."""
+    return isinstance(config.algorithm, RPO) and not config.algorithm.online
+
+
 def draw_prompts(
     items: Sequence[RLItem], *, config: RLConfig, step: int, curriculum: Sequence[Batch] | None
 ) -> list[Prompt]:
@@ -158,9 +163,8 @@ def collect_rollout(
 ) -> Rollout:
     """Sample this rank's share of a step's groups, judge them, and read policy and reference at every token."""
     own = prompts[engine.rank :: engine.world_size]
-    is_offline = isinstance(config.algorithm, RPO) and not config.algorithm.online
     groups = sample_judged(
-        OwnSampler(reference) if is_offline else sampler,
+        OwnSampler(reference) if is_sampled_by_reference(config) else sampler,
         own,
         eos_token_ids=engine.model.architecture.eos_token_ids,
         tokenizer=tokenizer,

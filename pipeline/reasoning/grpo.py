@@ -57,7 +57,11 @@ def share_zero_advantage_groups(rewards_PS: Tensor) -> float:
 
 
 def kl_k3(*, logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Return the k3 estimate of KL(policy || reference) at each sampled token, nats, elementwise."""
+    """Return the k3 estimate of KL(policy || reference) at each token that the policy sampled, nats, elementwise.
+
+    Of tokens that the reference sampled, its mean is chi-squared minus KL, which a few tokens decide; with the two
+    models swapped it estimates KL(reference || policy) from them.
+    """
     log_ratio = reference_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 

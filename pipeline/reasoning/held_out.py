@@ -69,13 +69,15 @@ def held_out_rewards(
     step: int,
     before: Mapping[str, float] | None,
 ) -> dict[str, float]:
-    """Return mean reward and accuracy on the held-out prompts before the step's update, or as they were last seen.
+    """Return mean reward and accuracy on the held-out prompts by the policy as it is, or as they were last seen.
 
-    Of all, and of each kind of prompt where there are several. One sample a prompt, drawn alike every time, so that two
-    values differ by the policy alone.
+    Between two measurements they are those of the row `before`, and `is_held_out_measured` is 0; without such a row
+    they are measured. Of all prompts, and of each kind where there are several. One sample a prompt, drawn alike every
+    time, so that two values differ by the policy alone.
     """
     if before is not None and (step - 1) % config.held_out.interval_steps and step != config.steps:
-        return {name: value for name, value in before.items() if name.startswith("held_out_")}
+        copied = {name: value for name, value in before.items() if name.startswith("held_out_")}
+        return {**copied, "is_held_out_measured": 0}
     kinds = [kind_of(item) for item in items]
     prompts: list[Prompt] = []
     for place, (item, kind) in enumerate(zip(items, kinds, strict=True)):
@@ -92,7 +94,7 @@ def held_out_rewards(
         seed=("held out", config.seed, engine.rank),
     )
     found = list(zip(kinds[engine.rank :: engine.world_size], (group[0] for group in groups), strict=True))
-    watched: dict[str, float] = {}
+    watched: dict[str, float] = {"is_held_out_measured": 1}
     for kind in ("", *(sorted(set(kinds)) if len(set(kinds)) > 1 else ())):
         own = [judged for found_kind, judged in found if kind in ("", found_kind)]
         sums = [sum(judged.reward for judged in own), float(sum(judged.verdict.is_right for judged in own))]

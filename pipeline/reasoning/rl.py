@@ -2,9 +2,10 @@
 
 What a step does depends on (seed, step, rank) and on the weights alone: no state of a random generator outlives it.
 The log-probabilities that ratios start from are the trainer's own; how far the sampler's lie from them is reported,
-and corrected for by truncated importance weights.
+and corrected for by truncated importance weights. Where the reference samples, its own are compared with the sampler's.
 """
 
+import functools
 import json
 import math
 import random
@@ -17,12 +18,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.artifacts import write_atomically
-from pipeline.errors import DivergedError, RecipeError
+from pipeline.errors import CheckpointError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weight, units_loss
 from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
-from pipeline.reasoning.experience import Prompt, Rollout, collect_rollout, draw_prompts, sample_judged, score_rows
+from pipeline.reasoning.experience import (
+    Prompt,
+    Rollout,
+    collect_rollout,
+    draw_prompts,
+    is_sampled_by_reference,
+    sample_judged,
+    score_rows,
+)
 from pipeline.reasoning.grpo import kl_k3, token_logprobs
 from pipeline.reasoning.held_out import held_out_rewards, require_prompts, split_held_out
 from pipeline.reasoning.policy import batch_logits, batch_rows
@@ -30,7 +39,7 @@ from pipeline.reasoning.prompts import RLItem
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.samplers import Sampler
 from pipeline.reasoning.stop_rules import reason_to_stop
-from pipeline.recipe import RPO, OnPolicyDistillation, RLConfig
+from pipeline.recipe import GRPO, RLOO, RPO, OnPolicyDistillation, RLConfig
 from pipeline.training.distributed import barrier, sum_across_ranks
 from pipeline.training.engine import TrainEngine
 
@@ -41,6 +50,8 @@ _PASS_RATES = "pass_rates.json"
 class PolicyTraining:
     """What a training left behind: one curve row per step, samples in words, how far it went, and why it ended early.
 
+    `final_kl` is what the curve's column `kl` is, after the last update: KL(policy || reference), nats per token, or
+    KL(reference || policy) where the reference samples. `held_out` is what held-out prompts earn then.
     `pass_rates` are those of the starting policy, in the order of the prompts; empty where none were asked for.
     """
 
@@ -48,6 +59,7 @@ class PolicyTraining:
     samples: tuple[dict[str, Any], ...]
     pass_rates: tuple[float, ...]
     final_kl: float
+    held_out: dict[str, float]
     num_samples: int
     stopped: str | None
 
@@ -94,6 +106,7 @@ def train_policy(
     Raises:
         DataError: when too few prompts are left to train on.
         DivergedError: when the loss or the gradient is no longer finite.
+        CheckpointError: when another sampler made what it would continue from; see also TrainEngine.load_latest.
     """
     trained_items, held_out = split_held_out(items, config=config)
     pass_rates: list[float] = []
@@ -121,24 +134,27 @@ def train_policy(
                 seed=config.seed,
             )
     checkpoints_dir = work_dir / "checkpoints"
-    state = engine.load_latest(checkpoints_dir) or {"curve": [], "samples": []}
+    state = engine.load_latest(checkpoints_dir) or {"sampler": sampler.name, "curve": [], "samples": []}
+    _require_sampler(state["sampler"], now=sampler.name, path=checkpoints_dir)
     sampler.refresh()
     curve: list[dict[str, float]] = state["curve"]
     samples: list[dict[str, Any]] = state["samples"]
     final_kl = math.nan
+    held_out_at_end: dict[str, float] = {}
     stopped: str | None = None
+    is_distillation = isinstance(config.algorithm, OnPolicyDistillation)
+    watch_held_out = functools.partial(
+        held_out_rewards,
+        engine,
+        held_out,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        reward_model=reward_model,
+        config=config,
+    )
     for step in range(len(curve) + 1, config.steps + 1):
         num_updates_before = engine.num_steps
-        watched_held_out = held_out_rewards(
-            engine,
-            held_out,
-            sampler=sampler,
-            tokenizer=tokenizer,
-            reward_model=reward_model,
-            config=config,
-            step=step,
-            before=curve[-1] if curve else None,
-        )
+        watched_held_out = watch_held_out(step=step, before=curve[-1] if curve else None)
         rollout = collect_rollout(
             engine,
             sampler=sampler,
@@ -150,7 +166,7 @@ def train_policy(
             step=step,
         )
         tokens_before = int(curve[-1]["tokens"]) if curve else 0
-        watched = _watch(rollout, engine=engine, has_reward_model=reward_model is not None) | watched_held_out
+        watched = _watch(rollout, engine=engine, config=config) | watched_held_out
         if curriculum is not None:
             watched["aimed_pass_rate"] = curriculum[step - 1].aimed_pass_rate
         updated = _update(engine, rollout.rows, config=config, step=step)
@@ -168,13 +184,13 @@ def train_policy(
         )
         if step % sample_interval_steps == 1 or sample_interval_steps == 1:
             reporter.note(sample_text(samples[-1]))
-        if not isinstance(config.algorithm, OnPolicyDistillation):
-            stopped = reason_to_stop(curve, rules=config.stop)
+        stopped = reason_to_stop(curve, rules=config.stop, is_distillation=is_distillation)
         if step == config.steps or stopped is not None:
-            final_kl = _kl_to_reference(engine, rollout.rows, config=config)
-            _require_finite(step, final_kl=final_kl)
+            final_kl = _final_kl(engine, rollout.rows, config=config)
+            _require_finite(step, config=config, final_kl=final_kl)
+            held_out_at_end = watch_held_out(step=step, before=None)
         elif engine.num_steps // checkpoint_interval_steps > num_updates_before // checkpoint_interval_steps:
-            engine.save(checkpoints_dir, {"curve": curve, "samples": samples})
+            engine.save(checkpoints_dir, {"sampler": sampler.name, "curve": curve, "samples": samples})
         if stopped is not None:
             reporter.note(f"stopped at step {step} of {config.steps}: {stopped}")
             break
@@ -183,6 +199,7 @@ def train_policy(
         samples=tuple(samples),
         pass_rates=tuple(pass_rates),
         final_kl=final_kl,
+        held_out=held_out_at_end,
         num_samples=len(curve) * config.prompts_per_step * config.samples_per_prompt,
         stopped=stopped,
     )
@@ -201,10 +218,15 @@ def load_or_measure_pass_rates(
     """Return the share of right replies to each item, thinking on, by the policy as training starts.
 
     Every rank calls this before the first step; they share the items. The file at `path` holds what was measured.
+
+    Raises:
+        CheckpointError: when another sampler measured it.
     """
     assert config.difficulty is not None
     if path.is_file():
-        return [float(rate) for rate in json.loads(path.read_text(encoding="utf-8"))]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _require_sampler(found["sampler"], now=sampler.name, path=path)
+        return [float(rate) for rate in found["rates"]]
     num_right = [0.0] * len(items)
     size = config.prompts_per_step
     for start in range(0, len(items), size):
@@ -224,7 +246,7 @@ def load_or_measure_pass_rates(
         reporter.step(min(start + size, len(items)), len(items), what="prompts tried for their pass rate")
     rates = [number / config.difficulty.num_samples for number in sum_across_ranks(num_right, device=engine.device)]
     if engine.rank == 0:
-        write_atomically(path, json.dumps(rates).encode())
+        write_atomically(path, json.dumps({"sampler": sampler.name, "rates": rates}).encode())
     barrier()
     return rates
 
@@ -236,6 +258,15 @@ def sample_text(sample: Mapping[str, Any]) -> str:
         f"step {sample['step']}, {sample['task']}, thinking {sample['mode']}: {question} -> {completion} "
         f"(wanted {sample['answer']}, reward {sample['reward']:g})"
     )
+
+
+def _require_sampler(written: str, *, now: str, path: Path) -> None:
+    """Refuse to go on from what another sampler's replies left: for one seed, two samplers give different ones."""
+    if written != now:
+        raise CheckpointError(
+            f"{path} was made with the sampler {written}, execution.sampler is {now}: set it to {written} to continue, "
+            f"or delete {path.parent} to train from the start"
+        )
 
 
 def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig, step: int) -> dict[str, float]:
@@ -268,7 +299,7 @@ def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfi
         info = engine.step()
         loss_sum, num_clipped = sum_across_ranks(sums, device=engine.device)
         loss = loss_sum / total_weight
-        _require_finite(step, loss=loss, grad_norm=info.grad_norm)
+        _require_finite(step, config=config, loss=loss, grad_norm=info.grad_norm)
         losses.append(loss)
         clipped.append(num_clipped / totals[1])
     assert info is not None
@@ -284,15 +315,18 @@ def _num_unit_tokens(unit: Unit) -> int:
     return sum(row.row.num_tokens for row in unit)
 
 
-def _require_finite(step: int, **values: float) -> None:
+def _require_finite(step: int, *, config: RLConfig, **values: float) -> None:
     if not all(map(math.isfinite, values.values())):
         found = ", ".join(f"{name} {value}" for name, value in values.items())
-        raise DivergedError(f"rl step {step} has {found}: lower rl.optimizer.learning_rate, or raise rl.kl_weight")
+        anchor = ", or raise rl.algorithm.kl_weight" if isinstance(config.algorithm, GRPO | RLOO) else ""
+        raise DivergedError(f"rl step {step} has {found}: lower rl.optimizer.learning_rate{anchor}")
 
 
-def _watch(rollout: Rollout, *, engine: TrainEngine, has_reward_model: bool) -> dict[str, float]:
+def _watch(rollout: Rollout, *, engine: TrainEngine, config: RLConfig) -> dict[str, float]:
     """Return the monitors of a step over all ranks; token means are over sampled tokens."""
     rows = rollout.rows
+    # A sampler is held against the weights it samples with: against others the difference is learning.
+    trainers = [row.reference if is_sampled_by_reference(config) else row.old for row in rows]
     sums = {
         "num_samples": float(len(rows)),
         "num_groups": float(rollout.num_groups),
@@ -305,9 +339,12 @@ def _watch(rollout: Rollout, *, engine: TrainEngine, has_reward_model: bool) -> 
         "well_formed": sum(row.verdict.is_well_formed for row in rows),
         "right": sum(row.verdict.is_right for row in rows),
         "verifier_errors": sum(row.verdict.has_verifier_failed for row in rows),
-        "kl": sum(_kl_sum(row.old.logprobs, row) for row in rows),
+        "kl": sum(_kl_sum(row.old.logprobs, row, config=config) for row in rows),
         "entropy": sum(row.old.entropies.double().sum().item() for row in rows),
-        "mismatch": sum((row.old.logprobs - row.sampler_logprobs).abs().double().sum().item() for row in rows),
+        "mismatch": sum(
+            (trainer.logprobs - row.sampler_logprobs).abs().double().sum().item()
+            for trainer, row in zip(trainers, rows, strict=True)
+        ),
     }
     total = dict(
         zip(sums, sum_across_ranks([float(value) for value in sums.values()], device=engine.device), strict=True)
@@ -317,7 +354,7 @@ def _watch(rollout: Rollout, *, engine: TrainEngine, has_reward_model: bool) -> 
         "num_tokens": total["num_tokens"],
         "reward": mean_reward,
         "reward_std": math.sqrt(max(total["squared_reward"] / total["num_samples"] - mean_reward**2, 0.0)),
-        **({"model_reward": total["model_reward"] / total["num_samples"]} if has_reward_model else {}),
+        **({"model_reward": total["model_reward"] / total["num_samples"]} if config.reward_model is not None else {}),
         "share_zero_advantage_groups": total["zero_groups"] / total["num_groups"],
         "kl": total["kl"] / total["num_tokens"],
         "entropy": total["entropy"] / total["num_tokens"],
@@ -330,14 +367,18 @@ def _watch(rollout: Rollout, *, engine: TrainEngine, has_reward_model: bool) -> 
     }
 
 
-def _kl_to_reference(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig) -> float:
-    """Return the policy's KL to its start on the last rollout's tokens, nats per token, after the last update."""
+def _final_kl(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig) -> float:
+    """Return the KL on the last rollout's tokens, nats per token, after the last update."""
     now = score_rows(engine.model, [row.row for row in judged], config=config, device=engine.device)
-    kl_sum = sum(_kl_sum(statistics.logprobs, row) for statistics, row in zip(now, judged, strict=True))
+    kl_sum = sum(_kl_sum(statistics.logprobs, row, config=config) for statistics, row in zip(now, judged, strict=True))
     num_tokens = sum(len(row.row.completion_ids) for row in judged)
     kl_total, tokens_total = sum_across_ranks([kl_sum, float(num_tokens)], device=engine.device)
     return kl_total / tokens_total
 
 
-def _kl_sum(logprobs: Tensor, row: JudgedRow) -> float:
-    return kl_k3(logprobs=logprobs, reference_logprobs=row.reference.logprobs).double().sum().item()
+def _kl_sum(logprobs: Tensor, row: JudgedRow, *, config: RLConfig) -> float:
+    """Return the KL from the model that sampled the row to the other: samples of one give no other direction."""
+    sampled_with, other = logprobs, row.reference.logprobs
+    if is_sampled_by_reference(config):
+        sampled_with, other = other, sampled_with
+    return kl_k3(logprobs=sampled_with, reference_logprobs=other).double().sum().item()

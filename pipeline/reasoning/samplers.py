@@ -7,7 +7,7 @@ Both give the log-probabilities that they sampled with. How far they lie from th
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -29,7 +29,9 @@ _NAME = "policy"
 
 
 class Sampler(Protocol):
-    """Samples replies of the policy."""
+    """Samples replies of the policy; `name` is what `execution.sampler` calls it."""
+
+    name: ClassVar[str]
 
     def sample(
         self,
@@ -51,6 +53,8 @@ class Sampler(Protocol):
 
 class OwnSampler:
     """Samples with the model itself, in this process."""
+
+    name: ClassVar[str] = "torch"
 
     def __init__(self, model: HeterogeneousLlamaForCausalLM) -> None:
         self._model = model
@@ -87,6 +91,8 @@ class VLLMSampler:
 
     They go through files, re-packed as an export is. A batch of prompts is one question to it.
     """
+
+    name: ClassVar[str] = "vllm"
 
     def __init__(
         self,

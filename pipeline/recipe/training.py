@@ -103,7 +103,8 @@ RPODivergence = Literal["squared", "backward_kl", "forward_kl"]
 class RPO(Frozen):
     """Reward-aware preference optimisation on the best and the worst sample of each group.
 
-    Online the policy samples; offline the checkpoint that training starts from does, throughout.
+    Online the policy samples; offline the checkpoint that training starts from does, throughout, and the KL that is
+    reported and bounded is that of the checkpoint to the policy. `max_importance_weight` bounds nothing here.
     """
 
     kind: Literal["rpo"]
@@ -114,7 +115,10 @@ class RPO(Frozen):
 
 
 class OnPolicyDistillation(Frozen):
-    """The parent's log-probability of what the policy sampled, against the policy's own; rewards are watched alone."""
+    """The parent's log-probability of what the policy sampled, against the policy's own; rewards are watched alone.
+
+    Its KL is that to the parent.
+    """
 
     kind: Literal["on_policy_distillation"]
     clip_low: PositiveFloat
@@ -151,7 +155,11 @@ class HeldOutRewardConfig(Frozen):
 
 
 class StopRulesConfig(Frozen):
-    """Bounds that end a training when they are crossed for `patience_steps` steps in a row."""
+    """Bounds that end a training when they are crossed for `patience_steps` steps in a row.
+
+    `max_held_out_drop` has to be crossed in two measurements besides, however many steps lie between them. The bound of
+    the entropy is the one that on-policy distillation is held to.
+    """
 
     patience_steps: Positive
     min_entropy_nats: NonNegativeFloat

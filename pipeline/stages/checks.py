@@ -3,7 +3,7 @@
 A blocking check stops whatever reads the artifact, in this run and in every later one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,10 @@ from pipeline.recipe import Recipe, Thresholds
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison of a metric with a threshold; evaluated from the artifact, so a new threshold re-runs nothing."""
+    """One comparison of a metric with a threshold; evaluated from the artifact, so a new threshold re-runs nothing.
+
+    `unless` is a metric that some artifacts have in place of `metric`: to these the check does not apply.
+    """
 
     name: str
     metric: str
@@ -20,6 +23,11 @@ class Check:
     bound: float | Callable[[Thresholds], float]
     blocking: bool
     description: str
+    unless: str | None = None
+
+    def applies_to(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether an artifact with these metrics is to be judged; one that lacks both metrics is."""
+        return self.unless not in metrics
 
     def bound_for(self, recipe: Recipe) -> float:
         """Return the number this recipe asks for."""
@@ -281,7 +289,9 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             comparison="<=",
             bound=lambda thresholds: thresholds.max_rl_kl,
             blocking=True,
-            description="KL of the policy to the supervised checkpoint at the last step, nats per token.",
+            description="KL of the policy to the supervised checkpoint at the last step, nats per token; of the "
+            "checkpoint to the policy for offline RPO. Not for on-policy distillation, whose KL is to the parent.",
+            unless="kl_to_teacher",
         ),
     ),
     "evaluation": (

@@ -4,7 +4,8 @@
 
 Policy and sampler are one model, or vLLM samples with the policy's weights (`execution.sampler`). The reference is the
 supervised checkpoint, frozen, in the same precision, so that the KL begins at zero. For on-policy distillation it is
-the parent, the teacher. A training that a stop rule ended is published, for people to look at, and fails its check.
+the parent, the teacher, and the KL to it is published as `kl_to_teacher`, not as `final_kl`. A training that a stop
+rule ended is published, for people to look at, and fails its check.
 """
 
 import contextlib
@@ -91,12 +92,12 @@ def run(config: RLConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
         facts = {**training_facts(engine), "sampler": inputs.execution.sampler}
     finally:
         engine.close()
-    result = _result(training, facts=facts)
+    result = _result(training, kl_name="kl_to_teacher" if is_distillation else "final_kl", facts=facts)
     return with_curve(result, asset="rl_checkpoint", curve=training.curve, out_dir=out_dir)
 
 
-def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
-    first, last = training.curve[0], training.curve[-1]
+def _result(training: PolicyTraining, *, kl_name: str, facts: dict[str, str]) -> StageResult:
+    first, last, at_end = training.curve[0], training.curve[-1], training.held_out
     columns = tuple(last)
     shown = ("step", "task", "mode", "question", "completion", "answer", "reward")
     return StageResult(
@@ -104,12 +105,12 @@ def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
             "num_steps": len(training.curve),
             "num_samples": training.num_samples,
             "num_sampled_tokens": int(last["tokens"]),
-            "final_kl": training.final_kl,
+            kl_name: training.final_kl,
             "num_stops": int(training.stopped is not None),
             "held_out_reward_first": first["held_out_reward"],
-            "held_out_reward_last": last["held_out_reward"],
+            "held_out_reward_last": at_end["held_out_reward"],
             "held_out_accuracy_first": first["held_out_accuracy"],
-            "held_out_accuracy_last": last["held_out_accuracy"],
+            "held_out_accuracy_last": at_end["held_out_accuracy"],
             "reward_first": first["reward"],
             "reward_last": last["reward"],
             "accuracy_first": first["accuracy"],
@@ -123,7 +124,7 @@ def _result(training: PolicyTraining, *, facts: dict[str, str]) -> StageResult:
         },
         facts={**facts, "stopped": training.stopped or "no"},
         tables={
-            **_held_out_table(first, last),
+            **_held_out_table(first, at_end),
             **({"pass_rates": _pass_rates_table(training.pass_rates)} if training.pass_rates else {}),
             "training_curve": Table.of(columns, [[row[column] for column in columns] for row in training.curve]),
             "samples": Table.of(shown, [[sample[name] for name in shown] for sample in training.samples[-_NUM_SHOWN:]]),

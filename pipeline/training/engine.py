@@ -224,14 +224,17 @@ class TrainEngine:
 
         Tied parameters appear once, under the first of their names.
         """
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
         exported: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             plain = self.zero_stage == 0 or not parameter.requires_grad
-            full: Any = parameter.detach() if plain else safe_get_full_fp32_param(parameter)
-            if self.rank == 0:
-                exported[name] = full.to(device="cpu", dtype=torch.float32, copy=True)
+            # At stage 3 a frozen matrix, which has no master, is empty between two passes.
+            with deepspeed.zero.GatheredParameters([parameter], enabled=plain and self.zero_stage == 3):
+                full: Any = parameter.detach() if plain else safe_get_full_fp32_param(parameter)
+                if self.rank == 0:
+                    exported[name] = full.to(device="cpu", dtype=torch.float32, copy=True)
         return exported
 
     def close(self) -> None:

@@ -249,6 +249,16 @@ def test_check_result_without_its_metric_fails_and_names_it(tmp_path: Path):
     assert "min_documents_per_source is not measured" in str(check.description)
 
 
+def test_check_result_that_does_not_apply_passes_and_says_so(tmp_path: Path):
+    metrics = {"num_stops": 0, "kl_to_teacher": 3.0}
+    outcome = _outcome(tmp_path, StageResult(metrics=metrics), asset="rl_checkpoint")
+
+    _, check = describe_outcome(outcome, recipe=load_recipe("tiny")).check_results or []
+
+    assert check.passed
+    assert check.description == "does not apply: kl_to_teacher was measured in place of final_kl"
+
+
 def test_check_result_records_the_value_as_a_number_to_plot(tmp_path: Path):
     workspace = open_tiny(tmp_path)
     artifact = publish(workspace, get_stage("corpora"), target="fused", min_documents_per_source=2)

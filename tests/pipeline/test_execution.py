@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts import ArtifactStore
 from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, RecipeError, StageError
 from pipeline.execution import (
     Workspace,
+    failed_blocking_check,
     find_artifact,
     load_execution,
     materialize,
@@ -91,6 +93,27 @@ def test_materialize_after_a_failed_blocking_check_of_its_input_is_refused(works
 
     with pytest.raises(StageError, match=r"weights_are_finite: num_non_finite_weights is 3, wanted == 0"):
         materialize(workspace, "distillation_mix", "fused")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "failure"),
+    [
+        ({"final_kl": 0.1}, None),
+        ({"final_kl": 9.0}, "policy_stays_near_its_start: final_kl is 9.0"),
+        ({}, "policy_stays_near_its_start: final_kl is None"),
+        ({"kl_to_teacher": 9.0}, None),
+    ],
+    ids=["near", "far", "not measured", "distilled"],
+)
+def test_blocking_check_applies_unless_another_metric_stands_for_its_own(
+    tmp_path: Path, metrics: dict[str, float], failure: str | None
+):
+    store = ArtifactStore(tmp_path)
+    store.directory("rl_checkpoint", "f" * 20).mkdir(parents=True)
+    result = StageResult(metrics={"num_stops": 0, **metrics})
+    artifact = store.publish("rl_checkpoint", "f" * 20, result=result, wall_s=1.0, provenance={})
+    found = failed_blocking_check(artifact, load_recipe("tiny"))
+    assert found is None if failure is None else found is not None and found.startswith(failure)
 
 
 def test_materialize_from_an_input_whose_bytes_changed_is_refused(workspace: Workspace):

@@ -61,8 +61,24 @@ def test_plan_curriculum_starts_over_when_the_prompts_are_used_up_and_depends_on
     assert counts == dict.fromkeys(range(12), 3)
 
 
+def test_plan_curriculum_draws_what_is_left_over_before_any_comes_again():
+    rates = [0.0, 0.5] * 5
+    batches = plan_curriculum(rates, num_steps=5, prompts_per_step=4, config=CONFIG, seed=1)
+    # The third batch takes the two of ten that the first two left, and two others of the next round.
+    assert set(chain.from_iterable(batch.places for batch in batches[:3])) == set(range(10))
+    assert all(len(set(batch.places)) == 4 for batch in batches)
+    assert Counter(chain.from_iterable(batch.places for batch in batches)) == dict.fromkeys(range(10), 2)
+
+
 RULES = StopRulesConfig(patience_steps=3, min_entropy_nats=0.1, max_kl_nats=0.5, max_held_out_drop=0.2)
-SOUND = {"entropy": 1.0, "kl": 0.1, "share_zero_advantage_groups": 0.5, "held_out_reward": 0.6, "reward": 0.5}
+SOUND = {
+    "entropy": 1.0,
+    "kl": 0.1,
+    "share_zero_advantage_groups": 0.5,
+    "held_out_reward": 0.6,
+    "is_held_out_measured": 1,
+    "reward": 0.5,
+}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +95,28 @@ SOUND = {"entropy": 1.0, "kl": 0.1, "share_zero_advantage_groups": 0.5, "held_ou
 )
 def test_reason_to_stop_needs_patience(change: dict[str, float], reason: str | None):
     bad = SOUND | change
-    assert reason_to_stop([SOUND, bad, bad], rules=RULES) is None
-    assert reason_to_stop([SOUND, bad, SOUND, bad, bad], rules=RULES) is None
-    found = reason_to_stop([SOUND, bad, bad, bad], rules=RULES)
+    assert reason_to_stop([SOUND, bad, bad], rules=RULES, is_distillation=False) is None
+    assert reason_to_stop([SOUND, bad, SOUND, bad, bad], rules=RULES, is_distillation=False) is None
+    found = reason_to_stop([SOUND, bad, bad, bad], rules=RULES, is_distillation=False)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_reason_to_stop_one_measurement_of_held_out_prompts_is_noise_however_long_it_stands():
+    low = SOUND | {"held_out_reward": 0.3}
+    copied = low | {"is_held_out_measured": 0}
+    once = [SOUND, low, copied, copied, copied, copied]
+    assert reason_to_stop(once, rules=RULES, is_distillation=False) is None
+    found = reason_to_stop([*once, low], rules=RULES, is_distillation=False)
+    assert found is not None
+    assert found.startswith("reward hacking")
+
+
+@pytest.mark.parametrize(
+    "change", [{"kl": 0.6}, {"share_zero_advantage_groups": 1.0}, {"held_out_reward": 0.3, "reward": 0.9}]
+)
+def test_reason_to_stop_holds_distillation_to_its_entropy_alone(change: dict[str, float]):
+    bad = SOUND | change
+    assert reason_to_stop([SOUND, bad, bad, bad], rules=RULES, is_distillation=True) is None
+    flat = bad | {"entropy": 0.05}
+    found = reason_to_stop([SOUND, flat, flat, flat], rules=RULES, is_distillation=True)
+    assert found == "collapse: entropy below 0.1 nats for 3 steps"

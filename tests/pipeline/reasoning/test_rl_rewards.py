@@ -117,7 +117,11 @@ def test_rl_checkpoint_watches_each_kind_of_prompt_apart(parent_dir: Path, mixed
         assert parts.to_list() == pytest.approx(curve[measure].to_list())
     table = result.tables["held_out"]
     assert [row[0] for row in table.rows] == ["instructions", "tasks"]
-    assert table.rows[0][1:3] == (curve["held_out_reward_instructions"][0], curve["held_out_reward_instructions"][1])
+    assert table.rows[0][1] == curve["held_out_reward_instructions"][0]
+    (instructions, tasks), last = (row[2] for row in table.rows), result.metrics["held_out_reward_last"]
+    assert isinstance(instructions, float)
+    assert isinstance(tasks, float)
+    assert (2 * instructions + 4 * tasks) / 6 == pytest.approx(last)
     assert {"chain_sum", "instructions"} >= set(pl.read_parquet(tmp_path / "out" / "rollout_samples.parquet")["task"])
 
 

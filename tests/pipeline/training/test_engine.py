@@ -129,10 +129,11 @@ def test_bf16_with_stage_0_is_refused(llama: LlamaForCausalLM):
         _train(llama, zero_stage=0, precision="bf16")
 
 
-def test_frozen_parameters_stay_and_are_exported(llama: LlamaForCausalLM):
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_frozen_parameters_stay_and_are_exported(llama: LlamaForCausalLM, zero_stage: Literal[0, 1, 2, 3]):
     model = copy.deepcopy(llama)
     model.model.embed_tokens.weight.requires_grad_(False)
-    exported = _train(model, zero_stage=1).weights
+    exported = _train(model, zero_stage=zero_stage).weights
     assert torch.equal(exported["model.embed_tokens.weight"], llama.model.embed_tokens.weight)
     assert not torch.equal(exported["model.norm.weight"], llama.model.norm.weight)
 
