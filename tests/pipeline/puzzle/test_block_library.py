@@ -258,7 +258,7 @@ def test_library_killed_at_random_moments_is_that_of_an_undisturbed_run(workplac
     while exit_code != 0:
         process = context.Process(target=make_library, args=(stage, inputs, root / "library"))
         process.start()
-        process.join(None if num_killed == 6 else rng.uniform(0, whole_s))
+        process.join(None if num_killed == 6 else rng.uniform(0, whole_s / 2))
         if process.is_alive():
             process.kill()
             process.join()
