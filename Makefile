@@ -31,11 +31,13 @@ JOBS ?= 2
 MLX := mlx-lm==0.32.2 mlx[cpu]==0.32.4
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-override RECIPE := $(if $(wildcard $(RECIPE)),$(abspath $(RECIPE)),$(RECIPE))
 override REFIT_HOME := $(if $(filter /%,$(REFIT_HOME)),$(REFIT_HOME),$(CURDIR)/$(REFIT_HOME))
 DAGSTER_HOME := $(REFIT_HOME)/dagster/$(patsubst %.yaml,%,$(notdir $(RECIPE)))
+# make's functions take a path with a space for two: such a recipe stays as it was given.
+override RECIPE := $(if $(word 2,$(RECIPE)),$(RECIPE),$(if $(wildcard $(RECIPE)),$(abspath $(RECIPE)),$(RECIPE)))
 
-export RECIPE REFIT_HOME DAGSTER_HOME REFIT_RUNTIMES
+# Recipes read these as variables of the shell: what is in them needs no quoting rules of make's.
+export RECIPE TARGET SELECT REFIT_HOME DAGSTER_HOME REFIT_RUNTIMES
 # Without it OpenMP's threads spin while they wait, which on a shared machine slows everything down.
 export OMP_WAIT_POLICY := PASSIVE
 # As stage processes have it: freed tensors are used again, not given back and mapped anew page by page.
@@ -46,14 +48,13 @@ export DO_NOT_TRACK := 1
 export DAGSTER_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The target to materialize: TARGET, or the recipe's own default.
-FIND_TARGET = target="$(TARGET)"; \
-	target="$${target:-$$($(PYTHON) -c 'import os; from pipeline.recipe_file import load_recipe; print(load_recipe(os.environ["RECIPE"]).default_target)')}"; \
-	[ -n "$$target" ] || exit 1
 # A recipe that asks lm-eval something needs it; it is too large to install for those that do not.
 INSTALL_WHAT_IS_ASKED = $(PYTHON) -c 'import os, sys; from pipeline.recipe_file import load_recipe; \
 	sys.exit(3 if load_recipe(os.environ["RECIPE"]).evaluation.lm_eval else 0)' 2>/dev/null; \
-	[ $$? -ne 3 ] || $(MAKE) --no-print-directory install-lm-eval
+	[ $$? -ne 3 ] || exec $(MAKE) --no-print-directory install-lm-eval
+# Told to end, make tells its own child and waits for it; a shell between them would be that child, die, and leave
+# Dagster and its ranks at work with the lock. So whatever works for long takes its shell's place by `exec`.
+MATERIALIZE = exec $(BIN)/dagster asset materialize -m pipeline.definitions --config-json $(QUIET)
 # Dagster's own step events are DEBUG; what stages say is INFO.
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 
@@ -61,7 +62,7 @@ QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 .PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx install-lm-eval test-lm-eval lint check bench graph screenshots clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 26
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(INSTALLED) ## Create .venv and install; every other target does this first
 
@@ -93,37 +94,36 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED) ## Run every stage of RECIPE, print the results, ask the child a question in both modes
 	@$(INSTALL_WHAT_IS_ASKED)
-	@$(PYTHON) -m resources.home
-	@set -e; $(FIND_TARGET); \
-	echo "==> Recipe $(RECIPE), target $$target: every stage; what is already in $(REFIT_HOME) is reused"; \
-	$(BIN)/dagster asset materialize -m pipeline.definitions --select '*' --partition "$$target" --config-json $(QUIET); \
-	for thinking in on off; do \
-		echo "==> The child answers, detailed thinking $$thinking"; \
-		$(PYTHON) -m pipeline chat --target "$$target" --thinking $$thinking 'What is 17 + 25?'; \
-	done; \
-	echo "==> Results"; \
-	$(PYTHON) -m pipeline summary --target "$$target" --started-at $(STARTED_AT)
+	@target=$$($(PYTHON) -m resources.home --select '*' --target "$$TARGET") || exit 1; \
+	echo "==> Recipe $$RECIPE, target $$target: every stage; what is already in $$REFIT_HOME is reused"; \
+	$(MATERIALIZE) --select '*' --partition "$$target"
+	@echo "==> The child answers, detailed thinking on"
+	@exec $(PYTHON) -m pipeline chat --target "$$TARGET" --thinking on 'What is 17 + 25?'
+	@echo "==> The child answers, detailed thinking off"
+	@exec $(PYTHON) -m pipeline chat --target "$$TARGET" --thinking off 'What is 17 + 25?'
+	@echo "==> Results"
+	@exec $(PYTHON) -m pipeline summary --target "$$TARGET" --started-at $(STARTED_AT)
 
 plan: $(INSTALLED) ## Say what every stage of RECIPE will cost; DEVICE=h100-80gb, or this machine, measured
-	@$(PYTHON) -m pipeline plan $(if $(TARGET),--target $(TARGET)) $(if $(DEVICE),--device $(DEVICE),--measure)
+	@$(PYTHON) -m pipeline plan --target "$$TARGET" $(if $(DEVICE),--device $(DEVICE),--measure)
 
 explain: $(INSTALLED) ## Say which stages would be reused, resumed or run, and the first thing that differs
-	@$(PYTHON) -m pipeline explain $(if $(TARGET),--target $(TARGET))
+	@$(PYTHON) -m pipeline explain --target "$$TARGET"
 
 doctor: $(INSTALLED) ## Look for dead runs, stuck locks, broken artifacts and garbage
 	@$(PYTHON) -m pipeline doctor
 
 materialize: $(INSTALLED) ## Materialize SELECT (default: all) of RECIPE; name the TARGET where SELECT has one
 	@$(INSTALL_WHAT_IS_ASKED)
-	@$(PYTHON) -m resources.home
-	@set -e; if [ '$(SELECT)' = '*' ]; then $(FIND_TARGET); else target="$(TARGET)"; fi; \
-	echo "==> Recipe $(RECIPE): $(SELECT)$${target:+ for target $$target}"; \
-	$(BIN)/dagster asset materialize -m pipeline.definitions --select '$(SELECT)' $${target:+--partition "$$target"} --config-json $(QUIET)
+	@target=$$($(PYTHON) -m resources.home --select "$$SELECT" --target "$$TARGET") || exit 1; \
+	echo "==> Recipe $$RECIPE: $$SELECT$${target:+ for target $$target}"; \
+	$(MATERIALIZE) --select "$$SELECT" $${target:+--partition "$$target"}
 
 ui: $(INSTALLED) ## Serve Dagster's UI for RECIPE on http://127.0.0.1:3000 (PORT); Ctrl-C stops it
+	@$(INSTALL_WHAT_IS_ASKED)
 	@$(PYTHON) -m resources.home
-	@echo "==> http://127.0.0.1:$(PORT) shows recipe $(RECIPE); there is no login, so it listens on this machine only"
-	@exec $(BIN)/dagster dev -w $(DAGSTER_HOME)/workspace.yaml -h 127.0.0.1 -p $(PORT)
+	@echo "==> http://127.0.0.1:$(PORT) shows recipe $$RECIPE; there is no login, so it listens on this machine only"
+	@exec $(BIN)/dagster dev -w "$$DAGSTER_HOME/workspace.yaml" -h 127.0.0.1 -p $(PORT)
 
 install-lm-eval: $(LM_EVAL_INSTALLED) ## Install lm-eval into .venv (360 MB), for recipes with evaluation.lm_eval
 
@@ -133,7 +133,7 @@ $(LM_EVAL_INSTALLED): $(INSTALLED)
 	@touch $@
 
 serve: $(INSTALLED) ## Serve TARGET's exported model on http://127.0.0.1:8080 (PORT) by llama.cpp or vLLM
-	@$(PYTHON) -m pipeline serve $(if $(TARGET),--target $(TARGET)) --port $(if $(filter file,$(origin PORT)),8080,$(PORT)) $(if $(RUNTIME),--runtime $(RUNTIME))
+	@exec $(PYTHON) -m pipeline serve --target "$$TARGET" --port $(if $(filter file,$(origin PORT)),8080,$(PORT)) $(if $(RUNTIME),--runtime $(RUNTIME))
 
 install-llama-cpp: $(INSTALLED) ## Build llama.cpp's server and tools (half an hour; needs cmake and a C++ compiler)
 	@echo "==> Building llama.cpp, as $(LLAMA_CPP) carries it, in $(REFIT_RUNTIMES)/llama.cpp"
@@ -191,5 +191,5 @@ graph: $(INSTALLED) ## Draw docs/images/graph.svg from the registry
 	@$(PYTHON) docs/make_graph.py
 
 clean: ## Say what to delete by hand; nothing is deleted for you
-	@echo "State and artifacts:  rm -r $(REFIT_HOME)"
+	@echo "State and artifacts:  rm -r '$(REFIT_HOME)'"
 	@echo "Environment:          rm -r $(VENV)"

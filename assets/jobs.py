@@ -6,6 +6,7 @@ from pipeline.execution import Workspace
 from pipeline.stages.registry import STAGES
 from resources.run_hygiene import end_dead_runs
 from resources.staleness import find_stale_stages
+from resources.time_zone import find_time_zone
 
 RERUN_TAG = "refit/rerun"
 EVERY_HALF_HOUR_AT_NIGHT = "*/30 1-5 * * *"
@@ -31,13 +32,14 @@ def build_schedule(workspace: Workspace) -> dg.ScheduleDefinition:
 
     Targets share stages, artifacts under construction are locked, and stages that measure speed want the machine to
     themselves; so a tick requests one target and later ticks the next. A target is requested once a night: one that
-    keeps failing is tried again the night after, not every half hour.
+    keeps failing is tried again the night after, not every half hour. Hours and dates are those of the machine's zone.
     """
 
     @dg.schedule(
         name="rerun_stale",
         job=ALL_STAGES,
         cron_schedule=EVERY_HALF_HOUR_AT_NIGHT,
+        execution_timezone=find_time_zone(),
         default_status=dg.DefaultScheduleStatus.STOPPED,
         description="Runs whatever is missing for the recipe as it stands, and everything downstream of it.",
     )

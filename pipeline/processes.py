@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import NoReturn
 from pipeline.errors import StageError
 
 _PR_SET_PDEATHSIG = 1
+# The process that called run_group, for those below it: ranks have torchrun for a parent.
+_RUN_PID = "REFIT_RUN_PID"
+_WATCH_INTERVAL_S = 1.0
 
 
 def run_checked(command: Sequence[str], *, what: str, timeout_s: float) -> str:
@@ -52,13 +56,14 @@ def run_group(
     """Run a command in a process group of its own, calling `poll` while it runs, and return its exit code.
 
     However this function is left (the command ends, `poll` raises, the run is cancelled), the whole group is ended:
-    SIGTERM, `grace_s` seconds, SIGKILL. Standard output and error go to `log_path`.
+    SIGTERM, `grace_s` seconds, SIGKILL; being told to end once more ends the grace. Standard output and error go to
+    `log_path`.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         child = subprocess.Popen(
             command,
-            env={**os.environ, **env},
+            env={**os.environ, **env, _RUN_PID: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -73,7 +78,12 @@ def run_group(
                 if child.returncode is not None:
                     return child.returncode
         finally:
-            _end_group(child, grace_s=grace_s)
+            try:
+                _end_group(child, grace_s=grace_s)
+            except BaseException:
+                # Ctrl-C twice, or a SIGTERM to the whole process group, of which make hands on one more.
+                _end_group(child, grace_s=0.0)
+                raise
 
 
 class LineServer:
@@ -124,9 +134,9 @@ class LineServer:
             self._read_line(self._child, timeout_s=self._start_timeout_s)
         except (TimeoutError, EOFError) as err:
             self._end()
-            raise StageError(
-                f"{' '.join(self._command)} was not ready in {self._start_timeout_s:.0f} s: run it by hand"
-            ) from err
+            late = f"was not ready in {self._start_timeout_s:.0f} s"
+            how = late if isinstance(err, TimeoutError) else "ended before it was ready"
+            raise StageError(f"{' '.join(self._command)} {how}: run it by hand") from err
         return self._child
 
     def _read_line(self, child: "subprocess.Popen[bytes]", *, timeout_s: float) -> str:
@@ -155,17 +165,37 @@ class LineServer:
 
 
 def end_with_parent(*, parent_pid: int | None = None) -> None:
-    """Ask the kernel to end this process when its parent dies; does nothing where the kernel cannot (not Linux).
+    """Have this process end when its parent dies: by the kernel on Linux, elsewhere by looking once a second.
 
-    With `parent_pid`, a parent that died before the request was made is noticed too.
+    With `parent_pid`, a parent that died before the request was made is noticed too. Where the kernel cannot, a stage
+    process and its ranks look for the run that started them, which takes a thread: nothing is done between fork and
+    exec, where `parent_pid` is given.
 
-    A rank whose launcher is killed outright would otherwise train on, holding its memory and its device.
+    A rank whose launcher is killed outright would otherwise train on, holding its memory and its device, and write into
+    a directory whose lock died with the launcher.
     """
     if sys.platform != "linux":
+        run_pid = os.environ.get(_RUN_PID)
+        if parent_pid is None and run_pid is not None:
+            threading.Thread(target=_end_with, args=(int(run_pid),), daemon=True).start()
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if parent_pid is not None and os.getppid() != parent_pid:
         os._exit(1)
+
+
+def _end_with(run_pid: int) -> None:
+    while _exists(run_pid):
+        time.sleep(_WATCH_INTERVAL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:  # none of that id, or one of somebody else that was given the id since
+        return False
+    return True
 
 
 def _end_group(child: "subprocess.Popen[bytes]", *, grace_s: float) -> None:

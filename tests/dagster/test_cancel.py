@@ -18,6 +18,7 @@ import dagster as dg
 import pytest
 
 from pipeline.execution import materialize
+from resources.run_hygiene import process_identity
 from tests.dagster.commands import REPOSITORY, environment, run_module
 from tests.dagster.stores import open_tiny
 
@@ -27,6 +28,24 @@ pytestmark = [
 ]
 
 STAGE = "block_profile"  # needs the parent alone, and works for seconds in a process of its own
+
+# A run whose stage does not heed SIGTERM, with more patience than the test has; as Dagster does, it raises when told.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(sys.argv[1] + ".part", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(120)
+"""
+PATIENT = f"""
+import signal, sys
+from pathlib import Path
+from pipeline.processes import run_group
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+run_group([sys.executable, "-c", {STUBBORN!r}, sys.argv[1]], env={{}}, log_path=Path(sys.argv[1] + ".log"),
+          grace_s=100, poll=lambda: None)
+"""
 
 LAUNCH = """
 mutation($params: ExecutionParams!) {
@@ -118,12 +137,27 @@ def test_run_killed_outright_takes_its_stage_along_and_is_ended_at_the_next_star
     assert run_statuses(home) == [dg.DagsterRunStatus.STARTED]
     done = run_module("resources.home", home=home)
     assert done.returncode == 0, done.stderr
-    assert "had no process any more" in done.stdout
+    assert "had no process any more" in done.stderr
     assert run_statuses(home) == [dg.DagsterRunStatus.FAILURE]
     again = run_module(
         "dagster", "asset", "materialize", "-m", "pipeline.definitions", "--select", STAGE, home=home, timeout_s=240
     )
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_run_told_twice_to_stop_kills_a_stage_that_does_not_heed(tmp_path: Path):
+    pid_path = tmp_path / "pid"
+    run = subprocess.Popen([sys.executable, "-c", PATIENT, str(pid_path)], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    wait_for(pid_path.exists, within_s=60, message="the stage never started")
+    stage = int(pid_path.read_text())
+
+    run.terminate()
+    time.sleep(2.0)
+    assert process_identity(stage) is not None, "the stage had no grace"
+    run.terminate()
+
+    run.wait(timeout=30)
+    assert process_identity(stage) is None, f"process {stage} outlived its run"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES, get_stage
 from resources.staleness import find_stale_stages
+from resources.time_zone import find_time_zone
 from tests.dagster.stores import open_tiny, publish_all
 
 AFTER_KD = [
@@ -103,6 +104,43 @@ def test_code_version_of_training_survives_another_target():
 
 def test_schedule_is_shipped_stopped(workspace: Workspace):
     assert build_schedule(workspace).default_status is dg.DefaultScheduleStatus.STOPPED
+
+
+def test_schedule_runs_at_night_where_the_machine_is(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+
+    assert build_schedule(workspace).execution_timezone == "Asia/Tokyo"
+
+
+@pytest.mark.parametrize(
+    ("link", "zone"),
+    [
+        ("/usr/share/zoneinfo/Europe/Berlin", "Europe/Berlin"),
+        ("../usr/share/zoneinfo/America/Argentina/Ushuaia", "America/Argentina/Ushuaia"),
+        ("/var/db/timezone/zoneinfo/America/New_York", "America/New_York"),
+        ("/usr/share/zoneinfo/Europe", "UTC"),
+        ("/elsewhere/clock", "UTC"),
+    ],
+)
+def test_time_zone_is_what_localtime_links_to(link: str, zone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TZ", raising=False)
+    (tmp_path / "localtime").symlink_to(link)
+
+    assert find_time_zone(localtime=tmp_path / "localtime") == zone
+
+
+def test_time_zone_where_localtime_is_no_link_is_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TZ", raising=False)
+
+    assert find_time_zone(localtime=tmp_path / "localtime") == "UTC"
+
+
+def test_time_zone_that_has_no_name_is_passed_over_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TZ", "CEST-2")
+    (tmp_path / "localtime").symlink_to("/usr/share/zoneinfo/Europe/Berlin")
+
+    with pytest.warns(UserWarning, match="TZ is 'CEST-2', .* runs in Europe/Berlin"):
+        assert find_time_zone(localtime=tmp_path / "localtime") == "Europe/Berlin"
 
 
 def test_schedule_with_nothing_changed_skips(workspace: Workspace, instance: dg.DagsterInstance):

@@ -28,8 +28,8 @@ from tests.pipeline.planning.builders import with_target, workspace
 def test_targets_that_no_choice_of_blocks_meets(
     quantity: Any, scenario: str | None, bound: float, relative_to: Any, is_hopeless: bool, tmp_path: Path
 ):
-    # smol's smallest child: FFNs of 256 in the first and last layer, one attention of one KV head in the first, 29,935,872
-    # of 134,515,008 parameters, 2 x 64 values of 2 bytes a token.
+    # smol's smallest child: FFNs of 256 in the first and last layer and one attention of one KV head, in the first:
+    # 29,935,872 of 134,515,008 parameters, 2 x 64 values of 2 bytes a token.
     limit = Limit(quantity=quantity, scenario=scenario, bound=bound, relative_to=relative_to)
     plan = make_plan(workspace(tmp_path, with_target(load_recipe("smol"), limit)), target_name="made", device=None)
     found = [warning for warning in plan.warnings if warning.startswith("target")]
