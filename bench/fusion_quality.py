@@ -33,9 +33,10 @@ from pipeline.evaluation.arrangements import (
     without,
 )
 from pipeline.evaluation.closeness import Comparison, Reference, compare
-from pipeline.execution import Workspace, materialize, refit_home
+from pipeline.execution import Workspace, materialize
 from pipeline.fingerprint import fingerprint
 from pipeline.hardware import describe_hardware
+from pipeline.home import refit_home
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, model_from_tensors, save_checkpoint
 from pipeline.model.fusion_runs import FusionRun
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM

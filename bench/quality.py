@@ -22,9 +22,10 @@ from pipeline.artifacts import ArtifactStore, write_atomically
 from pipeline.evaluation.multiple_choice import multiple_choice_quality
 from pipeline.evaluation.perplexity import sum_over_windows, text_quality
 from pipeline.evaluation.suite import load_for_evaluation, load_suite, parent_texts
-from pipeline.execution import Workspace, materialize, refit_home
+from pipeline.execution import Workspace, materialize
 from pipeline.fingerprint import fingerprint
 from pipeline.hardware import describe_hardware
+from pipeline.home import refit_home
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture, save_checkpoint
 from pipeline.puzzle.assemble import PREFIXES
 from pipeline.puzzle.baselines import PUZZLE, WITHOUT_BLD

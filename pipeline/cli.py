@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.artifacts import Artifact, write_atomically
 from pipeline.errors import CheckpointError, MissingInputError, RecipeError, RefitError
-from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, refit_home, require_sound
+from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, require_sound
+from pipeline.home import refit_home
 from pipeline.processes import become
 from pipeline.progress import render_progress
 from pipeline.recipe import Recipe

@@ -4,16 +4,17 @@ Identity (all hashes by pipeline.fingerprint):
 
     fingerprint(stage) = H(name, version, config slice, content hashes of the inputs, environment)
 
+Those of report and model_card are also of what their inputs' stages reported: they print it, and no content holds it.
 The content hash of an input is found by computing that input's own fingerprint and looking into the store, never by
 asking which event came last; so a result can be reused after a scheduler's database is gone.
 """
 
-import functools
+import contextlib
 import json
 import os
-import sys
+import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,27 +22,26 @@ from typing import Literal
 import yaml
 from pydantic import ValidationError
 
-from pipeline.architecture import Frozen
 from pipeline.artifacts import (
     IDENTITY,
     Artifact,
     ArtifactStore,
     disk_error,
-    sha256_file,
     write_atomically,
 )
-from pipeline.errors import DataError, MissingInputError, RecipeError, RefitError, StageError
-from pipeline.evaluation.task_files import files_read_by
+from pipeline.environment import environment_of
+from pipeline.errors import MissingInputError, RecipeError, RefitError, StageError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
+from pipeline.home import refit_home
 from pipeline.model.architecture_files import parent_architecture
-from pipeline.model.shards import SUBBLOCKS_DIR
-from pipeline.recipe import DatasetSource, FileSource, LocalParent, Recipe, RLConfig
+from pipeline.prerequisites import missing_runtimes, refused_settings
+from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
-from pipeline.stages.configs import CorporaStage, EvaluationStage, ParentStage
-from pipeline.stages.process import REPOSITORY, ProgressListener, run_stage
+from pipeline.stages.configs import ReportStage
+from pipeline.stages.process import ProgressListener, run_stage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE
 from pipeline.wrong_keys import wrong_keys
@@ -56,6 +56,11 @@ class Workspace:
     downloads: Path
     execution: ExecutionSettings
 
+    @property
+    def home(self) -> Path:
+        """The directory that the store lies in."""
+        return self.store.root.parent
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -63,11 +68,6 @@ class Outcome:
 
     artifact: Artifact
     how: Literal["reused", "resumed", "ran"]
-
-
-def refit_home() -> Path:
-    """Return the directory of all state: REFIT_HOME, or .refit beside the repository's Makefile."""
-    return Path(os.environ.get("REFIT_HOME", REPOSITORY / ".refit")).absolute()
 
 
 def open_workspace(recipe_name_or_path: str | None = None) -> Workspace:
@@ -111,16 +111,20 @@ def stage_fingerprint(workspace: Workspace, stage: Stage, target: str) -> str:
 
     Raises:
         MissingInputError: naming the upstream asset to materialize.
+        RuntimeMissingError: when it, or anything above it, is measured in a runtime that is not installed.
     """
     return _Resolver(workspace, target).fingerprint(stage)
 
 
 def find_artifact(workspace: Workspace, stage_name: str, target: str) -> Artifact | None:
-    """Return the artifact that this recipe now asks for, or None when it, or anything above it, is not in the store."""
+    """Return the artifact that this recipe now asks for, or None when it, or anything above it, is not in the store.
+
+    What was measured in a runtime that is not installed here cannot be told from what another build measured: None.
+    """
     stage = get_stage(stage_name)
     try:
         return workspace.store.find(stage.name, stage_fingerprint(workspace, stage, target))
-    except MissingInputError:
+    except (MissingInputError, RuntimeMissingError):
         return None
 
 
@@ -153,6 +157,7 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
     if found := store.find(stage.name, key):
+        _remove_leftover_work(found, store)
         return Outcome(artifact=found, how="reused")
     store.require_free_space()
     with store.locked(stage.name, key, on_wait=lambda message: listener({"note": message})) as out_dir:
@@ -193,6 +198,15 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
     return Outcome(artifact=artifact, how="resumed" if resumed else "ran")
 
 
+def _remove_leftover_work(artifact: Artifact, store: ArtifactStore) -> None:
+    """Remove the `_work/` of a finished artifact: a kill between its manifest and the clean-up leaves it behind."""
+    if not (artifact.path / WORK_DIR).is_dir():
+        return
+    # Suppressed: a store that cannot be written is read all the same.
+    with contextlib.suppress(OSError), store.locked(artifact.manifest.asset, artifact.manifest.fingerprint):
+        shutil.rmtree(artifact.path / WORK_DIR, ignore_errors=True)
+
+
 class _Resolver:
     """Finds the artifacts of one recipe and target by recomputing the chain of fingerprints, each stage once."""
 
@@ -216,8 +230,10 @@ class _Resolver:
         if backends:
             identity["hardware"] = hardware_id()
             identity |= runtime_ids(backends)
-        if environment := _environment(config):
+        if environment := environment_of(config, home=self._workspace.home):
             identity["environment"] = environment
+        if isinstance(config, ReportStage):  # report and model_card
+            identity["results"] = {name: _result_hash(artifact) for name, artifact in self.inputs(stage).items()}
         return identity
 
     def inputs(self, stage: Stage) -> dict[str, Artifact]:
@@ -252,21 +268,32 @@ def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str,
     Raises:
         MissingInputError: naming the upstream asset to materialize.
         ArtifactError: when an input's files are not those of its manifest.
+        RuntimeMissingError: as stage_fingerprint.
     """
     return json.loads(canonical_json(_Resolver(workspace, target).identity(stage)))
 
 
-def require_runtimes(recipe: Recipe, stage_names: Iterable[str]) -> None:
-    """Refuse a run whose last stage would find, an hour later, that the runtime it measures in is not there.
+def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: ExecutionSettings | None = None) -> None:
+    """Refuse a run one of whose stages would find, when its turn comes, that what it runs in is not there.
+
+    Without `execution`, the settings are those that REFIT_EXECUTION describes, as in open_workspace.
 
     Raises:
-        RuntimeMissingError: naming the stage, the runtime, and how to install it.
+        RuntimeMissingError: naming the stage, what it needs, and how to install it.
+        StageError: when a stage refuses the execution settings.
     """
+    execution = execution or load_execution(os.environ.get("REFIT_EXECUTION"))
     for stage in (BY_NAME[name] for name in stage_names if name in BY_NAME):
-        try:
-            runtime_ids(stage.measures_in(recipe))
-        except RuntimeMissingError as err:
-            raise RuntimeMissingError(f"{stage.name} measures in a runtime that is not there: {err}") from err
+        for told in missing_runtimes(stage, recipe=recipe, execution=execution).values():
+            raise RuntimeMissingError(told)
+        refused = refused_settings(stage, execution=execution)
+        if refused is not None:
+            raise StageError(refused)
+
+
+def _result_hash(artifact: Artifact) -> str:
+    """Return the hash of what a stage reported: metrics, facts and tables, which reports print, but not its time."""
+    return fingerprint(json.loads(artifact.record.result.model_dump_json()))
 
 
 def has_saved_work(out_dir: Path) -> bool:
@@ -319,48 +346,3 @@ def _verify_once(artifact: Artifact) -> None:
     if seen not in _VERIFIED:
         artifact.verify_hashes()
         _VERIFIED.add(seen)
-
-
-def _environment(config: Frozen) -> dict[str, str]:
-    """Return what a stage reads from outside the recipe and the store: local files, the interpreter's library."""
-    if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
-        directory = Path(config.parent.path).expanduser()
-        return _file_hashes(directory, "*") | _file_hashes(directory / SUBBLOCKS_DIR, "*")
-    if isinstance(config, RLConfig) and config.reward_model is not None:
-        return _file_hashes(Path(config.reward_model.path).expanduser(), "*")
-    found: dict[str, str] = {}
-    if isinstance(config, EvaluationStage) and config.evaluation.lm_eval is not None:
-        found |= _task_file_hashes(config.evaluation.lm_eval.include_path)
-    if isinstance(config, CorporaStage):
-        for source in config.corpora.sources:
-            if source.kind == "embedded" and source.name == "python-stdlib":
-                found["python"] = sys.version.split()[0]
-            if isinstance(source, DatasetSource):
-                found |= _file_hashes(Path(source.path), "**/*")
-            if isinstance(source, FileSource):
-                pattern = Path(source.path)
-                found |= _file_hashes(Path(pattern.anchor or "."), str(pattern.relative_to(pattern.anchor)))
-    return found
-
-
-def _task_file_hashes(include_path: str | None) -> dict[str, str]:
-    if include_path is None:
-        return {}
-    try:
-        return _hashes(files_read_by(include_path))
-    except DataError:  # the stage says what is wrong with them; an identity must be there to be asked for
-        return _file_hashes(Path(include_path).expanduser(), "**/*")
-
-
-def _file_hashes(directory: Path, pattern: str) -> dict[str, str]:
-    return _hashes(sorted(path for path in directory.glob(pattern) if path.is_file()) if directory.is_dir() else [])
-
-
-def _hashes(files: Sequence[Path]) -> dict[str, str]:
-    return {str(file): _hash_unchanged(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-
-
-@functools.cache
-def _hash_unchanged(file: Path, _size_bytes: int, _mtime_ns: int) -> str:
-    """Return the sha256 of a file, read once per process while its size and time stay the same."""
-    return sha256_file(file)

@@ -19,9 +19,22 @@ def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe by name (`smol`) or by path (`my/recipe.yaml`).
 
     Raises:
-        RecipeError: when there is no such file, it is not YAML, or a key is unknown, missing or of the wrong value.
+        RecipeError: when there is no such file, it is not YAML, or a key is unknown, missing or of the wrong value; or
+            when it is a changed copy of a shipped recipe that still has its name.
     """
     path = find_recipe(name_or_path)
+    recipe = _read_recipe(path)
+    shipped = RECIPES_DIR / f"{recipe.name}.yaml"
+    if shipped.is_file() and not path.samefile(shipped) and recipe != _read_recipe(shipped):
+        raise RecipeError(
+            f"{path} says `name: {recipe.name}`, and the shipped recipe of that name says something else: artifacts "
+            "belong to a name, so `doctor --remove-garbage` would take those of one for leftovers of the other; give "
+            f"it a name of its own, like `name: my-{recipe.name}`"
+        )
+    return recipe
+
+
+def _read_recipe(path: Path) -> Recipe:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except UnicodeDecodeError as err:

@@ -4,7 +4,8 @@
     REFIT_RUNTIMES/vllm/bin/python                                  make install-vllm
     REFIT_RUNTIMES/mlx/bin/python                                   make install-mlx
 
-make sets REFIT_RUNTIMES to a directory in REFIT_HOME. llama.cpp's programs are looked for on PATH as well.
+REFIT_RUNTIMES is `runtimes` in REFIT_HOME where it is not set, as make has it. llama.cpp's programs are looked for on
+PATH as well.
 """
 
 import functools
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.home import refit_home
 
 GGUF_FILE = "model.gguf"  # in an exported directory, what llama.cpp reads
 
@@ -25,16 +27,14 @@ class RuntimeMissingError(UserError):
 
 def find_llama_cpp(program: str) -> Path | None:
     """Return one of llama.cpp's programs (`llama-server`), or None where it is not installed."""
-    own = _directory("llama.cpp", "bin")
-    found = shutil.which(program, path=own) if own is not None else None
-    found = found or shutil.which(program)
+    found = shutil.which(program, path=_directory("llama.cpp", "bin")) or shutil.which(program)
     return None if found is None else Path(found)
 
 
 def find_python(runtime: str) -> Path | None:
     """Return the Python of a runtime's environment (`vllm`, `mlx`), or None where it is not installed."""
     own = _directory(runtime, "bin", "python")
-    return own if own is not None and own.is_file() else None
+    return own if own.is_file() else None
 
 
 def require_llama_cpp(program: str) -> Path:
@@ -46,8 +46,8 @@ def require_llama_cpp(program: str) -> Path:
     found = find_llama_cpp(program)
     if found is None:
         raise RuntimeMissingError(
-            f"{program} is neither in {_directory('llama.cpp', 'bin') or 'REFIT_RUNTIMES, which is not set,'} nor on "
-            "PATH: make install-llama-cpp builds it (docs/serving.md)"
+            f"{program} is neither in {_directory('llama.cpp', 'bin')} nor on PATH: make install-llama-cpp builds it "
+            "(docs/serving.md)"
         )
     return found
 
@@ -61,8 +61,7 @@ def require_python(runtime: str) -> Path:
     found = find_python(runtime)
     if found is None:
         raise RuntimeMissingError(
-            f"{_directory(runtime, 'bin', 'python') or 'REFIT_RUNTIMES, which is not set,'} is not there: make "
-            f"install-{runtime} creates it (docs/serving.md)"
+            f"{_directory(runtime, 'bin', 'python')} is not there: make install-{runtime} creates it (docs/serving.md)"
         )
     return found
 
@@ -105,6 +104,5 @@ def llama_cpp_id() -> str:
     return digest.hexdigest()[:16]
 
 
-def _directory(*parts: str) -> Path | None:
-    root = os.environ.get("REFIT_RUNTIMES")
-    return Path(root, *parts) if root else None
+def _directory(*parts: str) -> Path:
+    return Path(os.environ.get("REFIT_RUNTIMES") or refit_home() / "runtimes", *parts)

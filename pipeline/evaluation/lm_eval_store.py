@@ -80,7 +80,7 @@ class LmEvaluator:
 
         Raises:
             DataError: when a task is unknown or its data cannot be read.
-            ArtifactError: when an input has no manifest, or another process is measuring the same.
+            ArtifactError: when an input has no manifest.
         """
         model = functools.cache(lambda: load_for_evaluation(checkpoint_dir, config=self._config))
         pairs: list[tuple[LmEvalTask, LmEvalPrompt]] = [
@@ -111,11 +111,13 @@ class LmEvaluator:
                 "version": LM_EVAL_VERSION,
             }
         )
-        found = self._store.find(ASSET, key)
+        found = self._find(task, prompt, key=key)
         if found is not None:
-            self._reporter.note(f"{task.name}, {prompt}, was measured before: {ASSET} {key}")
-            return read_lm_eval(found.path)["checkpoint"][0]
-        with self._store.locked(ASSET, key) as directory:
+            return found
+        with self._store.locked(ASSET, key, on_wait=self._reporter.note) as directory:
+            found = self._find(task, prompt, key=key)  # another process measured it while this one waited for the lock
+            if found is not None:
+                return found
             began = time.monotonic()
             result = self._measure(task, prompt, checkpoint_dir=checkpoint_dir, model=model())
             write_lm_eval(directory, checkpoints={"checkpoint": (result,)})
@@ -127,6 +129,13 @@ class LmEvaluator:
                 provenance={"hardware": describe_hardware()},
             )
         return result
+
+    def _find(self, task: LmEvalTask, prompt: LmEvalPrompt, *, key: str) -> LmEvalResult | None:
+        found = self._store.find(ASSET, key)
+        if found is None:
+            return None
+        self._reporter.note(f"{task.name}, {prompt}, was measured before: {ASSET} {key}")
+        return read_lm_eval(found.path)["checkpoint"][0]
 
     def _measure(self, task: LmEvalTask, prompt: LmEvalPrompt, *, checkpoint_dir: Path, model: Any) -> LmEvalResult:
         # One of its own for every task: lm-eval sets the padding of the tokenizer it is given.

@@ -61,14 +61,16 @@ class Evaluator:
 
         Raises:
             CheckpointError: when the checkpoint has another tokenizer than the parent.
-            ArtifactError: when an input has no manifest, or another process is measuring the same checkpoint.
+            ArtifactError: when an input has no manifest.
         """
         key = self._key(checkpoint_dir)
-        found = self._store.find(ASSET, key)
+        found = self._find(name, key)
         if found is not None:
-            self._reporter.note(f"{name} was measured before: {ASSET} {key}")
-            return read_evaluations(found.path)["checkpoint"]
-        with self._store.locked(ASSET, key) as directory:
+            return found
+        with self._store.locked(ASSET, key, on_wait=self._reporter.note) as directory:
+            found = self._find(name, key)  # another process measured it while this one waited for the lock
+            if found is not None:
+                return found
             began = time.monotonic()
             is_parent = checkpoint_key(checkpoint_dir) == checkpoint_key(self._parent_dir)
             evaluation = evaluate_checkpoint(
@@ -92,6 +94,13 @@ class Evaluator:
                 provenance={"hardware": describe_hardware()},
             )
         return evaluation
+
+    def _find(self, name: str, key: str) -> CheckpointEvaluation | None:
+        found = self._store.find(ASSET, key)
+        if found is None:
+            return None
+        self._reporter.note(f"{name} was measured before: {ASSET} {key}")
+        return read_evaluations(found.path)["checkpoint"]
 
     def _key(self, checkpoint_dir: Path) -> str:
         if _tokenizer_hashes(checkpoint_dir) != _tokenizer_hashes(self._parent_dir):

@@ -1,7 +1,8 @@
 """Whether each stage of a target would be reused, resumed or run, and the first thing that differs from last time.
 
 The present identity of a stage (version, recipe slice, content of its inputs, hardware, local files) is compared with
-the one written down beside the newest earlier artifact of the same asset. Nothing is written and no lock is taken.
+the one written down beside the newest earlier artifact of the same asset. Nothing is written into the store and no
+lock is taken.
 """
 
 import json
@@ -14,12 +15,13 @@ from pipeline.artifacts import IDENTITY, MANIFEST, PROGRESS, Artifact
 from pipeline.errors import ArtifactError
 from pipeline.execution import Workspace, failed_blocking_check, has_saved_work, stage_identity
 from pipeline.fingerprint import canonical_json, fingerprint
+from pipeline.runtimes import RuntimeMissingError
 from pipeline.stages.registry import STAGES, Stage
 
 Action = Literal["reuse", "resume", "run", "blocked"]
 
 # In the order in which a difference is worth telling.
-_PARTS = ("version", "config", "hardware", "environment", "inputs")
+_PARTS = ("version", "config", "hardware", "environment", "inputs", "results")
 
 
 class Explanation(Frozen):
@@ -84,7 +86,7 @@ def _explain_stage(
         identity = stage_identity(workspace, stage, target)
         key = fingerprint(identity)
         artifact = workspace.store.find(stage.name, key)
-    except ArtifactError as err:
+    except (ArtifactError, RuntimeMissingError) as err:
         return Explanation(stage=stage.name, action="blocked", reason=str(err)), None
     if artifact is not None:
         failure = failed_blocking_check(artifact, workspace.recipe)
@@ -139,9 +141,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """Return every leaf that differs, as `path: old -> new`, the most telling part first."""
     changes: list[str] = []
     for part in _PARTS:
-        for path, old, new in _changed_leaves(before.get(part), now.get(part), path=part):
-            if part == "inputs":
-                changes.append(f"input {path.removeprefix('inputs.')} has other content: {_hash(old)} -> {_hash(new)}")
+        for path, old, new in _changed_leaves(before.get(part, {}), now.get(part, {}), path=part):
+            if part in ("inputs", "results"):
+                name, other = path.removeprefix(f"{part}."), "content" if part == "inputs" else "results"
+                changes.append(f"input {name} has other {other}: {_hash(old)} -> {_hash(new)}")
             else:
                 changes.append(f"{path}: {_spelled(old)} -> {_spelled(new)}")
     return changes

@@ -14,6 +14,7 @@ from pipeline.inspection.files import directory_bytes, lock_holder
 from pipeline.inspection.findings import Finding
 from pipeline.puzzle.library import BLOCK_ASSET, INDEX
 from pipeline.recipe import Recipe
+from pipeline.runtimes import RuntimeMissingError
 from pipeline.stages.registry import BY_NAME, STAGES
 
 LIBRARY = "block_library"
@@ -23,7 +24,8 @@ def find_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> tuple[Pa
     """Return the artifact directories, finished or not, that none of the recipes' targets asks for.
 
     What was made for a recipe of a name that is not among them is kept: its file lies somewhere else. Where an input is
-    missing, a stage's fingerprint cannot be told: whatever the recipe made of that asset is kept.
+    missing, or the runtime that a stage measures in, its fingerprint cannot be told: whatever the recipe made of that
+    asset is kept, and of those that read it of every target.
     Blocks of the library are kept while any kept library names them, and all of them while a library is unfinished.
     What is shared below other names (evaluations, a few KiB each) is never garbage.
 
@@ -40,10 +42,15 @@ def find_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> tuple[Pa
             for stage in STAGES:
                 try:
                     key = stage_fingerprint(at, stage, target)
-                except MissingInputError:
+                except (MissingInputError, RuntimeMissingError):
                     unknown.add((stage.name, recipe.name))
                     continue
                 kept[stage.name].add(key)
+        unknown |= {
+            (stage.name, recipe.name)
+            for stage in STAGES
+            if any((name, recipe.name) in unknown for name in stage.over_targets)
+        }
     found = [
         path
         for asset in sorted(root.iterdir() if root.is_dir() else [])

@@ -18,7 +18,7 @@ from pipeline.planning.warnings import (
     memory_warnings,
     target_warnings,
 )
-from pipeline.runtimes import RuntimeMissingError, runtime_ids
+from pipeline.prerequisites import missing_runtimes
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 
@@ -73,7 +73,9 @@ class Plan:
 
 
 def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) -> Plan:
-    """Return the plan of one target of the workspace's recipe. Reads configuration and manifests, never weights.
+    """Return the plan of one target of the workspace's recipe. Reads configuration and manifests, and loads no weights.
+
+    To tell which artifacts are there, local files that the recipe names are hashed if they changed since the last time.
 
     Raises:
         RecipeError, CheckpointError: when the parent's architecture or the search space cannot be had.
@@ -123,15 +125,11 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
 
 
 def _runtime_warnings(workspace: Workspace) -> list[str]:
-    """Return the runtimes that a stage measures in and that are not installed here, each with the first such stage."""
-    found = {}
+    """Return the runtimes that a stage needs and that are not installed here, each with the first such stage."""
+    found: dict[str, str] = {}
     for stage in STAGES:
-        for backend in stage.measures_in(workspace.recipe):
-            try:
-                runtime_ids((backend,))
-            except RuntimeMissingError as err:
-                found.setdefault(backend, f"runtime: {stage.name} measures in {backend}, and {err}")
-    return list(found.values())
+        found = missing_runtimes(stage, recipe=workspace.recipe, execution=workspace.execution) | found
+    return [f"runtime: {told}" for told in found.values()]
 
 
 def stage_time_s(one: Estimate, *, device: Device, execution: ExecutionSettings) -> Range:

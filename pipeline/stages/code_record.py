@@ -2,9 +2,9 @@
 
 A fingerprint holds a hand-kept version, not a source, so that a renamed variable re-trains nothing. The price is that
 somebody must raise the version when something else is computed. `code_record.json` records, per stage, the version and
-a hash of the stage's module and of every module of this package that it imports, however far down; and the same for the
-two constants that version what stages share in the store. A test fails when they differ from the code: raise the
-version, or find that nothing computed differently, and record again.
+a hash of the stage's module and of every module of this package that it imports, however far down, with the files that
+these read or run by their path; and the same for the constants that version what stages share in the store. A test
+fails when they differ from the code: raise the version, or find that nothing computed differently, and record again.
 """
 
 import ast
@@ -44,6 +44,15 @@ NOT_RECORDED = frozenset(
 )
 
 
+# What no import names: programs that a module starts, templates and task files that it reads. Paths of this repository.
+# Not the architectures: they only say which parent is refused.
+BY_PATH = {
+    "pipeline.reasoning.grading": "pipeline/reasoning/grader.py",
+    "pipeline.report.html": "pipeline/report/templates/*.j2",
+    "pipeline.evaluation.lm_eval_store": "pipeline/evaluation/lm_eval_tasks/*.yaml",
+}
+
+
 def current_code() -> dict[str, dict[str, int | str]]:
     """Return version and source hash of every stage, by name, and of every constant, by its dotted name."""
     stages = {stage.name: {"version": stage.version, "source": source_hash(stage.module)} for stage in STAGES}
@@ -68,13 +77,19 @@ def version_to_raise(name: str) -> str:
 
 
 def source_hash(module: str) -> str:
-    """Return a hash of a module and all it imports inside this package; comments and docstrings do not count."""
-    texts = {name: _code(name) for name in sorted(reachable_modules(module))}
+    """Return a hash of a module and all it imports inside this package; comments and docstrings do not count.
+
+    Files that are no Python count to the last byte.
+    """
+    modules = sorted(reachable_modules(module))
+    texts = {name: _code(name) for name in modules}
+    for file in (file for name in modules for file in files_by_path(name) if file.suffix != ".py"):
+        texts[file.relative_to(PACKAGE_ROOT).as_posix()] = file.read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def reachable_modules(module: str) -> set[str]:
-    """Return a module and every recorded module of this package that it imports, at its top or inside a function."""
+    """Return a module and every recorded module that it imports, at its top or in a function, or starts by its path."""
     found: set[str] = set()
     waiting = [module]
     while waiting:
@@ -83,7 +98,26 @@ def reachable_modules(module: str) -> set[str]:
             continue
         found.add(name)
         waiting += _imports(name)
+        waiting += [_module_of(file) for file in files_by_path(name) if file.suffix == ".py"]
     return found
+
+
+def files_by_path(module: str) -> list[Path]:
+    """Return the files that BY_PATH names for a module.
+
+    Raises:
+        FileNotFoundError: when there are none any more.
+    """
+    if module not in BY_PATH:
+        return []
+    found = sorted(PACKAGE_ROOT.glob(BY_PATH[module]))
+    if not found:
+        raise FileNotFoundError(f"{module} reads {BY_PATH[module]}, where there is nothing: correct BY_PATH")
+    return found
+
+
+def _module_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE_ROOT).with_suffix("").parts)
 
 
 def _constant(name: str) -> int:

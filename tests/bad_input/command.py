@@ -18,8 +18,8 @@ CANARY = "canary-was-run"
 
 
 def recipe_with(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tiny recipe with values changed at dotted paths; ... deletes one."""
-    plain = copy.deepcopy(TINY)
+    """Return the tiny recipe under another name, with values changed at dotted paths; ... deletes one."""
+    plain = copy.deepcopy(TINY) | {"name": "changed"}
     for path, value in changes.items():
         *parents, last = path.split(".")
         place = plain

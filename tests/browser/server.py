@@ -43,11 +43,12 @@ class Served:
 
 
 def write_recipe(home: Path) -> Path:
-    """Write the recipe `tiny`, with a distillation long enough to be watched, and return where."""
+    """Write the recipe `tiny` as `watched`, with a distillation long enough to be watched, and return where."""
     recipe = yaml.safe_load((REPOSITORY / "pipeline" / "recipes" / "tiny.yaml").read_text(encoding="utf-8"))
+    recipe["name"] = "watched"
     for section in ("distillation_mix", "kd"):
         recipe[section]["tokens"] = WATCHED_TOKENS
-    path = home / "tiny.yaml"
+    path = home / "watched.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 

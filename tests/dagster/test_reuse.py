@@ -95,7 +95,7 @@ def test_missing_runtime_of_a_late_stage_stops_a_run_at_its_first_asset(
         for failure in failures:
             assert failure is not None
             assert failure.cause is not None
-            assert "speed_report measures in a runtime that is not there" in failure.cause.message
+            assert "speed_report measures in vllm" in failure.cause.message
             assert "make install-vllm" in failure.cause.message
         without = _materialize(asking, instance, asset_selection=[dg.AssetKey("parent_checkpoint")])
         assert without.success

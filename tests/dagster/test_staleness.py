@@ -83,6 +83,15 @@ def test_stale_stages_after_editing_thresholds_are_none(workspace: Workspace, tm
     assert find_stale_stages(edited, "fused") == []
 
 
+def test_stale_stages_without_a_runtime_are_what_it_measures_and_what_follows(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    edited = open_tiny(tmp_path, recipe=_edited(workspace.recipe, speed_report={"backends": ("torch", "vllm")}))
+
+    assert find_stale_stages(edited, "fused") == ["speed_report", "model_card", "report", "pareto"]
+
+
 def test_code_version_changes_with_the_slice_a_stage_reads_and_no_other():
     recipe = load_recipe("tiny")
     edited = _edited(recipe, kd={"tokens": 4096})

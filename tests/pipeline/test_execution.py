@@ -1,13 +1,15 @@
 """Identity and materialization: what changes a fingerprint, and when a stage is reused, resumed, run or refused."""
 
 import json
+import math
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import ArtifactStore
+from pipeline.artifacts import RESULT, ArtifactStore, RunRecord
 from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, RecipeError, StageError
 from pipeline.execution import (
     Workspace,
@@ -16,14 +18,27 @@ from pipeline.execution import (
     load_execution,
     materialize,
     open_workspace,
-    refit_home,
+    require_runtimes,
     stage_fingerprint,
     stage_identity,
 )
+from pipeline.home import refit_home
 from pipeline.model.architecture_files import load_architecture
 from pipeline.model.decilm_config import decilm_config
-from pipeline.recipe import CorporaConfig, FileSource, LmEvalConfig, LmEvalTask, LocalParent, RewardModelConfig
+from pipeline.recipe import (
+    CorporaConfig,
+    EndpointTraces,
+    FilePrompts,
+    FileSource,
+    ImportedTraces,
+    LmEvalConfig,
+    LmEvalTask,
+    LocalParent,
+    Recipe,
+    RewardModelConfig,
+)
 from pipeline.recipe_file import load_recipe
+from pipeline.runtimes import RuntimeMissingError
 from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish, publish_all
@@ -56,6 +71,19 @@ def test_materialize_after_a_stopped_run_says_resumed_where_work_was_saved(works
     saved.touch()
 
     assert materialize(workspace, PARENT.name, "fused").how == how
+
+
+def test_materialize_removes_the_work_that_a_kill_left_in_a_finished_artifact(workspace: Workspace):
+    made = materialize(workspace, PARENT.name, "fused").artifact
+    left = made.path / "_work" / "checkpoints" / "step-10" / "weights"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"two of them in an 8B stage")
+
+    again = materialize(workspace, PARENT.name, "fused")
+
+    assert again.how == "reused"
+    assert not (made.path / "_work").exists()
+    again.artifact.verify_hashes()
 
 
 def test_materialize_records_where_the_artifact_comes_from(workspace: Workspace):
@@ -178,6 +206,69 @@ def test_fingerprint_of_corpora_follows_the_bytes_of_local_files(workspace: Work
     assert stage_fingerprint(mine, corpora, "fused") == first
 
 
+def test_fingerprint_of_traces_follows_the_bytes_of_imports_and_prompts(workspace: Workspace, tmp_path: Path):
+    imported = ImportedTraces(
+        name="mine",
+        kind="jsonl",
+        path=str(tmp_path / "rows*.jsonl"),
+        truth="trusted",
+        answer_field=None,
+        max_rows=9,
+    )
+    asked = EndpointTraces(
+        name="teacher",
+        model="a-model",
+        licence="MIT",
+        url_variable="URL",
+        key_variable=None,
+        thinking=True,
+        system_prompt=None,
+        prompts=FilePrompts(
+            kind="jsonl",
+            path=str(tmp_path / "prompts.jsonl"),
+            question_field="question",
+            answer_field=None,
+            category="math",
+            truth="majority",
+        ),
+        num_samples=1,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=9,
+        seed=1,
+    )
+    traces = workspace.recipe.reasoning_traces.model_copy(update={"imports": (imported,), "endpoints": (asked,)})
+    mine = open_tiny(tmp_path, recipe=workspace.recipe.model_copy(update={"reasoning_traces": traces}))
+    for name in ("parent_checkpoint", "corpora", "evaluation_sets"):
+        publish(mine, get_stage(name), target="fused")
+
+    def after(rows: str, prompts: str) -> str:
+        (tmp_path / "rows-1.jsonl").write_text(rows)
+        (tmp_path / "prompts.jsonl").write_text(prompts)
+        return stage_fingerprint(mine, get_stage("reasoning_traces"), "fused")
+
+    first = after("{}", "{}")
+    assert len({first, after("{ }", "{}"), after("{}", "{ }")}) == 3
+    assert after("{}", "{}") == first
+
+
+def test_fingerprint_of_reports_follows_what_their_inputs_report_but_not_the_time_they_took(workspace: Workspace):
+    artifacts = publish_all(workspace, target="fused")
+
+    def keys() -> dict[str, str]:
+        return {stage.name: stage_fingerprint(workspace, stage, "fused") for stage in STAGES}
+
+    def changed(stage_name: str, **values: object) -> list[str]:
+        before, path = keys(), artifacts[stage_name].path / RESULT
+        record = RunRecord.model_validate_json(path.read_bytes()).model_copy(update=values)
+        path.write_text(record.model_dump_json())
+        return [name for name, key in keys().items() if key != before[name]]
+
+    other = StageResult(metrics={**artifacts["speed_report"].record.result.metrics, "decode_speedup": math.nan})
+    assert changed("speed_report", wall_s=99.0) == []
+    assert changed("speed_report", result=other) == ["model_card", "report"]
+
+
 def test_fingerprint_of_evaluations_follows_the_task_files_and_what_they_read(workspace: Workspace, tmp_path: Path):
     tasks, data = tmp_path / "tasks", tmp_path / "items.jsonl"
     tasks.mkdir()
@@ -294,3 +385,61 @@ def test_fingerprint_of_a_local_parent_reads_the_weights_of_its_subblocks(worksp
     before = stage_fingerprint(other, PARENT, "fused")
     shard.write_bytes(b"other weights")
     assert stage_fingerprint(other, PARENT, "fused") != before
+
+
+def _timed_in_vllm(recipe: Recipe) -> Recipe:
+    profile = recipe.block_profile.model_copy(update={"backend": "vllm"})
+    return recipe.model_copy(update={"block_profile": profile})
+
+
+def test_artifact_measured_in_a_runtime_that_is_not_installed_is_not_found(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    publish_all(workspace, target="fused")
+    asking = replace(workspace, recipe=_timed_in_vllm(workspace.recipe))
+
+    with pytest.raises(RuntimeMissingError, match="make install-vllm"):
+        stage_fingerprint(asking, get_stage("block_profile"), "fused")
+    assert find_artifact(asking, "block_profile", "fused") is None
+    assert find_artifact(asking, "mip_solution", "fused") is None  # it reads the profile
+    assert find_artifact(asking, "block_scores", "fused") is not None
+
+
+def test_run_that_samples_with_a_missing_vllm_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    recipe, execution = load_recipe("tiny"), ExecutionSettings(sampler="vllm")
+
+    with pytest.raises(RuntimeMissingError, match=r"rl_checkpoint samples with vllm .* make install-vllm"):
+        require_runtimes(recipe, ["kd_checkpoint", "rl_checkpoint"], execution=execution)
+    require_runtimes(recipe, ["kd_checkpoint", "sft_checkpoint"], execution=execution)
+    (tmp_path / "none" / "vllm" / "bin").mkdir(parents=True)
+    (tmp_path / "none" / "vllm" / "bin" / "python").touch()
+    require_runtimes(recipe, ["rl_checkpoint"], execution=execution)
+
+
+def test_run_at_a_zero_stage_that_a_later_stage_refuses_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = tmp_path / "execution.yaml"
+    settings.write_text("zero_stage: 3\n")
+    monkeypatch.setenv("REFIT_EXECUTION", str(settings))
+    recipe = load_recipe("tiny")
+
+    with pytest.raises(StageError, match=r"rl_checkpoint .* refuses execution\.zero_stage 3: run it with 2"):
+        require_runtimes(recipe, ["kd_checkpoint", "rl_checkpoint"])
+    require_runtimes(recipe, ["kd_checkpoint", "sft_checkpoint"])
+    require_runtimes(recipe, ["rl_checkpoint"], execution=ExecutionSettings(zero_stage=2))
+
+
+def test_run_that_asks_a_missing_lm_eval_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where the extra is not installed
+    asking = load_recipe("smol-full")
+    assert asking.evaluation.lm_eval is not None
+
+    with pytest.raises(RuntimeMissingError, match=r"parent_evaluation asks lm-eval .* `make install-lm-eval`"):
+        require_runtimes(asking, ["corpora", "parent_evaluation"], execution=ExecutionSettings())
+    require_runtimes(asking, ["corpora", "kd_checkpoint"], execution=ExecutionSettings())
+    require_runtimes(load_recipe("tiny"), ["parent_evaluation", "evaluation"], execution=ExecutionSettings())

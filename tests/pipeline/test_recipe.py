@@ -103,6 +103,21 @@ def test_recipe_by_path_equals_recipe_by_name():
     assert load_recipe(str(RECIPES_DIR / "tiny.yaml")) == load_recipe("tiny")
 
 
+def test_recipe_that_is_a_changed_copy_of_a_shipped_one_must_have_a_name_of_its_own(tmp_path: Path):
+    mine, text = tmp_path / "my.yaml", (RECIPES_DIR / "tiny.yaml").read_text(encoding="utf-8")
+    mine.write_text(f"# mine\n{text}")
+    assert load_recipe(str(mine)) == load_recipe("tiny")
+
+    data = _tiny()
+    data["kd"]["tokens"] *= 2
+    mine.write_text(yaml.safe_dump(data))
+    with pytest.raises(RecipeError, match=r"my\.yaml says `name: tiny`.*doctor --remove-garbage.*`name: my-tiny`"):
+        load_recipe(str(mine))
+
+    mine.write_text(yaml.safe_dump({**data, "name": "my-tiny"}))
+    assert load_recipe(str(mine)).kd.tokens == data["kd"]["tokens"]
+
+
 def test_recipe_survives_a_round_trip_through_json():
     recipe = load_recipe("tiny")
 

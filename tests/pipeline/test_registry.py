@@ -130,8 +130,47 @@ def test_source_hash_follows_imports_inside_functions(tmp_path: Path, monkeypatc
     assert first != second
 
 
+def test_source_hash_follows_what_a_module_reads_or_runs_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def hashed(place: str, *, page: str = "a page", program: str = "Z = 1\n") -> str:
+        (tmp_path / place / "pipeline").mkdir(parents=True)
+        (tmp_path / place / "pipeline" / "page.j2").write_text(page)
+        (tmp_path / place / "pipeline" / "program.py").write_text(program)
+        module = "from pipeline.inner import Y\n"
+        return _hash_of(module, tmp_path / place, monkeypatch, inner="Y = 1\n")
+
+    alone = hashed("alone")
+    monkeypatch.setattr(
+        code_record, "BY_PATH", {"pipeline.inner": "pipeline/pro*.py", "pipeline.outer": "pipeline/*.j2"}
+    )
+    first = hashed("a")
+    assert len({alone, first, hashed("b", page="another"), hashed("c", program="Z = 2\n")}) == 4
+    assert hashed("d", program="# why\nZ = 1\n") == first
+
+    monkeypatch.setattr(code_record, "BY_PATH", {"pipeline.outer": "pipeline/*.moved"})
+    with pytest.raises(FileNotFoundError, match=r"pipeline\.outer reads pipeline/\*\.moved"):
+        hashed("e")
+
+
+def test_every_file_that_no_import_names_is_recorded_with_the_module_that_reads_it():
+    root = code_record.PACKAGE_ROOT / "pipeline"
+    recorded = {file for module in code_record.BY_PATH for file in code_record.files_by_path(module)}
+    by_value = (root / "recipes", root / "architectures")
+    found = {
+        file
+        for file in root.rglob("*")
+        if file.is_file()
+        and file.suffix not in (".py", ".pyc")
+        and file != code_record.RECORD
+        and file.parent not in by_value
+    }
+    assert found <= recorded
+    assert root / "reasoning" / "grader.py" in recorded
+    for module in code_record.BY_PATH:
+        assert any(module in code_record.reachable_modules(stage.module) for stage in STAGES), module
+
+
 def _hash_of(text: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, inner: str = "") -> str:
-    (root / "pipeline").mkdir(parents=True)
+    (root / "pipeline").mkdir(parents=True, exist_ok=True)
     (root / "pipeline" / "outer.py").write_text(text)
     (root / "pipeline" / "inner.py").write_text(inner)
     monkeypatch.setattr(code_record, "PACKAGE_ROOT", root)

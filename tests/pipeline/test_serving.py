@@ -73,6 +73,17 @@ def test_nothing_installed_says_how_to_install_each(runtimes: Path, export_dir: 
     assert find_python("mlx") is None
 
 
+def test_runtimes_are_below_refit_home_where_nothing_else_is_said(
+    runtimes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_HOME", str(tmp_path / "home"))
+    install(tmp_path / "home" / "runtimes", "llama.cpp/bin/llama-bench", "vllm/bin/python")
+    assert find_python("vllm") is None  # REFIT_RUNTIMES comes first
+    monkeypatch.delenv("REFIT_RUNTIMES")
+    assert find_python("vllm") == tmp_path / "home" / "runtimes" / "vllm" / "bin" / "python"
+    assert require_llama_cpp("llama-bench") == tmp_path / "home" / "runtimes" / "llama.cpp" / "bin" / "llama-bench"
+
+
 def test_programs_on_path_are_found_too(runtimes: Path, tmp_path: Path):
     install(tmp_path, "empty/llama-bench")
     assert require_llama_cpp("llama-bench") == tmp_path / "empty" / "llama-bench"

@@ -1,9 +1,12 @@
 """The two stages that evaluate, on artifacts small enough for a test: a parent and one model as six checkpoints."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.data.instruction_items import generate_instruction_items
+from pipeline.progress import Reporter, SilentReporter
 from pipeline.recipe import EvaluationConfig, InstructionsConfig, ReasoningTask, SampledConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages import evaluation, parent_evaluation
@@ -32,17 +35,45 @@ INSTRUCTED = generate_instruction_items(
 OTHER_TASK = ReasoningTask(name="count_bits", config={"max_n": 15})
 
 
+class FinishedMeanwhile(SilentReporter):
+    """Plays another process that measures the same: it holds the lock, and publishes once it is waited for."""
+
+    def __init__(self, path: Path) -> None:
+        self._held = contextlib.ExitStack()
+        self._path = path
+        self.heard: list[str] = []
+
+    def __enter__(self) -> "FinishedMeanwhile":
+        self._path.rename(self._path.with_suffix(".made"))
+        self._held.enter_context(ArtifactStore(self._path.parents[1]).locked(self._path.parent.name, self._path.name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def note(self, message: str) -> None:
+        """Keep the message; at the first that tells of waiting, publish and let go of the lock."""
+        self.heard.append(message)
+        if message.startswith("waiting for process"):
+            self._path.rmdir()
+            self._path.with_suffix(".made").rename(self._path)
+            self._held.close()
+
+
 def publish(store: ArtifactStore, asset: str, fingerprint: str = "f00") -> Path:
     result = StageResult()
     return store.publish(asset, fingerprint, result=result, wall_s=1.0, provenance={}).path
 
 
-def run_both(artifacts: dict[str, Path], root: Path, *, config: EvaluationStage = CONFIG) -> StageResult:
-    inputs = StageInputs(artifacts=artifacts, store_root=root, downloads=root)
+def run_both(
+    artifacts: dict[str, Path], root: Path, *, config: EvaluationStage = CONFIG, reporter: Reporter | None = None
+) -> StageResult:
+    reporter = reporter or SilentReporter()
+    inputs = StageInputs(artifacts=artifacts, store_root=root, downloads=root, reporter=reporter)
     parent_out = root / "parent_evaluation" / "f00"
     parent_out.mkdir(parents=True, exist_ok=True)
     parent_evaluation.run(config, inputs, parent_out)
     out_dir = root / "evaluation" / "f00"
     out_dir.mkdir(parents=True, exist_ok=True)
     given = {**artifacts, "parent_evaluation": parent_out}
-    return evaluation.run(config, StageInputs(artifacts=given, store_root=root, downloads=root), out_dir)
+    return evaluation.run(config, replace(inputs, artifacts=given), out_dir)

@@ -1,5 +1,6 @@
 """lm-eval's library against our own scorers, item by item, on a model whose layers differ."""
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipeline.evaluation.lm_eval_store import ASSET, own_task
 from pipeline.evaluation.multiple_choice import choice_log_likelihoods, multiple_choice_quality
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.recipe import LmEvalConfig, LmEvalPrompt, LmEvalTask
-from tests.pipeline.evaluation.stages import CONFIG, TASK, run_both
+from tests.pipeline.evaluation.stages import CONFIG, TASK, FinishedMeanwhile, run_both
 
 pytestmark = [pytest.mark.lm_eval, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -292,3 +293,20 @@ def test_stages_measure_parent_and_last_checkpoint_once_and_a_changed_task_file_
     path.write_text(path.read_text().replace("{{q}}", "Now: {{q}}"))
     run_both(artifacts, tmp_path, config=config)
     assert len(measured() - before) == 2, "the changed task, for the parent and the last checkpoint"
+
+
+def test_task_that_another_process_measures_meanwhile_is_taken_and_left_as_it_is(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = LmEvalConfig(tasks=(_task("refit_quiz"),), include_path=None, max_items=None, seed=1, checkpoints="last")
+    config = CONFIG.model_copy(update={"evaluation": CONFIG.evaluation.model_copy(update={"lm_eval": asked})})
+    run_both(artifacts, tmp_path, config=config)
+    path = min(path for path in (tmp_path / ASSET).iterdir() if path.is_dir())
+    before = {file: file.stat().st_ino for file in path.iterdir()}
+
+    with FinishedMeanwhile(path) as reporter:
+        run_both(artifacts, tmp_path, config=config, reporter=reporter)
+
+    waits = [message for message in reporter.heard if message.startswith("waiting for process")]
+    assert waits == [f"waiting for process {os.getpid()}, which is making {ASSET}"]
+    assert {file: file.stat().st_ino for file in path.iterdir()} == before

@@ -1,5 +1,6 @@
 """Evaluations are made once per (checkpoint, parent, sets, configuration); equal checkpoints share theirs."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pipeline.evaluation.results import read_evaluations
 from pipeline.evaluation.shared import ASSET, checkpoint_key
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
-from tests.pipeline.evaluation.stages import publish, run_both
+from tests.pipeline.evaluation.stages import FinishedMeanwhile, publish, run_both
 
 
 def _evaluated(root: Path) -> set[str]:
@@ -53,6 +54,21 @@ def test_evaluation_new_kd_measures_that_checkpoint_only(
     )
     run_both({**artifacts, "kd_checkpoint": publish(store, "kd_checkpoint", "f01")}, tmp_path)
     assert len(_evaluated(tmp_path) - before) == 1
+
+
+def test_evaluation_that_another_process_makes_meanwhile_is_taken_and_left_as_it_is(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    run_both(artifacts, tmp_path)
+    path = min(path for path in (tmp_path / ASSET).iterdir() if path.is_dir())
+    before = {file: file.stat().st_ino for file in path.iterdir()}
+
+    with FinishedMeanwhile(path) as reporter:
+        run_both(artifacts, tmp_path, reporter=reporter)
+
+    waits = [message for message in reporter.heard if message.startswith("waiting for process")]
+    assert waits == [f"waiting for process {os.getpid()}, which is making {ASSET}"]
+    assert {file: file.stat().st_ino for file in path.iterdir()} == before
 
 
 def test_checkpoint_key_ignores_what_is_not_the_model(artifacts: dict[str, Path]) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts import IDENTITY
 from pipeline.cli import main
 from pipeline.execution import Workspace, find_artifact, materialize
 from pipeline.inspection.findings import Finding
 from pipeline.inspection.garbage import find_garbage, remove_garbage
 from pipeline.inspection.store_health import examine_store
-from pipeline.recipe_file import parse_recipe
+from pipeline.recipe_file import load_recipe, parse_recipe
+from tests.dagster.stores import open_tiny, publish_all
 from tests.pipeline.inspection.conftest import MADE, TARGET
 
 HOLD_LOCK = """
@@ -128,6 +130,25 @@ def test_what_follows_a_removed_artifact_is_kept(workspace: Workspace):
     corpora = path_of(workspace, "corpora")
     (corpora / "manifest.json").unlink()
     assert mixture not in find_garbage(workspace, recipes=[workspace.recipe])
+
+
+def test_what_was_measured_in_a_runtime_that_is_gone_is_kept_and_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "runtimes"))
+    python = tmp_path / "runtimes" / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    recipe = load_recipe("tiny")
+    profile = recipe.block_profile.model_copy(update={"backend": "vllm"})
+    workspace = open_tiny(tmp_path, recipe=recipe.model_copy(update={"block_profile": profile}))
+    for target in recipe.targets:
+        for artifact in publish_all(workspace, target=target).values():
+            (artifact.path / IDENTITY).write_text('{"recipe": "tiny"}')
+    of_one_target = find_garbage(workspace, recipes=[workspace.recipe])
+    assert [path.parent.name for path in of_one_target] == ["pareto"]
+    python.unlink()
+    assert find_garbage(workspace, recipes=[workspace.recipe]) == ()
 
 
 def test_blocks_are_garbage_once_no_library_names_them(workspace: Workspace):

@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.artifacts import IDENTITY, PROGRESS
-from pipeline.execution import Workspace, find_artifact, materialize, stage_fingerprint
+from pipeline.artifacts import IDENTITY, PROGRESS, RESULT
+from pipeline.execution import Workspace, find_artifact, materialize, stage_fingerprint, stage_identity
 from pipeline.inspection.explain import Explanation, explain, render_explanations
 from pipeline.recipe_file import parse_recipe
 from pipeline.stage import WORK_DIR
 from pipeline.stages.registry import STAGES, get_stage
+from tests.dagster.stores import open_tiny, publish_all
 from tests.pipeline.inspection.conftest import MADE, TARGET
 
 
@@ -80,6 +82,18 @@ def test_a_broken_artifact_blocks_what_reads_it(workspace: Workspace):
     assert found["evaluation_sets"].reason == "its input corpora is blocked"
 
 
+def test_a_missing_runtime_blocks_what_measures_in_it_and_what_reads_that(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    profile = workspace.recipe.block_profile.model_copy(update={"backend": "vllm"})
+    found = explained(replace(workspace, recipe=workspace.recipe.model_copy(update={"block_profile": profile})))
+    assert found["block_profile"].action == "blocked"
+    assert "make install-vllm" in found["block_profile"].reason
+    assert found["mip_solution"].reason == "its input block_profile is blocked"
+    assert found["evaluation_sets"].action == "reuse"
+
+
 def test_an_artifact_without_a_written_identity_still_counts_as_made(workspace: Workspace):
     for path in workspace.store.root.glob(f"*/*/{IDENTITY}"):
         path.unlink()
@@ -104,3 +118,17 @@ def test_text_has_a_line_per_stage_and_counts(workspace: Workspace):
 def test_shared_stages_are_explained_alike_for_every_target(workspace: Workspace, target: str):
     found = {one.stage: one.action for one in explain(workspace, target=target)}
     assert all(found[name] == "reuse" for name in MADE)
+
+
+def test_a_report_whose_input_reports_other_figures_says_so(tmp_path: Path):
+    workspace = open_tiny(tmp_path)
+    artifacts = publish_all(workspace, target=TARGET)
+    report, path = get_stage("report"), artifacts["kd_checkpoint"].path / RESULT
+    identity = {"recipe": "tiny", "target": TARGET, "identity": stage_identity(workspace, report, TARGET)}
+    (artifacts["report"].path / IDENTITY).write_text(json.dumps(identity))
+    path.write_text(path.read_text().replace('"made_by": "a test"', '"made_by": "another"'))
+
+    found = explained(workspace)["report"]
+
+    assert (found.action, found.num_more) == ("run", 0)
+    assert found.reason.startswith("input kd_checkpoint has other results: ")

@@ -1,5 +1,6 @@
 """What a plan warns of: limits, pins, settings and data that a run would refuse."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,29 @@ def test_cached_tokens_that_no_choice_leaves_room_for(bound: int, is_hopeless: b
     assert bool(found) == is_hopeless
     if is_hopeless:
         assert "the best is 156,751" in found[0]
+
+
+@pytest.mark.parametrize(("num_devices", "is_hopeless"), [(1, False), (3, True)])
+@pytest.mark.parametrize("quantity", ["decode_speed", "kv_bytes_per_token"])
+def test_fewer_heads_than_devices_spare_nothing(quantity: Any, num_devices: int, is_hopeless: bool, tmp_path: Path):
+    # smol's parent has three key/value heads; one of them would be held by each of three devices.
+    is_speed = quantity == "decode_speed"
+    limit = Limit(
+        quantity=quantity,
+        scenario="chat-1k" if is_speed else None,
+        bound=1.01 if is_speed else 0.99,
+        relative_to="parent",
+    )
+    recipe = with_target(load_recipe("smol"), limit)
+    served = {"backend": "roofline", "device": "h100-80gb", "tensor_parallel_size": num_devices}
+    recipe = recipe.model_copy(
+        update={
+            "block_profile": recipe.block_profile.model_copy(update=served),
+            "search_space": recipe.search_space.model_copy(update={"attention": ("parent", 1), "ffn": ("parent",)}),
+        }
+    )
+    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
+    assert bool([warning for warning in plan.warnings if warning.startswith("target")]) == is_hopeless
 
 
 @pytest.mark.parametrize(
@@ -103,6 +127,17 @@ def test_a_zero_stage_that_sampling_refuses_is_told(tmp_path: Path):
         workspace(tmp_path, recipe, num_ranks=8, zero_stage=3), target_name=recipe.default_target, device=None
     )
     assert any("rl_checkpoint" in warning and "refuses zero_stage 3" in warning for warning in plan.warnings)
+
+
+def test_what_a_stage_runs_in_and_what_is_not_installed_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path / "none"))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where the extra is not installed
+    recipe = load_recipe("smol-full")
+    place = workspace(tmp_path, recipe, sampler="vllm")
+    warnings = make_plan(place, target_name=recipe.default_target, device=None).warnings
+    lm_eval, vllm = (warning for warning in warnings if warning.startswith("runtime: "))
+    assert "parent_evaluation asks lm-eval" in lm_eval
+    assert "rl_checkpoint samples with vllm" in vllm
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,6 @@ def test_llama_bench_that_fails_says_why(tmp_path: Path, bench: Path):
 
 def test_missing_llama_bench_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("REFIT_RUNTIMES", raising=False)
+    monkeypatch.setenv("REFIT_RUNTIMES", str(tmp_path))
     with pytest.raises(RuntimeMissingError, match="make install-llama-cpp"):
         one_round(tmp_path, PARENT)
