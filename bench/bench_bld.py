@@ -179,6 +179,7 @@ def make_trainer(parent_dir: Path, architecture: Architecture) -> Callable[[Sequ
                 validation=packed,
                 settings=SETTINGS,
                 work_dir=Path(work_dir),
+                max_activation_bytes=4 * 2**30,
                 checkpoint_interval_steps=NUM_STEPS,
                 reporter=SilentReporter(),
             )

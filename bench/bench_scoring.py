@@ -21,7 +21,7 @@ from pipeline.model.architecture_files import load_architecture
 from pipeline.model.checkpoint import load_model, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, build_model
 from pipeline.progress import SilentReporter
-from pipeline.puzzle.composition import LayerVariants, compose, embed, run_layers
+from pipeline.puzzle.composition import LayerVariants, compose, embed, run_group, window_groups
 from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.scoring import Scores, score_blocks
@@ -128,7 +128,9 @@ def loop(
         layers = list(parent)
         layers[one.layer] = compose(model, one.layer, one.block, variants[one.layer])
         began = now_s(DEVICE)
-        final_NTD = run_layers(model, layers, embed(model, packed), packed)
+        final_NTD = torch.cat(
+            [run_group(model, layers, embed(model, packed, rows), packed, rows) for rows in window_groups(packed)]
+        )
         child_NTV = model.lm_head(model.model.norm(final_NTD))
         kl = torch.nn.functional.kl_div(child_NTV.log_softmax(dim=-1), parent_log_NTV, log_target=True, reduction="sum")
         kl = kl.item() / packed.num_tokens

@@ -119,18 +119,19 @@ def whole_model_ms(model: Architecture, scenario: Scenario, *, setting: Setting)
     return one_pass_ms(Pass.of(scenario, "prefill")) + scenario.generation_tokens * decode_ms
 
 
-def tokens_that_fit(model: Architecture, *, memory_gb: float) -> int:
+def tokens_that_fit(model: Architecture, *, memory_gb: float, num_gpus: int) -> int:
     """Return how many tokens' cache fits beside the weights."""
-    weights_bytes, kv_bytes = FP8_BYTES * num_parameters(model), kv_bytes_per_token(model, bytes_per_value=FP8_BYTES)
+    weights_bytes = FP8_BYTES * num_parameters(model, num_devices=num_gpus)
+    kv_bytes = kv_bytes_per_token(model, bytes_per_value=FP8_BYTES, num_devices=num_gpus)
     return int(cached_tokens(memory_gb * GB, weights_bytes=weights_bytes, kv_bytes_per_token=kv_bytes))
 
 
-def described(model: Architecture, *, memory_gb: float) -> dict[str, float]:
+def described(model: Architecture, *, memory_gb: float, num_gpus: int) -> dict[str, float]:
     """Return the size of a model, in the terms of the published ones."""
     return {
         "parameters_b": round(num_parameters(model) / 1e9, 2),
         "attention_layers": sum(block.attention.kind == "gqa" for block in model.blocks),
-        "cached_tokens_that_fit": tokens_that_fit(model, memory_gb=memory_gb),
+        "cached_tokens_that_fit": tokens_that_fit(model, memory_gb=memory_gb, num_gpus=num_gpus),
     }
 
 
@@ -141,7 +142,9 @@ def with_batch(scenario: Scenario, batch: int) -> Scenario:
 
 def at_largest_batch(model: Architecture, scenario: Scenario) -> dict[str, float]:
     """Return a model's throughput at the largest batch whose cache fits beside its weights on one GPU."""
-    batch = tokens_that_fit(model, memory_gb=SUPER_GB) // (scenario.prompt_tokens + scenario.generation_tokens)
+    batch = tokens_that_fit(model, memory_gb=SUPER_GB, num_gpus=1) // (
+        scenario.prompt_tokens + scenario.generation_tokens
+    )
     largest = with_batch(scenario, batch)
     setting = Setting.of(roofline_profile(load_recipe("super-49b"), [largest], num_gpus=1))
     seconds = whole_model_ms(model, largest, setting=setting) / 1000
@@ -194,13 +197,13 @@ def bench_super() -> dict[str, object]:
     setting = Setting.of(roofline_profile(recipe, [base], num_gpus=1))
     report: dict[str, object] = {
         "target": f"{SUPER_SPEEDUP:g} x the parent's throughput, {SUPER_TOKENS:,} cached tokens in {SUPER_GB:g} GB",
-        "parent": described(parent, memory_gb=SUPER_GB) | reference,
+        "parent": described(parent, memory_gb=SUPER_GB, num_gpus=1) | reference,
         "published_parent_tokens_per_s": SUPER_PUBLISHED_PARENT,
         "wanted_tokens_per_s": round(wanted, 1),
         "objective_by_batch": {
             one.scenario.batch_size: round(one.objective, 3) for one in found if one.answer is not None
         },
-        "published_child": described(published, memory_gb=SUPER_GB)
+        "published_child": described(published, memory_gb=SUPER_GB, num_gpus=1)
         | at_largest_batch(published, base)
         | {"latency_256_ms": round(whole_model_ms(published, with_batch(base, SUPER_BATCH), setting=setting))},
         "published_child_tokens_per_s": SUPER_PUBLISHED_CHILD,
@@ -210,7 +213,7 @@ def bench_super() -> dict[str, object]:
         assert best.answer is not None
         child = parent.with_blocks(best.answer.blocks)
         predicted = predict(best.answer.blocks, costs=costs)
-        report["child"] = described(child, memory_gb=SUPER_GB) | {
+        report["child"] = described(child, memory_gb=SUPER_GB, num_gpus=1) | {
             "objective": round(best.objective, 4),
             "relative_gap": round(best.answer.gap, 5),
             "batch": best.scenario.batch_size,
@@ -237,16 +240,16 @@ def bench_ultra() -> dict[str, object]:
     parent_ms = whole_model_ms(parent, scenario, setting=setting)
     published = load_architecture("llama-3.1-nemotron-ultra-253b")
     memory_gb = ULTRA_GB[0]
-    fits = tokens_that_fit(parent, memory_gb=memory_gb)
+    fits = tokens_that_fit(parent, memory_gb=memory_gb, num_gpus=ULTRA_GPUS)
     report: dict[str, object] = {
         "target": f"1 / {ULTRA_SPEEDUP:g} of the parent's latency, {ULTRA_TOKENS:,} cached tokens",
-        "parent": described(parent, memory_gb=memory_gb)
+        "parent": described(parent, memory_gb=memory_gb, num_gpus=ULTRA_GPUS)
         | {
             "largest_batch": fits // (scenario.prompt_tokens + scenario.generation_tokens),
             "reference_batch": scenario.batch_size,
             "latency_ms": round(parent_ms),
         },
-        "published_child": described(published, memory_gb=memory_gb)
+        "published_child": described(published, memory_gb=memory_gb, num_gpus=ULTRA_GPUS)
         | {"speedup_after_fusion": round(parent_ms / whole_model_ms(published, scenario, setting=setting), 3)},
         "published_speedup_after_fusion": 1.71,
     }
@@ -265,7 +268,9 @@ def bench_ultra() -> dict[str, object]:
             report[f"infeasible_in_{memory_gb:.1f}_gb"] = str(err)
             continue
         latency_ms = predict(solution.blocks, costs=costs)[f"{scenario.name}_latency_ms"]
-        report[f"child_in_{memory_gb:.1f}_gb"] = described(parent.with_blocks(solution.blocks), memory_gb=memory_gb) | {
+        report[f"child_in_{memory_gb:.1f}_gb"] = described(
+            parent.with_blocks(solution.blocks), memory_gb=memory_gb, num_gpus=ULTRA_GPUS
+        ) | {
             "objective": round(solution.objective, 4),
             "relative_gap": round(solution.gap, 5),
             "latency_ms": round(latency_ms),

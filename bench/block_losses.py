@@ -92,6 +92,7 @@ def main() -> None:
                 validation=validation,
                 settings=settings,
                 work_dir=Path(work_dir),
+                max_activation_bytes=4 * 2**30,
                 checkpoint_interval_steps=10**9,
                 reporter=SilentReporter(),
             )

@@ -1,5 +1,9 @@
 """Closed-form parameters, bytes and FLOPs of any block or model; exact for ties, biases and explicit head_dim.
 
+Where devices share a model, each holds a key/value head at least: n devices hold max(n, h) of h heads, and as many
+projections and caches of them. `num_devices` counts what all of them hold together. Norms, which every device holds
+whole, are counted once: seven more of each are 0.01% of a Llama-70B's block.
+
 Every count is checked against hand-counted tensors in tests/pipeline/test_costs.py.
 """
 
@@ -14,7 +18,7 @@ NORM_BYTES = 4.0
 MIB = 2**20
 
 
-def attention_parameters(model: Architecture, spec: AttentionSpec) -> int:
+def attention_parameters(model: Architecture, spec: AttentionSpec, *, num_devices: int = 1) -> int:
     """Return the parameters of one attention subblock with its norm; zero for a no-op."""
     if spec.kind == "no_op":
         return 0
@@ -22,8 +26,7 @@ def attention_parameters(model: Architecture, spec: AttentionSpec) -> int:
     if spec.kind == "linear":
         return hidden * hidden + hidden + hidden * bias
     query = model.num_attention_heads * model.head_dim
-    assert spec.num_key_value_heads is not None
-    key_value = 2 * spec.num_key_value_heads * model.head_dim
+    key_value = kv_values_per_token(model, spec, num_devices=num_devices)
     weights = hidden * (query + key_value) + query * hidden
     return weights + hidden + (query + key_value + hidden) * bias
 
@@ -39,9 +42,10 @@ def ffn_parameters(model: Architecture, spec: FFNSpec) -> int:
     return 3 * hidden * spec.intermediate_size + hidden + (2 * spec.intermediate_size + hidden) * bias
 
 
-def block_parameters(model: Architecture, block: BlockSpec) -> int:
+def block_parameters(model: Architecture, block: BlockSpec, *, num_devices: int = 1) -> int:
     """Return the parameters of one layer."""
-    return attention_parameters(model, block.attention) + ffn_parameters(model, block.ffn)
+    attention = attention_parameters(model, block.attention, num_devices=num_devices)
+    return attention + ffn_parameters(model, block.ffn)
 
 
 def embedding_parameters(model: Architecture) -> int:
@@ -50,19 +54,22 @@ def embedding_parameters(model: Architecture) -> int:
     return table * (1 if model.tie_word_embeddings else 2) + model.hidden_size
 
 
-def num_parameters(model: Architecture) -> int:
+def num_parameters(model: Architecture, *, num_devices: int = 1) -> int:
     """Return the parameters of the whole model, tied tensors counted once."""
-    return embedding_parameters(model) + sum(block_parameters(model, block) for block in model.blocks)
+    blocks = sum(block_parameters(model, block, num_devices=num_devices) for block in model.blocks)
+    return embedding_parameters(model) + blocks
 
 
-def kv_values_per_token(model: Architecture, spec: AttentionSpec) -> int:
+def kv_values_per_token(model: Architecture, spec: AttentionSpec, *, num_devices: int = 1) -> int:
     """Return how many cache values one attention subblock keeps for each token; times bytes per value gives bytes."""
-    return 2 * (spec.num_key_value_heads or 0) * model.head_dim
+    heads = spec.num_key_value_heads
+    return 0 if heads is None else 2 * max(heads, num_devices) * model.head_dim
 
 
-def kv_bytes_per_token(model: Architecture, *, bytes_per_value: float) -> float:
+def kv_bytes_per_token(model: Architecture, *, bytes_per_value: float, num_devices: int = 1) -> float:
     """Return the key/value cache bytes of the whole model for each cached token."""
-    return bytes_per_value * sum(kv_values_per_token(model, block.attention) for block in model.blocks)
+    values = sum(kv_values_per_token(model, block.attention, num_devices=num_devices) for block in model.blocks)
+    return bytes_per_value * values
 
 
 def weight_mib(num_parameters: int, *, bytes_per_parameter: float) -> float:
@@ -125,8 +132,8 @@ def served_memory(
     blocks = max(block_activation_bytes(model, block, **prefill) for block in model.blocks)
     tokens = batch_size * (prompt_tokens + generation_tokens)
     return ServedMemory(
-        weights_bytes=bytes_per_value * num_parameters(model),
-        cache_bytes=tokens * kv_bytes_per_token(model, bytes_per_value=bytes_per_value),
+        weights_bytes=bytes_per_value * num_parameters(model, num_devices=num_devices),
+        cache_bytes=tokens * kv_bytes_per_token(model, bytes_per_value=bytes_per_value, num_devices=num_devices),
         activation_bytes=max(blocks, outer_activation_bytes(model, **prefill)),
     )
 
@@ -161,7 +168,7 @@ def block_activation_bytes(
         stages.append(size * held + norm)
     if block.attention.kind == "gqa":
         queries = model.num_attention_heads * model.head_dim
-        both = kv_values_per_token(model, block.attention)
+        both = kv_values_per_token(model, block.attention, num_devices=num_devices)
         turned = max(3 * queries, queries + 3 * both / 2)
         stages.append(size * (held + hidden + queries + both + turned))
     if block.ffn.kind != "no_op":

@@ -44,7 +44,9 @@ class ExecutionSettings(Frozen):
     requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
     requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
     request_timeout_s: float = Field(default=600.0, gt=0)
-    max_activation_mib: int = Field(default=4096, ge=0, description="hidden states that scoring keeps in memory")
+    max_activation_mib: int = Field(
+        default=4096, ge=0, description="hidden states that a pass over all windows keeps in memory"
+    )
 
     @property
     def max_activation_bytes(self) -> int:

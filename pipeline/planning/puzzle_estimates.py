@@ -10,8 +10,8 @@ from pipeline.planning.case import CANDIDATE_TOKENS, DISK, START_S, Case, Estima
 from pipeline.planning.memory import activation_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.puzzle.bld_cost import (
+    HeldBytes,
     bounded_rounds,
-    held_bytes,
     layer_costs,
     split_layers,
     training_flops_per_token,
@@ -62,6 +62,7 @@ def block_library(case: Case) -> Estimate:
             parent,
             [key for key in keys if key.layer in stretch],
             max_bytes=None if max_gib is None else max_gib * 2**30,
+            has_closed_form=config.closed_form_tokens > 0,
         )
         for stretch in stretches
     ]
@@ -72,22 +73,55 @@ def block_library(case: Case) -> Estimate:
     layer = block_parameters(parent, space.parent)
     outside = parent.vocab_size * parent.hidden_size  # the embedding, on the first rank
     weights = BYTES_PER_PARAMETER[config.precision] * (longest * layer + outside)
-    state = max(held_bytes(parent, keys_of_round) for one in rounds for keys_of_round in one or ((),))
+    states = BYTES_PER_PARAMETER[config.precision] * config.closed_form_tokens * parent.hidden_size
+    kept = min(states, case.execution.max_activation_bytes)
+    held = max(
+        (
+            parts
+            for one in rounds
+            for keys_of_round in one or ((),)
+            for parts in _block_training_parts(
+                HeldBytes.of(parent, keys_of_round), kept_states=kept if config.closed_form_tokens else None
+            )
+        ),
+        key=lambda parts: sum(parts.values()),
+    )
+    state = sum(held.values())
     num_tokens = config.batch_size * length
     one_layer = parent.with_blocks([space.parent])
     batch = activation_bytes(one_layer, num_tokens=num_tokens, precision=config.precision)
     # The parent's three hidden states, and fp32 copies of prediction, target, error and its square for the loss.
     batch += num_tokens * parent.hidden_size * (3 * BYTES_PER_PARAMETER[config.precision] + 16.0)
+    # States of the closed-form start in files, gone before progress is saved: of the rank that sends and its next.
+    spilled = (states - kept) * min(2, len(stretches))
     return Estimate(
         tokens=Range.of(config.tokens),
         work=((Range.of(config.tokens * flops_per_token), devices.BLOCK_TRAINING),),
         memory=Range(low=weights + state, expected=weights + state + batch, high=1.2 * (weights + state) + 3 * batch),
-        memory_parts={"parent": weights, "blocks and their AdamW": state, "activations": batch},
+        memory_parts={"parent": weights, **held, "activations": batch},
         disk=Range.of(4.0 * trained),
-        working_disk=Range(low=0, expected=2 * 12.0 * trained / num_rounds, high=2 * 12.0 * trained),
+        working_disk=Range(
+            low=0,
+            expected=max(2 * 12.0 * trained / num_rounds, spilled),
+            high=max(2 * 12.0 * trained, spilled),
+        ),
         extra_s=START_S + Range.of(8 * trained).over(DISK),
         on_all_ranks=True,
     )
+
+
+def _block_training_parts(held: HeldBytes, *, kept_states: float | None) -> list[dict[str, float]]:
+    """Return what blocks hold in training and, where hidden states are kept for one, in their closed-form start."""
+    parts = [{"blocks and their AdamW": held.training}]
+    if kept_states is not None:
+        parts.append(
+            {
+                "blocks": held.weights,
+                "sums and solution of the closed-form start": held.closed_form,
+                "hidden states of the closed-form start": kept_states,
+            }
+        )
+    return parts
 
 
 def block_scores(case: Case) -> Estimate:
@@ -103,12 +137,15 @@ def refined_solution(case: Case) -> Estimate:
     proposals = search.refinement.max_changed_layers.bit_length()
     num_rounds = search.most_rounds(num_layers=len(case.sizes.space.layers))
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
-    return _scoring(
-        case,
-        tokens=search.refinement.tokens,
-        rounds=rounds,
-        num_models=rounds.times(proposals) + search.pool.num_solutions,
+    tokens = search.refinement.tokens
+    # Besides the pool a child without whole layers, which are ordered in a pass of the parent up to its logits.
+    scored = _scoring(
+        case, tokens=tokens, rounds=rounds, num_models=rounds.times(proposals) + (search.pool.num_solutions + 1)
     )
+    influence = tokens * case.sizes.parent_flops(
+        context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False
+    )
+    return replace(scored, tokens=scored.tokens + tokens, work=(*scored.work, (Range.of(influence), devices.FORWARD)))
 
 
 def baselines(case: Case) -> Estimate:

@@ -238,7 +238,8 @@ def _best(case: Case, limit: Limit, *, layers: Sequence[Sequence[BlockSpec]]) ->
     tokens = scenario.batch_size * (scenario.prompt_tokens + scenario.generation_tokens / 2)
 
     def read_bytes(block: BlockSpec) -> float:
-        return size * (block_parameters(parent, block) + tokens * kv_values_per_token(parent, block.attention))
+        kv_values = kv_values_per_token(parent, block.attention, num_devices=profile.num_devices)
+        return size * (block_parameters(parent, block, num_devices=profile.num_devices) + tokens * kv_values)
 
     fixed = size * embedding_parameters(parent)
     if not parent.tie_word_embeddings:

@@ -84,10 +84,32 @@ class HiddenStates:
             self._store, self.packed, lambda number, rows: run_group(model, layers, self[number], self.packed, rows)
         )
 
-    def advance(self, model: HeterogeneousLlamaForCausalLM, layers: Sequence[ComposedLayer]) -> None:
-        """Move on behind these layers."""
+    def batches(self, num_windows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Give windows and their states so many at a time, wherever groups end; each group is read once."""
+        start, waiting_BTD = 0, None
+        for group_BTD in self:
+            waiting_BTD = group_BTD if waiting_BTD is None else torch.cat([waiting_BTD, group_BTD])
+            while len(waiting_BTD) >= num_windows:
+                yield slice(start, start + num_windows), waiting_BTD[:num_windows]
+                start, waiting_BTD = start + num_windows, waiting_BTD[num_windows:]
+            if not len(waiting_BTD):
+                waiting_BTD = None
+        if waiting_BTD is not None:
+            yield slice(start, start + len(waiting_BTD)), waiting_BTD
+
+    def advance(
+        self,
+        model: HeterogeneousLlamaForCausalLM,
+        layers: Sequence[ComposedLayer],
+        *,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Move on behind these layers; `watch` is shown what goes in and what comes out of each group."""
         for number, rows in enumerate(self.groups):
-            output_BTD = run_group(model, layers, self[number], self.packed, rows)
+            input_BTD = self[number]
+            output_BTD = run_group(model, layers, input_BTD, self.packed, rows)
+            if watch is not None:
+                watch(input_BTD, output_BTD)
             self._store.drop(self._held[number])
             self._held[number] = self._store.put(output_BTD)
 

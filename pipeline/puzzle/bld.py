@@ -78,6 +78,7 @@ def train_blocks(
     validation: PackedTokens,
     settings: BlockLibraryConfig,
     work_dir: Path,
+    max_activation_bytes: int,
     checkpoint_interval_steps: int,
     reporter: Reporter,
 ) -> BlockTraining:
@@ -96,6 +97,7 @@ def train_blocks(
         settings: the recipe's.
         work_dir: where all ranks keep progress; a run that was killed continues from there, on any number of ranks, and
             ends with the same bits.
+        max_activation_bytes: hidden states of the closed-form start beyond these lie in files below `work_dir`.
         checkpoint_interval_steps: how often.
         reporter: who listens.
 
@@ -135,7 +137,16 @@ def train_blocks(
             trainee.initial_loss = _finite_or_fail(trainee, loss, when="initial")
         if settings.closed_form_tokens:
             fitted = train.take(settings.closed_form_tokens)
-            refit_blocks(parent, _by_layer(trainees), fitted, stop=stop, settings=settings, reporter=reporter)
+            refit_blocks(
+                parent,
+                _by_layer(trainees),
+                fitted,
+                stop=stop,
+                settings=settings,
+                work_dir=work_dir,
+                max_activation_bytes=max_activation_bytes,
+                reporter=reporter,
+            )
     for step in range(first_step, total_steps):
         losses = teaching.train_step(trainees, train, step=step, total_steps=total_steps)
         if (step + 1) % checkpoint_interval_steps == 0 and step + 1 < total_steps:

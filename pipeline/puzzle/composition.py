@@ -2,14 +2,13 @@
 
 What scores one block and what scores whole models both run layers through here, a few windows at a time.
 
-Letters: N windows, B rows, T tokens, D hidden_size.
+Letters: B rows, T tokens, D hidden_size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.architecture import BlockSpec
@@ -68,13 +67,6 @@ def compose(
 def embed(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, rows: slice = slice(None)) -> Tensor:
     """Return the hidden states that reach layer 0, (B, T, D), of all windows or of some."""
     return model.model.embed_tokens(packed.tokens_NT[rows].to(next(model.parameters()).device))
-
-
-def run_layers(
-    model: HeterogeneousLlamaForCausalLM, layers: Sequence[ComposedLayer], hidden_NTD: Tensor, packed: PackedTokens
-) -> Tensor:
-    """Return the hidden states behind these layers for all windows of `packed`."""
-    return torch.cat([run_group(model, layers, hidden_NTD[rows], packed, rows) for rows in window_groups(packed)])
 
 
 def run_group(

@@ -37,7 +37,8 @@ from pipeline.data.packed import PackedTokens
 from pipeline.errors import ArtifactError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
-from pipeline.puzzle.composition import compose, embed, run_layers
+from pipeline.puzzle.activations import ActivationStore, embedded
+from pipeline.puzzle.composition import compose
 from pipeline.recipe import ImportanceConfig, KVHeadMode
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -122,16 +123,21 @@ def measure_importance(
 
 
 @torch.no_grad()
-def block_influence(model: HeterogeneousLlamaForCausalLM, packed: PackedTokens) -> tuple[float, ...]:
-    """Return every layer's influence on the hidden states that pass through it."""
-    hidden_NTD, found = embed(model, packed), []
+def block_influence(
+    model: HeterogeneousLlamaForCausalLM, packed: PackedTokens, *, work_dir: Path, max_activation_bytes: int
+) -> tuple[float, ...]:
+    """Return every layer's influence on the hidden states that pass through it.
+
+    States beyond `max_activation_bytes` lie in files below `work_dir` meanwhile.
+    """
+    store = ActivationStore(work_dir / "activations", max_bytes=max_activation_bytes)
+    states, found = embedded(store, model, packed), []
     for index, layer in enumerate(model.model.layers):
         block: Any = layer.block
-        output_NTD = run_layers(model, [compose(model, index, block, {})], hidden_NTD, packed)
-        # In float32: two bf16 vectors that hardly differ have a cosine that rounds to 1.
-        cosine = torch.nn.functional.cosine_similarity(hidden_NTD.float(), output_NTD.float(), dim=-1)
-        found.append((1 - cosine).double().mean().item())
-        hidden_NTD = output_NTD
+        total = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        states.advance(model, [compose(model, index, block, {})], watch=partial(_add_change, total=total))
+        found.append(total.item() / packed.num_tokens)
+    states.release()
     return tuple(found)
 
 
@@ -226,6 +232,12 @@ def _watching_inputs(hooks: Iterable[_Hook]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_change(input_BTD: Tensor, output_BTD: Tensor, *, total: Tensor) -> None:
+    # In float32: two bf16 vectors that hardly differ have a cosine that rounds to 1.
+    cosine_BT = nn.functional.cosine_similarity(input_BTD.float(), output_BTD.float(), dim=-1)
+    total += (1 - cosine_BT).double().sum()
 
 
 def _add_channels(projection: nn.Linear, inputs: tuple[Tensor], *, total_F: Tensor, removed: Tensor) -> None:

@@ -8,12 +8,14 @@ Every quantity that a target can limit is a fixed part, a cost per block and, fo
                                                 becomes  weights + bound * kv_bytes_per_token <= memory
     num_parameters, kv_bytes_per_token
 
+All but num_parameters are those of the devices together, which may hold copies of key/value heads (pipeline.costs).
 pipeline.puzzle.predictions has the timed ones. Activations are a maximum and not a sum: the programme takes it as a
 variable, so that a child that is narrow throughout is granted what it saves.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.architecture import Architecture, BlockSpec
 from pipeline.costs import (
@@ -109,24 +111,23 @@ def counted_limit(
     limit: Limit, *, model: Architecture, profile: ProfileConfig, blocks: Mapping[str, BlockSpec]
 ) -> LinearLimit:
     """Return the row of a limit on a quantity that is counted; `blocks` are those that may be chosen, by key."""
-    size = BYTES_PER_PARAMETER[profile.served_precision]
+    size, num_devices = BYTES_PER_PARAMETER[profile.served_precision], profile.num_devices
+    row = partial(_row, limit, model=model, blocks=blocks)
     if limit.quantity == "num_parameters":
-        return _row(limit, model=model, blocks=blocks, per_parameter=1.0, per_kv_value=0.0)
+        return row(per_parameter=1.0, per_kv_value=0.0, num_devices=1)
     if limit.quantity == "kv_bytes_per_token":
-        return _row(limit, model=model, blocks=blocks, per_parameter=0.0, per_kv_value=size)
+        return row(per_parameter=0.0, per_kv_value=size, num_devices=num_devices)
     if limit.quantity == "cached_tokens":
-        return _row(limit, model=model, blocks=blocks, per_parameter=size, per_kv_value=size * limit.bound)
+        return row(per_parameter=size, per_kv_value=size * limit.bound, num_devices=num_devices)
     assert limit.scenario is not None  # as every other counted limit has one
     scenario = profile.scenario(limit.scenario)
     peaks = None
     if limit.quantity == "memory_mib":
         peaks = _activations_mib(model, [*blocks.values(), *model.blocks], scenario=scenario, profile=profile)
-    return _row(
-        limit,
-        model=model,
-        blocks=blocks,
+    return row(
         per_parameter=size / MIB,
         per_kv_value=size / MIB * scenario.num_tokens,
+        num_devices=num_devices,
         peaks=peaks,
     )
 
@@ -150,11 +151,15 @@ def _row(
     blocks: Mapping[str, BlockSpec],
     per_parameter: float,
     per_kv_value: float,
+    num_devices: int,
     peaks: Mapping[str, float] | None = None,
 ) -> LinearLimit:
+    def kv_values(block: BlockSpec) -> int:
+        return kv_values_per_token(model, block.attention, num_devices=num_devices)
+
     def cost(block: BlockSpec) -> float:
-        kv_values = kv_values_per_token(model, block.attention)
-        return per_parameter * block_parameters(model, block) + per_kv_value * kv_values
+        weights = per_parameter * block_parameters(model, block, num_devices=num_devices)
+        return weights + per_kv_value * kv_values(block)
 
     fixed = per_parameter * embedding_parameters(model)
     reference = fixed + sum(map(cost, model.blocks))
@@ -166,7 +171,7 @@ def _row(
         upper = reference * limit.bound if limit.relative_to == "parent" else limit.bound
     kv_bytes = None
     if limit.quantity == "cached_tokens":
-        kv_bytes = {key: per_parameter * kv_values_per_token(model, block.attention) for key, block in blocks.items()}
+        kv_bytes = {key: per_parameter * kv_values(block) for key, block in blocks.items()}
     return LinearLimit(
         limit=limit,
         name=describe_limit(limit),

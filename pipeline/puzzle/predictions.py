@@ -75,18 +75,19 @@ def linear_limits(
 
 def predict(blocks: Sequence[BlockSpec], *, costs: CostModel) -> dict[str, float]:
     """Return every predicted and counted quantity of a choice of blocks, by name."""
-    model, size = costs.parent.with_blocks(blocks), BYTES_PER_PARAMETER[costs.profile.served_precision]
+    model, profile = costs.parent.with_blocks(blocks), costs.profile
+    size = BYTES_PER_PARAMETER[profile.served_precision]
     found: dict[str, float] = {
         "num_parameters": num_parameters(model),
-        "kv_bytes_per_token": kv_bytes_per_token(model, bytes_per_value=size),
+        "kv_bytes_per_token": kv_bytes_per_token(model, bytes_per_value=size, num_devices=profile.num_devices),
         "num_attention_free_layers": sum(block.attention.kind != "gqa" for block in blocks),
     }
-    for scenario in costs.profile.scenarios:
+    for scenario in profile.scenarios:
         time_ms = {phase: costs.predicted_ms(blocks, scenario.name, phase) for phase in PHASES}
         parent_ms = {phase: costs.calibration.get(scenario.name, phase).parent_ms for phase in PHASES}
         tokens = scenario.num_tokens
         latency_ms = time_ms["prefill"] + scenario.generation_tokens * time_ms["decode"]
-        memory = memory_of(model, scenario=scenario, profile=costs.profile)
+        memory = memory_of(model, scenario=scenario, profile=profile)
         found |= {
             f"{scenario.name}_prefill_ms": time_ms["prefill"],
             f"{scenario.name}_decode_ms": time_ms["decode"],

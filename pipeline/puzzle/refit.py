@@ -11,13 +11,15 @@ The curvature of the loss "kl" weighs the rows of W, each of which is a problem 
 y_t is what the parent's subblock adds. Of a pair, attention is refitted first and then the FFN to what is missing
 behind it; a pair without an FFN owes the layer's whole output by its attention.
 
-No gradient and one pass over the tokens. (Ours; the paper starts from surgery's weights, appendix A.)
+No gradient and one pass over the tokens, whose hidden states are kept as scoring keeps them: in memory up to a bound.
+(Ours; the paper starts from surgery's weights, appendix A.)
 
-Letters: N windows, B rows, T tokens, D hidden_size, I what the matrix reads, S tokens of a batch.
+Letters: B rows, T tokens, D hidden_size, I what the matrix reads, S tokens of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from pipeline.data.packed import PackedTokens
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.progress import Reporter
+from pipeline.puzzle.activations import ActivationStore, HiddenStates
 from pipeline.puzzle.bld_state import Trainee
-from pipeline.puzzle.composition import ComposedLayer, run_layers
+from pipeline.puzzle.composition import ComposedLayer
 from pipeline.puzzle.devices import autocast
 from pipeline.puzzle.parent_layers import LayerActivations, ParentLayers
 from pipeline.recipe import BlockLibraryConfig
@@ -47,6 +50,8 @@ def refit_blocks(
     *,
     stop: int,
     settings: BlockLibraryConfig,
+    work_dir: Path,
+    max_activation_bytes: int,
     reporter: Reporter,
 ) -> None:
     """Refit the last matrices of every variant in place, layer by layer, so that one layer's sums are held at a time.
@@ -57,21 +62,30 @@ def refit_blocks(
         packed: windows to fit on.
         stop: no rank has a variant in this layer or behind it.
         settings: the recipe's; `loss` decides what tokens weigh.
+        work_dir: where hidden states lie that do not fit, those of each rank in a directory of its own.
+        max_activation_bytes: how many of them stay in memory.
         reporter: who listens.
     """
-    hidden_NTD, layers = parent.receive(packed.tokens_NT), parent.until(stop)
+    layers = parent.until(stop)
+    store = ActivationStore(work_dir / f"activations-{layers.start}", max_bytes=max_activation_bytes)
+    states = HiddenStates(store, packed, lambda _, rows: parent.receive(packed.tokens_NT[rows]))
     for number, layer in enumerate(layers, start=1):
         own, trainees = parent.layer(layer), by_layer.get(layer, ())
         # Attention first: what enters a pair's FFN is what its refitted attention gives.
         for half in HALVES:
             systems = [_System(trainee, half) for trainee in trainees if half in halves(trainee)]
             if systems:
-                _add_up(parent, layer, systems, hidden_NTD, packed, settings=settings)
-            for system in systems:
-                system.solve()
-        hidden_NTD = run_layers(parent.model, [ComposedLayer(attention=own, ffn=own)], hidden_NTD, packed)
+                _add_up(parent, layer, systems, states, settings=settings)
+            # The widest last, when no other's sums are held beside its solution (pipeline.puzzle.bld_cost counts both).
+            systems.sort(key=lambda system: system.matrix.in_features, reverse=True)
+            while systems:
+                systems.pop().solve()
+        states.advance(parent.model, [ComposedLayer(attention=own, ffn=own)])
         reporter.step(number, len(layers), what="layers with a closed-form start")
-    parent.send(hidden_NTD, stop=stop)
+    if parent.next_rank is not None:
+        for hidden_BTD in states:
+            parent.send(hidden_BTD, stop=stop)
+    states.release()
 
 
 def halves(trainee: Trainee) -> tuple[Half, ...]:
@@ -140,17 +154,14 @@ def _add_up(
     parent: ParentLayers,
     layer: int,
     systems: Sequence[_System],
-    hidden_NTD: Tensor,
-    packed: PackedTokens,
+    states: HiddenStates,
     *,
     settings: BlockLibraryConfig,
 ) -> None:
     """Add all windows to the systems of one layer; the parent's layer runs once for all of them."""
     own = parent.layer(layer)
-    for start in range(0, len(packed), settings.batch_size):
-        rows = slice(start, start + settings.batch_size)
-        input_BTD = hidden_NTD[rows]
-        kwargs = parent.attention_kwargs(input_BTD, packed.position_ids_NT[rows])
+    for rows, input_BTD in states.batches(settings.batch_size):
+        kwargs = parent.attention_kwargs(input_BTD, states.packed.position_ids_NT[rows])
         middle_BTD = own.attend(input_BTD, **kwargs)
         activations = LayerActivations(
             layer=layer,

@@ -126,17 +126,14 @@ class Setting:
 def attention_work(model: Architecture, spec: AttentionSpec, *, one: Pass, setting: Setting) -> Work:
     """Return the work of one attention subblock with its norm and residual sum, on one of the devices.
 
-    Query heads are split over the devices; so are key/value heads, down to one on each.
+    Query heads are split over the devices; so are key/value heads, down to one on each (pipeline.costs).
     """
     hidden, size = model.hidden_size, setting.activation_bytes
     if spec.kind != "gqa":
         return _linear_work(model, attention_parameters(model, spec), spec.kind, one=one, setting=setting)
-    assert spec.num_key_value_heads is not None
     queries = model.num_attention_heads * model.head_dim / setting.num_devices
-    all_kv_values = kv_values_per_token(model, spec)
-    kv_values = all_kv_values / min(setting.num_devices, spec.num_key_value_heads)
-    split = attention_parameters(model, spec) - hidden - hidden * all_kv_values
-    matrices = split / setting.num_devices + hidden * kv_values
+    kv_values = kv_values_per_token(model, spec, num_devices=setting.num_devices) / setting.num_devices
+    matrices = (attention_parameters(model, spec, num_devices=setting.num_devices) - hidden) / setting.num_devices
     # Hidden vectors in and out; queries written and read, attention output written and read.
     moved = size * one.num_tokens * (2 * hidden + 4 * queries)
     cached = setting.value_bytes * kv_values * (one.num_tokens + one.cached_tokens_read)

@@ -135,10 +135,11 @@ def _counted(limit: Limit, architecture: Architecture, *, scenario: Scenario | N
     if scenario is not None:
         memory = memory_of(architecture, scenario=scenario, profile=profile)
         return memory.total_mib if limit.quantity == "memory_mib" else memory.weights_and_cache_mib
-    count, size = num_parameters(architecture), BYTES_PER_PARAMETER[profile.served_precision]
     if limit.quantity == "num_parameters":
-        return count
-    kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=size)
+        return num_parameters(architecture)
+    size, num_devices = BYTES_PER_PARAMETER[profile.served_precision], profile.num_devices
+    kv_bytes = kv_bytes_per_token(architecture, bytes_per_value=size, num_devices=num_devices)
     if limit.device_memory_gb is None:
         return kv_bytes
-    return cached_tokens(limit.device_memory_gb * GB, weights_bytes=size * count, kv_bytes_per_token=kv_bytes)
+    weights_bytes = size * num_parameters(architecture, num_devices=num_devices)
+    return cached_tokens(limit.device_memory_gb * GB, weights_bytes=weights_bytes, kv_bytes_per_token=kv_bytes)

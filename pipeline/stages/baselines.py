@@ -95,7 +95,17 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
         from_parent = (
             {}
             if config.requirements.pins
-            else _from_parent(space, costs, config, influence=block_influence(parent, functions[0].packed))
+            else _from_parent(
+                space,
+                costs,
+                config,
+                influence=block_influence(
+                    parent,
+                    functions[0].packed,
+                    work_dir=out_dir / WORK_DIR / "influence",
+                    max_activation_bytes=inputs.execution.max_activation_bytes,
+                ),
+            )
         )
         cut = {WITHOUT_BLD: chosen, **{name: one for name, one in from_parent.items() if one is not None}}
         scored = {

@@ -141,6 +141,7 @@ class _Training:
                 self._architecture,
                 [key for key in wanted if key.layer in stretch],
                 max_bytes=None if max_gib is None else max_gib * 2**30,
+                has_closed_form=self._settings.closed_form_tokens > 0,
             )
             for stretch in stretches
         ]
@@ -192,6 +193,7 @@ class _Training:
             validation=load_packed(self._inputs["distillation_mix"], "validation"),
             settings=self._settings,
             work_dir=work_dir,
+            max_activation_bytes=self._inputs.execution.max_activation_bytes,
             checkpoint_interval_steps=self._inputs.execution.checkpoint_interval_steps,
             reporter=self._inputs.reporter,
         )

@@ -121,18 +121,21 @@ def _times(profile: Profile, *, num_repeats: int) -> pl.DataFrame:
 
 
 def _memory(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> pl.DataFrame:
-    size = BYTES_PER_PARAMETER[profile.served_precision]
-    counted = [
-        *(
-            ("attention", spec.key, attention_parameters(architecture, spec), kv_values_per_token(architecture, spec))
-            for spec in space.distinct_attention
-        ),
-        *(("ffn", spec.key, ffn_parameters(architecture, spec), 0) for spec in space.distinct_ffn),
-        (FIXED, FIXED, embedding_parameters(architecture), 0),
-    ]
+    size, num_devices = BYTES_PER_PARAMETER[profile.served_precision], profile.num_devices
+    outside = embedding_parameters(architecture)
+    counted: list[tuple[str, str, int, int, int]] = []
+    for spec in space.distinct_attention:
+        parameters = attention_parameters(architecture, spec)
+        held = attention_parameters(architecture, spec, num_devices=num_devices)
+        kv_values = kv_values_per_token(architecture, spec, num_devices=num_devices)
+        counted.append(("attention", spec.key, parameters, held, kv_values))
+    for spec in space.distinct_ffn:
+        parameters = ffn_parameters(architecture, spec)
+        counted.append(("ffn", spec.key, parameters, parameters, 0))
+    counted.append((FIXED, FIXED, outside, outside, 0))
     rows = [
-        (part, variant, parameters, weight_mib(parameters, bytes_per_parameter=size), size * kv_values)
-        for part, variant, parameters, kv_values in counted
+        (part, variant, parameters, weight_mib(held, bytes_per_parameter=size), size * kv_values)
+        for part, variant, parameters, held, kv_values in counted
     ]
     return pl.DataFrame(rows, schema=SCHEMAS[MEMORY], orient="row")
 

@@ -84,7 +84,14 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         refinement = refine(
             pool,
             read_scores(inputs["block_scores"]),
-            dropping_order=influence_order(block_influence(parent, functions[0].packed)),
+            dropping_order=influence_order(
+                block_influence(
+                    parent,
+                    functions[0].packed,
+                    work_dir=out_dir / WORK_DIR / "influence",
+                    max_activation_bytes=max_bytes,
+                )
+            ),
             score_whole_models=score_whole_models,
             score_around=score_around,
             costs=costs,

@@ -179,10 +179,9 @@ def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: Spee
     `cached_tokens_that_fit` counts weights alone, as published figures do; in a scenario the activations of its prefill
     take their place as well.
     """
-    size = BYTES_PER_PARAMETER[config.profile.served_precision]
-    count = num_parameters(model.architecture)
-    kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size)
-    weights = weight_mib(count, bytes_per_parameter=size)
+    size, num_devices = BYTES_PER_PARAMETER[config.profile.served_precision], config.profile.num_devices
+    kv_bytes = kv_bytes_per_token(model.architecture, bytes_per_value=size, num_devices=num_devices)
+    weights = weight_mib(num_parameters(model.architecture, num_devices=num_devices), bytes_per_parameter=size)
     free_bytes = config.speed.device_memory_gib * GIB - weights * MIB
 
     def that_fit(available_bytes: float) -> int:
@@ -200,7 +199,7 @@ def _memory_row(name: str, model: HeterogeneousLlamaForCausalLM, *, config: Spee
         }
     return {
         "model": name,
-        "num_parameters": count,
+        "num_parameters": num_parameters(model.architecture),
         "weights_mib": round(weights, 3),
         "kv_bytes_per_token": kv_bytes,
         "cached_tokens_per_gib": that_fit(GIB),

@@ -143,6 +143,16 @@ def test_activations_of_llama_70b_at_fp8_on_two_devices_equal_a_count_by_hand():
     )
 
 
+def test_keys_and_values_of_more_devices_than_heads_are_computed_on_each():
+    architecture = make_architecture(blocks=make_blocks((gqa(1), swiglu(8))), head_dim=16)
+    counted = counted_bytes(architecture, batch_size=2, prompt_tokens=16, value_bytes=4.0, num_devices=4)
+    # On each of four devices: embedding, input and its normed one, cosines and sines. Over them: queries, keys and
+    # values of a head on each, and to turn them three more of the queries, or one of these and three of the keys.
+    queries, both = 4 * 16, 4 * 2 * 16
+    turning = max(3 * queries, queries + 3 * both / 2)
+    assert counted == 4 * (2 * 16 * (4 * 3 * 32 + queries + both + turning) + 4 * 2 * 16 * 16)
+
+
 def test_the_parts_of_served_memory_add_up():
     architecture = make_architecture(blocks=make_blocks(PLAIN, (NO_ATTENTION, swiglu(48))))
     memory = costs.served_memory(

@@ -67,6 +67,34 @@ def test_memory_of_a_llama_70b_block_is_the_one_published_with_its_block_library
     assert costs.weight_mib(attention, bytes_per_parameter=1.0) + kv_mib == 765.1015625
 
 
+def test_devices_hold_a_key_value_head_each_at_least():
+    architecture = make_architecture(
+        hidden_size=8192, num_attention_heads=64, head_dim=128, blocks=make_blocks((gqa(8), swiglu(28672)))
+    )
+    specs = [gqa(8), gqa(4), gqa(2), gqa(1)]
+    values, parameters = (
+        {devices: [count(architecture, spec, num_devices=devices) for spec in specs] for devices in (1, 2, 8, 16)}
+        for count in (costs.kv_values_per_token, costs.attention_parameters)
+    )
+    assert values[1] == [2048, 1024, 512, 256]
+    assert values[2] == [2048, 1024, 512, 512]
+    assert values[8] == [2048] * 4
+    assert values[16] == [4096] * 4
+    # Queries, output and norm are held once.
+    assert parameters == {
+        devices: [2 * 8192 * 8192 + 8192 + 8192 * one for one in held] for devices, held in values.items()
+    }
+    block = architecture.blocks[0].model_copy(update={"attention": gqa(1)})
+    model = architecture.with_blocks([block, block.model_copy(update={"attention": NO_ATTENTION})])
+    assert costs.kv_bytes_per_token(model, bytes_per_value=2.0, num_devices=8) == 2 * 2048
+    assert costs.num_parameters(model, num_devices=8) == costs.num_parameters(model) + 7 * 8192 * 256
+    served = costs.served_memory(
+        model, batch_size=3, prompt_tokens=5, generation_tokens=2, bytes_per_value=2.0, num_devices=8
+    )
+    assert served.cache_bytes == 3 * (5 + 2) * 2 * 2048
+    assert served.weights_bytes == 2 * costs.num_parameters(model, num_devices=8)
+
+
 def test_kv_bytes_equal_the_cache_of_a_built_model():
     architecture = make_architecture(head_dim=12, blocks=MIXED)
     model = make_model(architecture)

@@ -175,6 +175,50 @@ def test_blocks_trained_in_rounds_hold_less_and_pass_the_parent_more_often():
     assert in_rounds.flops.expected > at_once.flops.expected
 
 
+@pytest.mark.parametrize("max_activation_mib", [0, 4096])
+def test_a_closed_form_start_that_is_the_peak_is_planned(max_activation_mib: int):
+    recipe = load_recipe("llama-8b")
+    narrow = {"attention": ("parent",), "ffn": ("parent", 12544, 10752)}
+    space = recipe.search_space.model_copy(update=narrow)
+
+    def planned(closed_form_tokens: int) -> dict[str, float]:
+        library = recipe.block_library.model_copy(update={"closed_form_tokens": closed_form_tokens})
+        changed = recipe.model_copy(update={"search_space": space, "block_library": library})
+        one = estimate(
+            "block_library", case(changed, num_ranks=32, block_memory_gib=1.0, max_activation_mib=max_activation_mib)
+        )
+        assert sum(one.memory_parts.values()) == one.memory.expected
+        return one.memory_parts
+
+    without, parts = planned(0), planned(recipe.block_library.closed_form_tokens)
+    assert set(without) == {"parent", "blocks and their AdamW", "activations"}
+    # One block a round, the wider one's. Its system, factors, right side and solution are fp64, its sums fp32.
+    assert parts["blocks"] == 4 * (3 * 4096 * 12544 + 4096)
+    assert parts["sums and solution of the closed-form start"] == 20 * 12544 * (12544 + 4096)
+    # 2^20 tokens of 4,096 bf16 values are 8 GiB, of which the bound stays and the rest lies in files.
+    assert parts["hidden states of the closed-form start"] == max_activation_mib * 2**20
+    assert (parts["parent"], parts["activations"]) == (without["parent"], without["activations"])
+
+
+def test_hidden_states_of_a_closed_form_start_in_files_count_as_working_disk():
+    recipe = load_recipe("super-49b")
+    files = 2 * recipe.block_library.closed_form_tokens * 8192 - 2**30
+    settings = case(recipe, num_ranks=8, block_memory_gib=1e-3, max_activation_mib=1024)
+    assert estimate("block_library", settings).working_disk.expected == 2 * files  # of the sender and the receiver
+
+
+def test_refinement_is_planned_with_the_child_without_layers_and_the_pass_that_orders_them():
+    recipe = load_recipe("tiny")
+    search = recipe.search.model_copy(update={"refinement": recipe.search.refinement.model_copy(update={"rounds": 0})})
+    settings = case(recipe.model_copy(update={"search": search}))
+    length, tokens = recipe.distillation_mix.sequence_length, search.refinement.tokens
+    num_models = search.pool.num_solutions + 1
+    planned = estimate("refined_solution", settings)
+    assert planned.tokens == Range.of((num_models + 1) * tokens)
+    layers = settings.sizes.parent_flops(context_tokens=length, with_head=False)
+    assert planned.flops == Range.of(tokens * (num_models * (layers + settings.sizes.head_flops) + layers))
+
+
 def test_pairs_are_planned_as_blocks_of_their_own():
     recipe = load_recipe("super-49b")
     coupled = recipe.model_copy(update={"block_library": recipe.block_library.model_copy(update={"mode": "coupled"})})

@@ -76,6 +76,7 @@ def train(
         validation=workplace.packed("validation"),
         settings=settings,
         work_dir=work_dir,
+        max_activation_bytes=10**9,
         checkpoint_interval_steps=2,
         reporter=reporter or SilentReporter(),
     )

@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pipeline.model.checkpoint import TensorReader, load_model
 from pipeline.processes import run_checked
 from pipeline.progress import SilentReporter
 from pipeline.puzzle.assemble import assemble_child
-from pipeline.puzzle.bld_cost import held_bytes
+from pipeline.puzzle.bld_cost import HeldBytes, bounded_rounds
 from pipeline.puzzle.block_keys import BlockKey, library_keys
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant, library_variants
@@ -28,6 +29,7 @@ from pipeline.recipe import BlockLibraryConfig, SearchSpaceConfig
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import block_library
 from pipeline.stages.configs import BlockLibraryStage
+from tests.pipeline.puzzle.builders import make_architecture
 from tests.pipeline.puzzle.line import BLD, SPACE
 from tests.pipeline.puzzle.workplace import Workplace
 from tests.pipeline.training import run_stages
@@ -196,12 +198,37 @@ def test_initial_pair_is_the_two_subblocks_cut_apart(workplace: Workplace):
 def test_library_in_rounds_that_fit_a_memory_is_the_same(workplace: Workplace, tmp_path: Path, bld: BlockLibraryConfig):
     run(workplace, tmp_path / "at-once", bld=bld)
     keys = library_keys(resolve(SPACE, workplace.architecture), bld)
-    bound = held_bytes(workplace.architecture, keys) / 5
-    assert bound > max(held_bytes(workplace.architecture, [key]) for key in keys)
+
+    def held_bytes(keys: Sequence[BlockKey]) -> float:
+        return HeldBytes.of(workplace.architecture, keys).most(has_closed_form=bld.closed_form_tokens > 0)
+
+    bound = held_bytes(keys) / 5
+    assert bound > max(held_bytes([key]) for key in keys)
     result = run(workplace, tmp_path / "rounds", bld=bld, block_memory_gib=bound / 2**30)
     assert same_library(tmp_path / "at-once", tmp_path / "rounds")
     assert result.metrics["num_trained_blocks"] == len(keys)
     assert not any((tmp_path / "rounds/library/_work").glob("bld-*"))
+
+
+def test_rounds_leave_room_for_the_sums_and_the_solution_of_a_closed_form_start():
+    # Wide FFNs of a narrow model: their sums outweigh weights and moments.
+    architecture = make_architecture(hidden_size=8, intermediate_size=512, num_layers=3)
+    widths = (256, 128, 64)
+    keys = [BlockKey(layer=layer, subblock="ffn", variant=f"ffn{width}") for layer in range(3) for width in widths]
+    sizes = {width: 3 * 8 * width + 8 for width in widths}
+    # The wider of two: its sums in fp32; in fp64 the system and its factors, the right side and the solution.
+    both = 4 * (sizes[256] + sizes[128]) + 20 * 256 * (256 + 8)
+    assert HeldBytes.of(architecture, keys[:2]).most(has_closed_form=True) == both
+    trained = 12 * 3 * sum(sizes.values()) + 4 * sizes[256]
+    assert HeldBytes.of(architecture, keys).training == trained < both
+    assert bounded_rounds(architecture, keys, max_bytes=trained, has_closed_form=False) == (tuple(keys),)
+    rounds = bounded_rounds(architecture, keys, max_bytes=both, has_closed_form=True)
+    assert [key for one in rounds for key in one] == keys
+    assert len(rounds) > 1
+    for number, one in enumerate(rounds):
+        assert HeldBytes.of(architecture, one).most(has_closed_form=True) <= both
+        if number:
+            assert HeldBytes.of(architecture, [*rounds[number - 1], one[0]]).most(has_closed_form=True) > both
 
 
 def test_cost_metrics_say_how_near_the_training_comes_to_matrix_products(workplace: Workplace, tmp_path: Path):

@@ -127,6 +127,7 @@ def test_kl_loss_without_its_curvature_is_refused(workplace: Workplace, tmp_path
             validation=workplace.packed("validation"),
             settings=SETTINGS.model_copy(update={"loss": "kl"}),
             work_dir=tmp_path,
+            max_activation_bytes=10**9,
             checkpoint_interval_steps=1,
             reporter=SilentReporter(),
         )

@@ -9,9 +9,18 @@ import torch
 from pipeline.errors import RecipeError
 from pipeline.model.heterogeneous import attention_inputs
 from pipeline.progress import SilentReporter
-from pipeline.puzzle.importance import count_non_finite, load_importance, measure_importance, save_importance
+from pipeline.puzzle import composition
+from pipeline.puzzle.importance import (
+    block_influence,
+    count_non_finite,
+    load_importance,
+    measure_importance,
+    save_importance,
+)
 from pipeline.puzzle.parent_layers import ParentLayers
+from tests.pipeline.puzzle.test_refit import repeated
 from tests.pipeline.puzzle.workplace import IMPORTANCE, Workplace
+from tests.pipeline.test_activation_memory import LiveTensors
 
 
 def test_channel_contribution_equals_change_of_output_when_the_channel_is_zeroed(workplace: Workplace):
@@ -89,6 +98,28 @@ def test_channel_order_in_rounds_equals_brute_force_that_zeroes_channels(workpla
             left.sort(key=lambda channel: error_without([*removed, channel]))
             removed += left[: 48 * number // num_rounds - len(removed)]
         assert importance.channel_order[activations.layer].tolist() == removed[::-1]
+
+
+# Groups of three windows; 120 windows of 16 tokens and 32 float32 values are 240 KiB.
+@pytest.mark.parametrize("max_activation_bytes", [0, 100_000, 10**9])
+def test_block_influence_equals_cosines_of_a_whole_pass_and_holds_states_up_to_its_bound(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_activation_bytes: int
+):
+    monkeypatch.setattr(composition, "MAX_BATCH_TOKENS", 3 * 16)
+    model, packed = workplace.model(), repeated(workplace.packed(), 10)
+    live = LiveTensors([*model.parameters(), *model.buffers(), packed.tokens_NT, packed.position_ids_NT])
+    with live:
+        found = block_influence(model, packed, work_dir=tmp_path, max_activation_bytes=max_activation_bytes)
+    passed = ParentLayers.whole(model).activations(packed.tokens_NT, packed.position_ids_NT, stop=3)
+    expected = []
+    for one in passed:
+        x_SD, y_SD = (states.double().flatten(0, 1) for states in (one.input_BTD, one.output_BTD))
+        cosine_S = (x_SD * y_SD).sum(dim=1) / (x_SD.norm(dim=1) * y_SD.norm(dim=1))
+        expected.append((1 - cosine_S).mean().item())
+    assert found == pytest.approx(expected, rel=1e-4)
+    all_bytes = packed.num_tokens * 32 * 4
+    assert live.peak_bytes < min(max_activation_bytes, all_bytes) + 0.4 * all_bytes, live.peak_bytes
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_channel_rounds_above_the_number_of_channels_are_refused(workplace: Workplace):

@@ -11,7 +11,7 @@ from pipeline.costs import served_memory
 from pipeline.errors import InfeasibleError
 from pipeline.puzzle.limits import ANY_NUMBER_OF_TOKENS, describe_limit
 from pipeline.puzzle.mip import Candidate, Problem, solve
-from pipeline.puzzle.predictions import CostModel, linear_limits
+from pipeline.puzzle.predictions import CostModel, linear_limits, predict
 from pipeline.recipe import Limit, Scenario
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs, make_profile
 
@@ -104,6 +104,43 @@ def test_solve_equals_enumeration_of_every_architecture(limits: list[Limit], see
     assert min(feasible) > 0
     solution = solve(problem, time_limit_s=10, relative_gap=0.0)
     assert solution.objective == pytest.approx(min(feasible), abs=1e-9)
+
+
+def held_over(blocks: Sequence[BlockSpec], *, num_devices: int) -> tuple[int, int]:
+    """Parameters and KV bytes per token of all devices together: of each attention they hold a head each at least."""
+    parameters, kv_bytes = OUTSIDE_PARAMETERS, 0
+    for block in blocks:
+        heads = {"kv2": 2, "kv1": 1, "no_op": 0}[block.attention.key]
+        copies = (max(heads, num_devices) - heads) * (heads > 0)
+        parameters += ATTENTION_PARAMETERS[block.attention.key] + 2 * 32 * 8 * copies + FFN_PARAMETERS[block.ffn.key]
+        kv_bytes += 4 * 2 * 8 * (heads + copies)
+    return parameters, kv_bytes
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_counted_limits_hold_what_devices_hold_together(num_devices: int):
+    architecture, layers, _ = setting(0, num_layers=3)
+    update = {"backend": "roofline", "device": "h100-80gb", "tensor_parallel_size": num_devices}
+    choices = [tuple(candidate.block for candidate in choice) for choice in itertools.product(*layers)]
+    blocks = [block for choice in choices for block in choice]
+    costs = make_costs(architecture, blocks, profile=make_profile().model_copy(update=update))
+    memory_bytes, tokens = 200_000, BATCH * (PROMPT + GENERATION)
+    limits = [
+        limit("cached_tokens", 77, relative=False, device_memory_gb=memory_bytes / 1e9),
+        limit("kv_bytes_per_token", 1e9, relative=False),
+        limit("weights_and_cache_mib", 1e9, relative=False),
+        limit("num_parameters", 1e9, relative=False),
+    ]
+    rows = linear_limits(limits, costs=costs, blocks=blocks, speed_margin=0.0)
+    for choice in choices:
+        parameters, kv_bytes = held_over(choice, num_devices=num_devices)
+        fit = max(0, memory_bytes - 4 * parameters) / kv_bytes if kv_bytes else ANY_NUMBER_OF_TOKENS
+        held_mib = (4 * parameters + tokens * kv_bytes) / 2**20
+        of_one, _ = held_over(choice, num_devices=1)
+        assert [row.reached(choice) for row in rows] == pytest.approx([fit, kv_bytes, held_mib, of_one])
+        predicted = predict(choice, costs=costs)
+        assert predicted["chat_weights_and_cache_mib"] == pytest.approx(held_mib)
+        assert (predicted["kv_bytes_per_token"], predicted["num_parameters"]) == (kv_bytes, of_one)
 
 
 @pytest.mark.parametrize("memory_kb", [30, 60, 100, 150, 200, 300])

@@ -103,3 +103,31 @@ def test_check_model_measures_each_quantity_and_forgives_timings_alone(
     assert (at.is_met, at.needs_tolerance) == (True, False)
     assert (near.is_met, near.needs_tolerance) == (is_timed, is_timed)
     assert (far.is_met, far.needs_tolerance) == (False, False)
+
+
+def test_check_model_counts_what_four_devices_hold_together() -> None:
+    """Each of the two layers with attention has two key/value heads, and each device holds one."""
+    profile = PROFILE.model_copy(update={"backend": "roofline", "device": "h100-80gb", "tensor_parallel_size": 4})
+    kv_bytes, weights_bytes = 2 * KV_BYTES_FINAL, 2 * (NUM_FINAL + 2 * 2 * 32 * 2 * 8)
+    wanted = {
+        "kv_bytes_per_token": kv_bytes,
+        "cached_tokens": (DEVICE_BYTES - weights_bytes) / kv_bytes,
+        "weights_and_cache_mib": (weights_bytes + 2 * 15 * kv_bytes) / 2**20,
+        "num_parameters": NUM_FINAL,
+    }
+    limits = [
+        Limit.model_validate(
+            {
+                "quantity": quantity,
+                "scenario": "chat" if quantity == "weights_and_cache_mib" else None,
+                "bound": bound,
+                "relative_to": "absolute",
+                "device_memory_gb": DEVICE_BYTES / 1e9 if quantity == "cached_tokens" else None,
+            }
+        )
+        for quantity, bound in wanted.items()
+    ]
+    found = check_model(
+        limits, MEASUREMENTS, model="final", architecture=FINAL, parent=PARENT, profile=profile, tolerance=0.05
+    )
+    assert [one.measured for one in found] == pytest.approx(list(wanted.values()))
