@@ -258,7 +258,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_profile",
         group="puzzle",
         module="pipeline.stages.block_profile",
-        version=3,
+        version=4,
         inputs=("parent_checkpoint",),
         config=lambda recipe, _: configs.BlockProfileStage(
             search_space=recipe.search_space, profile=recipe.block_profile
@@ -358,7 +358,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=3,
+        version=4,
         inputs=(
             "refined_solution",
             "block_scores",
@@ -508,7 +508,7 @@ STAGES: tuple[Stage, ...] = (
         name="speed_report",
         group="results",
         module="pipeline.stages.speed_report",
-        version=3,
+        version=4,
         inputs=("parent_checkpoint", "child_checkpoint", "rl_checkpoint"),
         config=_speed,
         description="Prefill and decode of parent, child and final checkpoint in each runtime asked for; caches.",
