@@ -33,12 +33,8 @@ def download_from_hub(parent: HubParent, *, downloads: Path) -> Path:
     """Return the directory of a hub checkpoint, downloaded unless `downloads` has it already.
 
     Raises:
-        CheckpointError: when the revision is not a commit, or the hub cannot be reached or refuses.
+        CheckpointError: when the hub cannot be reached or refuses.
     """
-    if not re.fullmatch(r"[0-9a-f]{40}", parent.revision):
-        raise CheckpointError(
-            f"parent.revision is {parent.revision!r}; give the 40 hex digits of a commit, since a branch changes"
-        )
     try:
         directory = snapshot_download(
             repo_id=parent.repo_id,

@@ -111,14 +111,6 @@ def test_non_finite_weights_of_a_local_parent_are_counted(tmp_path: Path):
     assert result.metrics["num_non_finite_weights"] == 4
 
 
-def test_hub_parent_at_a_branch_is_refused(tmp_path: Path):
-    parent = HubParent(
-        kind="hub", architecture="llama-3.1-8b-instruct", repo_id="some/model", revision="main", licence="test"
-    )
-    with pytest.raises(CheckpointError, match="40 hex digits of a commit"):
-        run_parent(tmp_path, parent)
-
-
 def write_checkpoint(directory: Path, blocks: tuple[BlockSpec, ...]) -> Path:
     architecture = make_architecture(blocks=blocks)
     save_checkpoint(
