@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.artifacts import Artifact, write_atomically
-from pipeline.errors import CheckpointError, MissingInputError, RecipeError, RefitError
-from pipeline.execution import Workspace, find_artifact, materialize, open_workspace, require_sound
+from pipeline.errors import CheckpointError, MissingInputError, RefitError
+from pipeline.execution import Workspace, find_artifact, first_failure, materialize, open_workspace, require_sound
 from pipeline.home import refit_home
 from pipeline.processes import become
 from pipeline.progress import render_progress
 from pipeline.recipe import Recipe
-from pipeline.recipe_file import RECIPES_DIR, load_recipe
+from pipeline.recipe_file import RECIPES_DIR, load_recipe, require_target
 from pipeline.stage import VIEW_DIR
 from pipeline.stages.configs import CARD_FILE
 from pipeline.stages.process import REPOSITORY
@@ -133,16 +133,6 @@ def dagster_home(workspace: Workspace) -> Path:
     return Path(given) if given else refit_home() / "dagster" / workspace.recipe.name
 
 
-def require_target(recipe: Recipe, target: str) -> None:
-    """Refuse a target that the recipe does not have.
-
-    Raises:
-        RecipeError: listing those it has.
-    """
-    if target not in recipe.targets:
-        raise RecipeError(f"recipe {recipe.name} has no target {target!r}; it has {', '.join(sorted(recipe.targets))}")
-
-
 def make(workspace: Workspace, stage_name: str, *, target: str) -> str:
     """Reuse, resume or run one stage, telling its progress on stderr; return which it was and the artifact's path.
 
@@ -231,14 +221,12 @@ def export(workspace: Workspace, stage_name: str, *, directory: Path, target: st
     checkpoint = _sound_artifact(workspace, stage_name, target=target)
     config = ExportStage(export=workspace.recipe.exported_model)
     result = export_and_compare(checkpoint.path, out_dir=directory, config=config)
-    allowed = workspace.recipe.thresholds.max_export_logit_difference
-    difference = result.metrics["max_abs_logit_difference"]
-    if not difference <= allowed or result.metrics["num_token_id_differences"]:
+    failure = first_failure("exported_model", result.metrics, recipe=workspace.recipe)
+    if failure is not None:
         raise CheckpointError(
-            f"{directory}: logits differ by {difference:.3g} from the checkpoint's, at most {allowed:.3g} is allowed, "
-            f"and {result.metrics['num_token_id_differences']} token ids of a chat differ, 0 are allowed: do not use "
-            "it, and report it with the recipe"
+            f"{directory} is not the model that was exported, {failure}: do not use it, and report it"
         )
+    difference = result.metrics["max_abs_logit_difference"]
     formats = "".join(f"{name}: {result.facts[name]}\n" for name in ("format", "gguf", "plain_llama"))
     runtimes = "".join(f"{name}: {runs}, {how}\n" for name, runs, how in result.tables["portability"].rows)
     return f"{stage_name} is in {directory}; logits differ by at most {difference:.3g}\n{formats}{runtimes}"

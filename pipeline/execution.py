@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +39,7 @@ from pipeline.prerequisites import missing_runtimes, refused_settings
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
-from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, target_key
+from pipeline.stage import WORK_DIR, ExecutionSettings, Number, StageInputs, target_key
 from pipeline.stages.configs import ReportStage
 from pipeline.stages.process import ProgressListener, run_stage
 from pipeline.stages.registry import BY_NAME, Stage, get_stage
@@ -102,7 +102,7 @@ def load_execution(path: str | None) -> ExecutionSettings:
     try:
         return ExecutionSettings.model_validate(data)
     except ValidationError as err:
-        lines = [f"  {line}" for line in wrong_keys(err, data, whole="the whole")]
+        lines = [f"  {line}" for line in wrong_keys(err, data)]
         raise RecipeError(f"REFIT_EXECUTION is {path!r}, which is wrong:\n" + "\n".join(lines)) from err
 
 
@@ -273,16 +273,13 @@ def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str,
     return json.loads(canonical_json(_Resolver(workspace, target).identity(stage)))
 
 
-def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: ExecutionSettings | None = None) -> None:
+def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: ExecutionSettings) -> None:
     """Refuse a run one of whose stages would find, when its turn comes, that what it runs in is not there.
-
-    Without `execution`, the settings are those that REFIT_EXECUTION describes, as in open_workspace.
 
     Raises:
         RuntimeMissingError: naming the stage, what it needs, and how to install it.
         StageError: when a stage refuses the execution settings.
     """
-    execution = execution or load_execution(os.environ.get("REFIT_EXECUTION"))
     for stage in (BY_NAME[name] for name in stage_names if name in BY_NAME):
         for told in missing_runtimes(stage, recipe=recipe, execution=execution).values():
             raise RuntimeMissingError(told)
@@ -305,8 +302,12 @@ def has_saved_work(out_dir: Path) -> bool:
 
 def failed_blocking_check(artifact: Artifact, recipe: Recipe) -> str | None:
     """Return which blocking check of the recipe an artifact fails and by how much, or None when it passes all."""
-    metrics = artifact.record.result.metrics
-    for check in BY_NAME[artifact.manifest.asset].checks:
+    return first_failure(artifact.manifest.asset, artifact.record.result.metrics, recipe=recipe)
+
+
+def first_failure(stage_name: str, metrics: Mapping[str, Number], *, recipe: Recipe) -> str | None:
+    """Return which blocking check of a stage these metrics fail and by how much, or None when they pass all."""
+    for check in BY_NAME[stage_name].checks:
         value = metrics.get(check.metric)
         if not check.blocking or not check.applies_to(metrics):
             continue

@@ -57,8 +57,18 @@ def parse_recipe(data: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as err:
-        lines = [f"  {line}" for line in wrong_keys(err, data, whole="the whole")]
+        lines = [f"  {line}" for line in wrong_keys(err, data)]
         raise RecipeError(f"{origin} is not a valid recipe:\n" + "\n".join(lines)) from err
+
+
+def require_target(recipe: Recipe, target: str) -> None:
+    """Refuse a target that the recipe does not have.
+
+    Raises:
+        RecipeError: listing those it has.
+    """
+    if target not in recipe.targets:
+        raise RecipeError(f"recipe {recipe.name} has no target {target!r}; it has {', '.join(sorted(recipe.targets))}")
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -101,4 +111,4 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_UniqueKeyLoader.add_implicit_resolver(_BOOL, re.compile(r"true|false"), list("tf"))
+_UniqueKeyLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|false)$"), list("tf"))

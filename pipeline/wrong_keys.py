@@ -9,14 +9,8 @@ from pydantic import ValidationError
 _MAX_SHOWN = 60
 
 
-def wrong_keys(err: ValidationError, data: object, *, whole: str) -> list[str]:
-    """Return one line for each wrong key: its path, what is wanted, and what was got.
-
-    Args:
-        err: what pydantic found.
-        data: the plain form that it looked at.
-        whole: what stands for the path of an error that is of no single key.
-    """
+def wrong_keys(err: ValidationError, data: object) -> list[str]:
+    """Return one line for each wrong key: its path, what is wanted, and what was got; `data` is what pydantic read."""
     wanted: dict[tuple[int | str, ...], list[str]] = {}
     missing: dict[tuple[int | str, ...], list[str]] = {}
     unknown: list[tuple[int | str, ...]] = []
@@ -40,7 +34,7 @@ def wrong_keys(err: ValidationError, data: object, *, whole: str) -> list[str]:
         if meant:
             del wanted[(*path[:-1], meant[0])]
     return [
-        f"{'.'.join(map(str, path)) or whole}: {' or '.join(dict.fromkeys(messages))}{_shown(got.get(path))}"
+        f"{'.'.join(map(str, path)) or 'the whole'}: {' or '.join(dict.fromkeys(messages))}{_shown(got.get(path))}"
         for path, messages in wanted.items()
     ]
 

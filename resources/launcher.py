@@ -33,7 +33,7 @@ class Launcher:
         )
         in_this_run = (key.to_user_string() for key in context.job_def.asset_layer.executable_asset_keys)
         try:
-            require_runtimes(self.workspace.recipe, in_this_run)
+            require_runtimes(self.workspace.recipe, in_this_run, execution=self.workspace.execution)
             outcome = materialize(
                 self.workspace, stage.name, self.target(context, stage.name), on_progress=narrator.report
             )

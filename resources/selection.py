@@ -10,6 +10,7 @@ import dagster as dg
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
+from pipeline.recipe_file import require_target
 from pipeline.stages.registry import BY_NAME, STAGES, get_stage
 
 EVERYTHING = "*"
@@ -24,8 +25,8 @@ def settle_target(recipe: Recipe, *, select: str, target: str) -> str:
     Raises:
         RecipeError: when the recipe has no such target, there is no such asset, or one is given without the other.
     """
-    if target and target not in recipe.targets:
-        raise RecipeError(f"recipe {recipe.name} has no target {target!r}; it has {', '.join(sorted(recipe.targets))}")
+    if target:
+        require_target(recipe, target)
     if select == EVERYTHING:
         return target or recipe.default_target
     if ":" in select:  # an expression over groups or kinds: only the graph itself knows what has them

@@ -15,10 +15,12 @@ from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
 from pipeline.planning.estimates import estimate
 from pipeline.planning.sizes import admissible_blocks
+from pipeline.prerequisites import refused_settings
 from pipeline.puzzle.batches import at_batch, swept_scenarios
 from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
 from pipeline.puzzle.patterns import free_choices
 from pipeline.recipe import Limit, Recipe, Target
+from pipeline.stages.registry import STAGES
 
 GIB = 2**30
 MAX_RANKS = 1024
@@ -131,10 +133,8 @@ def execution_warnings(case: Case) -> list[str]:
     for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt), ("sft", recipe.sft), ("rl", recipe.rl)):
         if config.precision == "bf16" and execution.zero_stage == 0:
             found.append(f"precision: {stage} trains in bf16, which ZeRO stage 0 does wrongly: set zero_stage to 1")
-    if execution.zero_stage == 3:
-        found.append(
-            "ZeRO: rl_checkpoint samples from the whole model on every rank and refuses zero_stage 3: run it with 2"
-        )
+    refused = (refused_settings(stage, execution=execution) for stage in STAGES)
+    found += [f"ZeRO: {told}" for told in refused if told is not None]
     per_prompt = 1 if recipe.rl.algorithm.kind == "rpo" else recipe.rl.samples_per_prompt
     rows_per_rank = recipe.rl.prompts_per_step // execution.num_ranks * per_prompt
     if rows_per_rank % recipe.rl.updates_per_rollout:

@@ -349,7 +349,7 @@ STAGES: tuple[Stage, ...] = (
             "evaluation_sets",
         ),
         config=_refined,
-        description="The programme's answers scored as whole models, and the best of them improved in rounds.",
+        description="Answers and a child without whole layers scored as whole models; the best improved in rounds.",
         per_target=True,
         in_child=True,
         checks=CHECKS["refined_solution"],

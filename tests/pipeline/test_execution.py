@@ -420,17 +420,12 @@ def test_run_that_samples_with_a_missing_vllm_is_refused_before_it_starts(
     require_runtimes(recipe, ["rl_checkpoint"], execution=execution)
 
 
-def test_run_at_a_zero_stage_that_a_later_stage_refuses_is_refused_before_it_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    settings = tmp_path / "execution.yaml"
-    settings.write_text("zero_stage: 3\n")
-    monkeypatch.setenv("REFIT_EXECUTION", str(settings))
+def test_run_at_a_zero_stage_that_a_later_stage_refuses_is_refused_before_it_starts():
     recipe = load_recipe("tiny")
 
     with pytest.raises(StageError, match=r"rl_checkpoint .* refuses execution\.zero_stage 3: run it with 2"):
-        require_runtimes(recipe, ["kd_checkpoint", "rl_checkpoint"])
-    require_runtimes(recipe, ["kd_checkpoint", "sft_checkpoint"])
+        require_runtimes(recipe, ["kd_checkpoint", "rl_checkpoint"], execution=ExecutionSettings(zero_stage=3))
+    require_runtimes(recipe, ["kd_checkpoint", "sft_checkpoint"], execution=ExecutionSettings(zero_stage=3))
     require_runtimes(recipe, ["rl_checkpoint"], execution=ExecutionSettings(zero_stage=2))
 
 

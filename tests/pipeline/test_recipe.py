@@ -247,7 +247,7 @@ def test_key_of_a_chosen_kind_is_named_as_the_file_has_it():
 
 def test_words_of_yaml_stay_words(tmp_path: Path):
     path = tmp_path / "mine.yaml"
-    text = (RECIPES_DIR / "smol.yaml").read_text(encoding="utf-8").replace("name: smol\n", "name: mine\n")
+    text = (RECIPES_DIR / "smol.yaml").read_text(encoding="utf-8").replace("name: smol\n", "name: trueish\n")
     assert "lm_eval: null" in text
     path.write_text(
         text.replace(

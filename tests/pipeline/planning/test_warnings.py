@@ -126,7 +126,7 @@ def test_a_zero_stage_that_sampling_refuses_is_told(tmp_path: Path):
     plan = make_plan(
         workspace(tmp_path, recipe, num_ranks=8, zero_stage=3), target_name=recipe.default_target, device=None
     )
-    assert any("rl_checkpoint" in warning and "refuses zero_stage 3" in warning for warning in plan.warnings)
+    assert any("rl_checkpoint" in warning and "refuses execution.zero_stage 3" in warning for warning in plan.warnings)
 
 
 def test_what_a_stage_runs_in_and_what_is_not_installed_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
