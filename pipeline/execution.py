@@ -36,6 +36,7 @@ from pipeline.hardware import hardware_id
 from pipeline.home import refit_home
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.prerequisites import missing_runtimes, refused_settings
+from pipeline.puzzle.search_space import pinned_blocks, resolve
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
@@ -137,7 +138,7 @@ def materialize(
         MissingInputError: when an upstream artifact is not there.
         ArtifactError: when the bytes of an upstream artifact are not those of its manifest.
         StageError: when an input failed a blocking check, or the stage ends without a result.
-        CheckpointError: before anything runs, when the layers of the recipe's parent differ.
+        CheckpointError, RecipeError: before anything runs, see require_searchable.
     """
     try:
         return _materialize(workspace, get_stage(stage_name), target, on_progress or (lambda _: None))
@@ -151,8 +152,8 @@ def materialize(
 
 
 def _materialize(workspace: Workspace, stage: Stage, target: str, listener: ProgressListener) -> Outcome:
-    # First of all: a parent that cannot be searched stops data stages too, and costs nobody a hash of its weights.
-    parent_architecture(workspace.recipe.parent)
+    # First of all: what cannot be searched stops data stages too, and costs nobody a hash of weights.
+    require_searchable(workspace.recipe)
     store = workspace.store
     resolver = _Resolver(workspace, target)
     key = resolver.fingerprint(stage)
@@ -271,6 +272,21 @@ def stage_identity(workspace: Workspace, stage: Stage, target: str) -> dict[str,
         RuntimeMissingError: as stage_fingerprint.
     """
     return json.loads(canonical_json(_Resolver(workspace, target).identity(stage)))
+
+
+def require_searchable(recipe: Recipe) -> None:
+    """Refuse a recipe whose search would find, days later, that it has nothing to search.
+
+    Raises:
+        CheckpointError: when the layers of its parent differ; see also parent_architecture.
+        RecipeError: when its search space does not fit the parent, or a target's pins do not fit the search space.
+    """
+    space = resolve(recipe.search_space, parent_architecture(recipe.parent))
+    for name, target in recipe.targets.items():
+        try:
+            pinned_blocks(space, target.pins)
+        except RecipeError as err:
+            raise RecipeError(f"target {name}: {err}") from err
 
 
 def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: ExecutionSettings) -> None:

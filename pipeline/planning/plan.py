@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 
-from pipeline.execution import Workspace, find_artifact
+from pipeline.execution import Workspace, find_artifact, require_searchable
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning import devices
 from pipeline.planning.case import Case, Estimate
@@ -78,9 +78,10 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
     To tell which artifacts are there, local files that the recipe names are hashed if they changed since the last time.
 
     Raises:
-        RecipeError, CheckpointError: when the parent's architecture or the search space cannot be had.
+        RecipeError, CheckpointError: see require_searchable.
     """
     recipe = workspace.recipe
+    require_searchable(recipe)
     target = recipe.targets[target_name]
     case = Case(
         recipe=recipe,

@@ -11,7 +11,7 @@ from pipeline.costs import (
     num_parameters,
 )
 from pipeline.planning.ranges import Range
-from pipeline.puzzle.search_space import SearchSpace, resolve, resolve_attention, resolve_ffn
+from pipeline.puzzle.search_space import SearchSpace, pinned_blocks, resolve
 from pipeline.recipe import Recipe, Target
 
 _GUESSED_SHARE = 0.75  # of the way from the smallest child to the parent, where a target says nothing of size
@@ -62,7 +62,7 @@ def model_sizes(recipe: Recipe, target: Target, *, parent: Architecture) -> Mode
     """Return the sizes of a recipe's parent and of the children that a target may get.
 
     Raises:
-        RecipeError: when the search space does not fit the parent.
+        RecipeError: when the search space does not fit the parent, or the target's pins do not fit the search space.
     """
     space = resolve(recipe.search_space, parent)
     smallest = parent.with_blocks(_smallest_blocks(space, target=target, parent=parent))
@@ -74,29 +74,13 @@ def model_sizes(recipe: Recipe, target: Target, *, parent: Architecture) -> Mode
     )
 
 
-def admissible_blocks(space: SearchSpace, *, target: Target) -> list[list[BlockSpec]]:
-    """Return the blocks that the target's pins leave each layer."""
-    layers = [list(options.blocks) for options in space.layers]
-    for pin in target.pins:
-        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=space.parent.attention)
-        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=space.parent.ffn)
-        for layer in pin.layers:
-            if layer < len(layers):
-                layers[layer] = [
-                    block
-                    for block in layers[layer]
-                    if attention in (None, block.attention) and ffn in (None, block.ffn)
-                ]
-    return layers
-
-
 def _smallest_blocks(space: SearchSpace, *, target: Target, parent: Architecture) -> list[BlockSpec]:
     return [
         min(
-            blocks or [space.parent],
+            blocks,
             key=lambda block: (block_parameters(parent, block), kv_values_per_token(parent, block.attention)),
         )
-        for blocks in admissible_blocks(space, target=target)
+        for blocks in pinned_blocks(space, target.pins)
     ]
 
 

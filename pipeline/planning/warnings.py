@@ -14,11 +14,11 @@ from pipeline.costs import (
 from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
 from pipeline.planning.estimates import estimate
-from pipeline.planning.sizes import admissible_blocks
 from pipeline.prerequisites import refused_settings
 from pipeline.puzzle.batches import at_batch, swept_scenarios
 from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
 from pipeline.puzzle.patterns import free_choices
+from pipeline.puzzle.search_space import pinned_blocks
 from pipeline.recipe import Limit, Recipe, Target
 from pipeline.stages.registry import STAGES
 
@@ -188,10 +188,7 @@ def target_warnings(case: Case, target: Target) -> list[str]:
     Counted quantities are exact: the sum of each layer's least. Speeds relative to the parent are judged by the bytes
     that a decode step reads, which is an estimate and says so.
     """
-    layers = admissible_blocks(case.sizes.space, target=target)
-    if any(not blocks for blocks in layers):
-        empty = next(index for index, blocks in enumerate(layers) if not blocks)
-        return [f"target: its pins leave layer {empty} without a block: add the option to search_space"]
+    layers = pinned_blocks(case.sizes.space, target.pins)
     pattern = case.recipe.search.layers
     choices = [
         one

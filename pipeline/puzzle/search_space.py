@@ -20,7 +20,7 @@ from pipeline.architecture import (
     swiglu,
 )
 from pipeline.errors import RecipeError
-from pipeline.recipe import AttentionOption, FFNOption, SearchSpaceConfig
+from pipeline.recipe import AttentionOption, FFNOption, Pin, SearchSpaceConfig
 
 PORTABLE_WIDTH_MULTIPLE = 256
 NARROW_WIDTH_MULTIPLE = 8
@@ -100,6 +100,31 @@ def resolve(search_space: SearchSpaceConfig, architecture: Architecture) -> Sear
         for layer in range(num_layers)
     ]
     return SearchSpace(parent=parent, layers=tuple(layers))
+
+
+def pinned_blocks(space: SearchSpace, pins: Sequence[Pin]) -> list[list[BlockSpec]]:
+    """Return the blocks that a target's pins leave each layer.
+
+    Raises:
+        RecipeError: when a pin names a layer that the parent does not have, or leaves one without a block.
+    """
+    layers = [list(options.blocks) for options in space.layers]
+    for pin in pins:
+        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=space.parent.attention)
+        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=space.parent.ffn)
+        for layer in pin.layers:
+            if not 0 <= layer < len(layers):
+                raise RecipeError(f"a pin names layer {layer}; the parent has layers 0 to {len(layers) - 1}")
+            found = [
+                block for block in layers[layer] if attention in (None, block.attention) and ffn in (None, block.ffn)
+            ]
+            if not found:
+                raise RecipeError(
+                    f"the pins of layer {layer} (attention {pin.attention}, ffn {pin.ffn}) leave none of its blocks "
+                    f"{[block.key for block in layers[layer]]}: add the option to search_space"
+                )
+            layers[layer] = found
+    return layers
 
 
 def resolve_attention(option: AttentionOption, *, parent: AttentionSpec) -> AttentionSpec:

@@ -226,6 +226,16 @@ FIT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"search_space.overrides": [{"layers": [17], "ffn": ["parent"]}]},
         ["names layer 17", "layers 0 to 5"],
     ),
+    "pin of a layer there is not": (
+        "plan",
+        {"targets.light.pins": [{"layers": [17], "ffn": "no_op"}]},
+        ["target light", "a pin names layer 17", "layers 0 to 5"],
+    ),
+    "pin to what the space does not have": (
+        "plan",
+        {"targets.light.pins": [{"layers": [2], "ffn": 8}]},
+        ["target light", "pins of layer 2", "add the option to search_space"],
+    ),
     "space that is not portable": ("plan", {"search_space.portable": True}, ["layer 0", "portable: false"]),
     "parent whose heads do not fit": (
         "plan",
@@ -278,6 +288,15 @@ def test_recipe_that_does_not_fit_its_parent_is_refused_before_anything_runs(
     path = write_recipe(tmp_path, changes)
     message = refused([command, "--recipe", str(path)], tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
     assert all(text in message for text in wanted), message
+
+
+def test_recipe_that_cannot_be_searched_stops_data_stages_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = write_recipe(tmp_path, {"targets.light.pins": [{"layers": [17], "ffn": "no_op"}]})
+    arguments = ["materialize", "corpora", "--recipe", str(path), "--target", "fused"]
+    message = refused(arguments, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    assert "target light: a pin names layer 17" in message
 
 
 def test_unknown_target_lists_the_known(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import RecipeError
 from pipeline.planning.devices import find_device
 from pipeline.planning.plan import make_plan
 from pipeline.recipe import Limit, Pin
@@ -101,10 +102,10 @@ def test_what_a_pattern_over_layers_cannot_reach_is_told(layers: Any, least: int
     )
 
 
-def test_pins_that_leave_a_layer_without_a_block_are_told(tmp_path: Path):
+def test_pins_that_leave_a_layer_without_a_block_are_refused(tmp_path: Path):
     recipe = with_target(load_recipe("smol"), pins=(Pin(layers=(3,), ffn=768),))
-    plan = make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
-    assert any("leave layer 3 without a block" in warning for warning in plan.warnings)
+    with pytest.raises(RecipeError, match=r"pins of layer 3 .* leave none of its blocks"):
+        make_plan(workspace(tmp_path, recipe), target_name="made", device=None)
 
 
 def test_what_the_execution_settings_make_impossible_is_told(tmp_path: Path):
