@@ -1,6 +1,5 @@
 """What the trainings compute, read, hold and write, as estimates does for the other stages."""
 
-import math
 from pathlib import Path
 
 from pipeline.costs import BYTES_PER_PARAMETER, kv_bytes_per_token
@@ -11,7 +10,7 @@ from pipeline.planning.ranges import ZERO, Range
 from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig, RLConfig
 
 NUM_RESUME_CHECKPOINTS = 2
-SCORED_ROWS = 16  # of one pass over sampled replies; pipeline.reasoning.experience
+MAX_SHARED_TOKENS = 512  # of a sequence of several replies to one prompt; pipeline.reasoning.policy
 
 
 def _training(
@@ -112,13 +111,18 @@ def rl_checkpoint(case: Case) -> Estimate:
     sampled = new.times(num_samples)
     length = PROMPT_TOKENS + longest
     child = sizes.child_flops(context_tokens=length)
-    rows = sampled + num_samples * PROMPT_TOKENS
+    batch = max(1, config.prompts_per_step * config.samples_per_prompt // config.updates_per_rollout)
+    micro_rows = micro_batch_rows(case.execution.micro_batch_size, global_batch_size=batch, num_ranks=ranks)
+    # Rows of a micro-batch that have the same prompt read it once, as far as they fit one sequence.
+    fitting = (MAX_SHARED_TOKENS - PROMPT_TOKENS) / new.expected
+    per_prompt = max(1.0, min(micro_rows, config.samples_per_prompt / config.updates_per_rollout, fitting))
+    rows = sampled + num_samples * PROMPT_TOKENS / per_prompt
     # Sampling, old log-probabilities and the reference's pass forward once; the update passes forward and back.
     forward = Range(
         low=3 * rows.low * child.low, expected=3 * rows.expected * child.expected, high=3 * rows.high * child.high
     )
     reward_model = _reward_model_bytes(config)
-    judging = rows.times(2.0 * reward_model / BYTES_PER_PARAMETER["bf16"])
+    judging = (sampled + num_samples * PROMPT_TOKENS).times(2.0 * reward_model / BYTES_PER_PARAMETER["bf16"])
     size = BYTES_PER_PARAMETER[config.precision]
     steps = new.times(config.steps)
     weights = sizes.child_parameters
@@ -127,8 +131,6 @@ def rl_checkpoint(case: Case) -> Estimate:
         expected=steps.expected * weights.expected * size,
         high=steps.high * weights.high * size,
     ).times(ranks)  # every rank reads its own copy
-    batch = max(1, config.prompts_per_step * config.samples_per_prompt // config.updates_per_rollout)
-    micro_rows = micro_batch_rows(case.execution.micro_batch_size, global_batch_size=batch, num_ranks=ranks)
     trained = _training(case, phases=[(1, length, batch)], precision=config.precision, with_teacher=False)
     samples_at_once = config.prompts_per_step * config.samples_per_prompt / ranks
     cache = samples_at_once * length * kv_bytes_per_token(sizes.parent, bytes_per_value=size)
@@ -140,12 +142,7 @@ def rl_checkpoint(case: Case) -> Estimate:
         **({"reward model": reward_model} if reward_model else {}),
         "sampling cache": cache * sizes.expected_share,
     }
-    scored_rows = min(SCORED_ROWS, math.ceil(samples_at_once))
-    # Between two updates the replies are scored without gradients, and nothing but the models and this is held.
-    scoring = sampled_logit_bytes(sizes.parent, num_tokens=scored_rows * longest, precision=config.precision)
     updating = parts["logits"] + parts["activations"]
-    if scoring > updating:
-        parts = {**parts, "activations": 0.0, "logits": 0.0, "logits of sampled replies": scoring}
     peak = sum(parts.values())
     return Estimate(
         tokens=rows,
@@ -154,7 +151,7 @@ def rl_checkpoint(case: Case) -> Estimate:
         memory=Range(
             low=min(peak, trained.memory.low + reference.low),
             expected=peak,
-            high=max(peak, trained.memory.high + reference.high + max(scoring, updating)) + cache + reward_model,
+            high=max(peak, trained.memory.high + reference.high + updating) + cache + reward_model,
         ),
         memory_parts=parts,
         disk=trained.disk,

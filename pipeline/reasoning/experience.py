@@ -22,9 +22,6 @@ from pipeline.reasoning.samplers import OwnSampler, Sampler
 from pipeline.recipe import RPO, RLConfig
 from pipeline.training.engine import TrainEngine
 
-# Rows per forward pass without gradients: the float32 log-softmax of 16 rows of 100 tokens and 49,152 words is 315 MB.
-_SCORED_ROWS = 16
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -176,8 +173,8 @@ def collect_rollout(
     found = [judged for group in groups for judged in group]
     engine.model.eval()
     rows = [judged.row for judged in found]
-    old = score_rows(engine.model, rows, config=config, device=engine.device)
-    anchor = score_rows(reference, rows, config=config, device=engine.device)
+    old = score_rows(engine.model, rows, config=config, engine=engine)
+    anchor = score_rows(reference, rows, config=config, engine=engine)
     rewards_PS = torch.tensor([judged.reward for judged in found]).reshape(len(own), config.samples_per_prompt)
     return Rollout(
         rows=tuple(
@@ -217,10 +214,15 @@ def collect_rollout(
 
 
 def score_rows(
-    model: HeterogeneousLlamaForCausalLM, rows: Sequence[SampledRow], *, config: RLConfig, device: torch.device
+    model: HeterogeneousLlamaForCausalLM, rows: Sequence[SampledRow], *, config: RLConfig, engine: TrainEngine
 ) -> list[RowStatistics]:
-    """Return what a model says of every sampled token, at the recipe's temperature."""
-    return row_statistics(model, rows, temperature=config.temperature, batch_size=_SCORED_ROWS, device=device)
+    """Return what a model says of every sampled token, at the recipe's temperature.
+
+    A pass takes as many rows as one of the engine's with gradients, which holds more, so it fits wherever that does.
+    """
+    return row_statistics(
+        model, rows, temperature=config.temperature, batch_size=engine.micro_batch_size, device=engine.device
+    )
 
 
 def _text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:

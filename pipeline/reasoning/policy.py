@@ -1,17 +1,31 @@
 """What a model says of sampled completions: log-probabilities and entropies, row by row, and their batches.
 
-Prompts and completions of different lengths stand in one right-padded batch; a causal model needs no mask for that.
+Rows with the same prompt share its computation. They stand behind one copy of it in one sequence, and a mask keeps
+them apart: a token attends to the prompt and to its own completion alone, at the positions it would have by itself.
 
-Letters: B rows, T tokens, K positions from the first completion token of any row to the end, V vocab_size.
+    sequence    p1 p2 p3 | a1 a2 | b1 b2 b3      of the rows  p a  and  p b
+    positions    0  1  2 |  3  4 |  3  4  5
+    b2 attends   *  *  * |       |  *  *
+
+Prompts are padded on the left, so that all end at one place, and sequences on the right.
+
+Letters: B rows, G sequences, T tokens, J tokens behind the prompts, K tokens of the longest completion, V vocab_size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pipeline.reasoning.grpo import token_statistics
+from pipeline.reasoning.grpo import token_logprobs, token_statistics
+
+# Completions share a sequence up to this length: attention over a sequence grows with its square, what sharing saves
+# does not. SmolLM2's linear maps cost 4.7 M multiplications a token, attention over 512 tokens 0.6 M.
+MAX_SHARED_TOKENS = 512
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,16 +43,27 @@ class SampledRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowBatch:
-    """Rows padded on the right. `target_ids_BK` are the last K tokens; `sampled_BK` marks those that were sampled."""
+    """Rows as sequences for a model, and where in its answer each row's tokens are.
 
-    input_ids_BT: Tensor
-    target_ids_BK: Tensor
+    `next_ids_GJ` is the token after each one behind the prompts, and `has_next_GJ` says where there is one of the same
+    completion; what the sequences predict at their prompts' ends are first tokens, `first_ids_B1` of `sequence_B`.
+    `places` are those of first tokens, then of the others, in [B, K] flattened. `sampled_BK` marks rows' own tokens.
+    """
+
+    input_ids_GT: Tensor
+    position_ids_GT: Tensor
+    attended_G1TT: Tensor
+    sequence_B: Tensor
+    first_ids_B1: Tensor
+    next_ids_GJ: Tensor
+    has_next_GJ: Tensor
+    places: Tensor
     sampled_BK: Tensor
 
-    @property
-    def logits_to_keep(self) -> int:
-        """One more than K: the logits before each target."""
-        return self.target_ids_BK.shape[1] + 1
+    def by_row(self, first_B1: Tensor, others_GJ: Tensor) -> Tensor:
+        """Return values of first and of other tokens in the places of their rows, [B, K], zero elsewhere."""
+        values = torch.cat([first_B1.squeeze(1), others_GJ[self.has_next_GJ]])
+        return values.new_zeros(self.sampled_BK.numel()).index_copy(0, self.places, values).view(self.sampled_BK.shape)
 
     def spread(self, values: Sequence[Tensor]) -> Tensor:
         """Return values of each row's completion tokens in their places, [B, K], zero elsewhere."""
@@ -56,23 +81,56 @@ class RowStatistics:
 
 
 def batch_rows(rows: Sequence[SampledRow], *, device: torch.device) -> RowBatch:
-    """Return rows as one batch."""
-    width = max(row.num_tokens for row in rows)
-    start = min(len(row.prompt_ids) for row in rows)
-    input_ids = [[*row.prompt_ids, *row.completion_ids] + [0] * (width - row.num_tokens) for row in rows]
-    sampled = [[len(row.prompt_ids) <= place < row.num_tokens for place in range(start, width)] for row in rows]
-    input_ids_BT = torch.tensor(input_ids, device=device)
+    """Return rows as one batch, those of one prompt next to each other where they fit one sequence."""
+    sequences = _sequences(rows)
+    prompt_end = max(len(rows[places[0]].prompt_ids) for places in sequences)
+    longest = max(len(row.completion_ids) for row in rows)
+    width = prompt_end + max(sum(len(rows[place].completion_ids) for place in places) for places in sequences)
+    input_ids, position_ids, branches, next_ids, has_next, places_of_others = [], [], [], [], [], []
+    sequence_of: dict[int, int] = {}
+    for index, places in enumerate(sequences):
+        prompt = rows[places[0]].prompt_ids
+        padding = prompt_end - len(prompt)
+        ids, positions = [0] * padding + list(prompt), [0] * padding + list(range(len(prompt)))
+        branch, following, follows = [-1] * padding + [0] * len(prompt), list[int](), list[bool]()
+        for number, place in enumerate(places, start=1):
+            completion = rows[place].completion_ids
+            sequence_of[place] = index
+            ids += completion
+            positions += range(len(prompt), len(prompt) + len(completion))
+            branch += [number] * len(completion)
+            following += [*completion[1:], 0]
+            follows += [True] * (len(completion) - 1) + [False]
+            places_of_others += range(place * longest + 1, place * longest + len(completion))
+        rest = width - len(ids)
+        input_ids.append(ids + [0] * rest)
+        position_ids.append(positions + [0] * rest)
+        branches.append(branch + [-1] * rest)
+        next_ids.append(following + [0] * rest)
+        has_next.append(follows + [False] * rest)
+    branch_GT = torch.tensor(branches, device=device)
+    is_visible_GTT = (branch_GT.unsqueeze(2) == branch_GT.unsqueeze(1)) | (branch_GT.unsqueeze(1) == 0)
+    lengths = torch.tensor([len(row.completion_ids) for row in rows], device=device)
     return RowBatch(
-        input_ids_BT=input_ids_BT,
-        target_ids_BK=input_ids_BT[:, start:],
-        sampled_BK=torch.tensor(sampled, device=device),
+        input_ids_GT=torch.tensor(input_ids, device=device),
+        position_ids_GT=torch.tensor(position_ids, device=device),
+        attended_G1TT=is_visible_GTT.tril().unsqueeze(1),
+        sequence_B=torch.tensor([sequence_of[place] for place in range(len(rows))], device=device),
+        first_ids_B1=torch.tensor([row.completion_ids[:1] for row in rows], device=device),
+        next_ids_GJ=torch.tensor(next_ids, device=device),
+        has_next_GJ=torch.tensor(has_next, device=device),
+        places=torch.tensor([*range(0, len(rows) * longest, longest), *places_of_others], device=device),
+        sampled_BK=torch.arange(longest, device=device) < lengths.unsqueeze(1),
     )
 
 
-def batch_logits(forward: Callable[..., object], batch: RowBatch) -> Tensor:
-    """Return the logits that predict the batch's targets, [B, K, V]; `forward` is a causal language model."""
-    output = forward(input_ids=batch.input_ids_BT, use_cache=False, logits_to_keep=batch.logits_to_keep)
-    return output.logits[:, :-1]  # pyright: ignore[reportAttributeAccessIssue]
+def batch_logprobs(forward: Callable[..., object], batch: RowBatch, *, temperature: float) -> Tensor:
+    """Return the log-probability of every sampled token, [B, K], float32; `forward` is a causal language model."""
+    first_B1V, others_GJV = _logits(forward, batch)
+    return batch.by_row(
+        token_logprobs(first_B1V, ids_BT=batch.first_ids_B1, temperature=temperature),
+        token_logprobs(others_GJV, ids_BT=batch.next_ids_GJ, temperature=temperature),
+    )
 
 
 @torch.no_grad()
@@ -84,17 +142,59 @@ def row_statistics(
     batch_size: int,
     device: torch.device,
 ) -> list[RowStatistics]:
-    """Return what a model says of every row, without gradients; rows of like length share a batch."""
+    """Return what a model says of every row, without gradients; `batch_size` rows share a pass."""
     found: dict[int, RowStatistics] = {}
-    order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens)
+    order = by_prompt(range(len(rows)), row_of=lambda index: rows[index])
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = batch_rows([rows[index] for index in indices], device=device)
-        logits_BKV = batch_logits(forward, batch)
-        logprobs_BK, entropies_BK = token_statistics(logits_BKV, ids_BT=batch.target_ids_BK, temperature=temperature)
-        for place, index in enumerate(indices):
-            sampled_K = batch.sampled_BK[place]
-            found[index] = RowStatistics(
-                logprobs=logprobs_BK[place][sampled_K].cpu(), entropies=entropies_BK[place][sampled_K].cpu()
-            )
+        first_B1V, others_GJV = _logits(forward, batch)
+        of_first = token_statistics(first_B1V, ids_BT=batch.first_ids_B1, temperature=temperature)
+        of_others = token_statistics(others_GJV, ids_BT=batch.next_ids_GJ, temperature=temperature)
+        # One transfer a batch: a GPU waits for each.
+        lengths = [len(rows[index].completion_ids) for index in indices]
+        logprobs, entropies = (
+            batch.by_row(first_B1, others_GJ)[batch.sampled_BK].cpu().split(lengths)
+            for first_B1, others_GJ in zip(of_first, of_others, strict=True)
+        )
+        for index, row_logprobs, row_entropies in zip(indices, logprobs, entropies, strict=True):
+            found[index] = RowStatistics(logprobs=row_logprobs, entropies=row_entropies)
     return [found[index] for index in range(len(rows))]
+
+
+def by_prompt(items: Iterable[_Item], *, row_of: Callable[[_Item], SampledRow]) -> list[_Item]:
+    """Return items in an order in which those of one prompt are neighbours, and prompts of like length are."""
+    groups: dict[tuple[int, ...], list[_Item]] = {}
+    for item in items:
+        groups.setdefault(row_of(item).prompt_ids, []).append(item)
+    ordered = sorted(groups.values(), key=lambda group: sum(row_of(item).num_tokens for item in group))
+    return [item for group in ordered for item in group]
+
+
+def _sequences(rows: Sequence[SampledRow]) -> list[list[int]]:
+    """Return the places of rows that share a sequence, for each sequence."""
+    sequences: list[list[int]] = []
+    newest: dict[tuple[int, ...], int] = {}
+    num_tokens: list[int] = []
+    for place, row in enumerate(rows):
+        index = newest.get(row.prompt_ids)
+        if index is None or num_tokens[index] + len(row.completion_ids) > MAX_SHARED_TOKENS:
+            newest[row.prompt_ids] = index = len(sequences)
+            sequences.append([])
+            num_tokens.append(len(row.prompt_ids))
+        sequences[index].append(place)
+        num_tokens[index] += len(row.completion_ids)
+    return sequences
+
+
+def _logits(forward: Callable[..., object], batch: RowBatch) -> tuple[Tensor, Tensor]:
+    """Return the logits that predict first tokens, [B, 1, V], and those behind every other token, [G, J, V]."""
+    output = forward(
+        input_ids=batch.input_ids_GT,
+        attention_mask=batch.attended_G1TT,
+        position_ids=batch.position_ids_GT,
+        use_cache=False,
+        logits_to_keep=batch.next_ids_GJ.shape[1] + 1,
+    )
+    logits_GJV: Tensor = output.logits  # pyright: ignore[reportAttributeAccessIssue]
+    return logits_GJV[:, :1][batch.sequence_B], logits_GJV[:, 1:]

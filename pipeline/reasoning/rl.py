@@ -21,7 +21,7 @@ from pipeline.artifacts import write_atomically
 from pipeline.errors import CheckpointError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
-from pipeline.reasoning.algorithms import JudgedRow, Unit, make_units, unit_weight, units_loss
+from pipeline.reasoning.algorithms import JudgedRow, make_units, unit_weight, units_loss
 from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
 from pipeline.reasoning.experience import (
     Prompt,
@@ -32,9 +32,9 @@ from pipeline.reasoning.experience import (
     sample_judged,
     score_rows,
 )
-from pipeline.reasoning.grpo import kl_k3, token_logprobs
+from pipeline.reasoning.grpo import kl_k3
 from pipeline.reasoning.held_out import held_out_rewards, require_prompts, split_held_out
-from pipeline.reasoning.policy import batch_logits, batch_rows
+from pipeline.reasoning.policy import batch_logprobs, batch_rows, by_prompt
 from pipeline.reasoning.prompts import RLItem
 from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.samplers import Sampler
@@ -272,23 +272,22 @@ def _require_sampler(written: str, *, now: str, path: Path) -> None:
 def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig, step: int) -> dict[str, float]:
     """Take the step's optimizer updates, each on its share of the units, and return what they were taken with."""
     units = make_units(judged, algorithm=config.algorithm, num_samples=config.samples_per_prompt)
-    order = random.Random(f"{config.seed}/{step}/{engine.rank}").sample(range(len(units)), len(units))
-    size = len(units) // config.updates_per_rollout
+    shuffled = random.Random(f"{config.seed}/{step}/{engine.rank}").sample(units, len(units))
+    # Dealt prompt by prompt: every update has as many samples of each, and those share their prompt's computation.
+    dealt = by_prompt(shuffled, row_of=lambda unit: unit[0].row)
     losses, clipped, info = [], [], None
-    for start in range(0, len(units), size):
-        # Rows of like length share a micro-batch: less padding, the same sum.
-        chosen = sorted((units[index] for index in order[start : start + size]), key=_num_unit_tokens)
+    for number in range(config.updates_per_rollout):
+        chosen = dealt[number :: config.updates_per_rollout]
         weight = sum(unit_weight(unit, algorithm=config.algorithm) for unit in chosen)
         num_tokens = sum(len(row.row.completion_ids) for unit in chosen for row in unit)
         totals = sum_across_ranks([weight, float(num_tokens)], device=engine.device)
         total_weight = max(totals[0], 1.0)  # an update of pairs without a preferred one weighs nothing
         sums = [0.0, 0.0]
-        for first in range(0, size, engine.micro_batch_size):
+        for first in range(0, len(chosen), engine.micro_batch_size):
             micro = chosen[first : first + engine.micro_batch_size]
             batch = batch_rows([row.row for unit in micro for row in unit], device=engine.device)
-            logits_BKV = batch_logits(engine.forward, batch)
             found = units_loss(
-                token_logprobs(logits_BKV, ids_BT=batch.target_ids_BK, temperature=config.temperature),
+                batch_logprobs(engine.forward, batch, temperature=config.temperature),
                 batch,
                 micro,
                 algorithm=config.algorithm,
@@ -309,10 +308,6 @@ def _update(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfi
         "grad_norm": info.grad_norm,
         "clip_fraction": sum(clipped) / len(clipped),
     }
-
-
-def _num_unit_tokens(unit: Unit) -> int:
-    return sum(row.row.num_tokens for row in unit)
 
 
 def _require_finite(step: int, *, config: RLConfig, **values: float) -> None:
@@ -369,7 +364,7 @@ def _watch(rollout: Rollout, *, engine: TrainEngine, config: RLConfig) -> dict[s
 
 def _final_kl(engine: TrainEngine, judged: Sequence[JudgedRow], *, config: RLConfig) -> float:
     """Return the KL on the last rollout's tokens, nats per token, after the last update."""
-    now = score_rows(engine.model, [row.row for row in judged], config=config, device=engine.device)
+    now = score_rows(engine.model, [row.row for row in judged], config=config, engine=engine)
     kl_sum = sum(_kl_sum(statistics.logprobs, row, config=config) for statistics, row in zip(now, judged, strict=True))
     num_tokens = sum(len(row.row.completion_ids) for row in judged)
     kl_total, tokens_total = sum_across_ranks([kl_sum, float(num_tokens)], device=engine.device)

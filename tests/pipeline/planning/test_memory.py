@@ -16,6 +16,7 @@ from pipeline.costs import num_parameters
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.model.checkpoint import TORCH_DTYPES
 from pipeline.model.heterogeneous import build_model
+from pipeline.planning import training_estimates
 from pipeline.planning.memory import (
     activation_bytes,
     hidden_state_bytes,
@@ -23,6 +24,7 @@ from pipeline.planning.memory import (
     sampled_logit_bytes,
     training_state_bytes,
 )
+from pipeline.reasoning import policy
 from pipeline.reasoning.grpo import token_logprobs, token_statistics
 from pipeline.recipe import Precision
 from pipeline.recipe_file import load_recipe
@@ -196,3 +198,7 @@ def living_storages() -> dict[int, int]:
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def test_replies_share_sequences_as_planned():
+    assert training_estimates.MAX_SHARED_TOKENS == policy.MAX_SHARED_TOKENS

@@ -155,7 +155,7 @@ def _train_bandit(algorithm: RLAlgorithm, *, num_steps: int, num_groups: int, le
         units = make_units(rows, algorithm=algorithm, num_samples=num_samples)
         flat = [row.row for unit in units for row in unit]
         batch = batch_rows(flat, device=CPU)
-        logprobs = logits.log_softmax(0)[batch.target_ids_BK]
+        logprobs = logits.log_softmax(0)[batch.first_ids_B1]
         loss = units_loss(logprobs, batch, units, algorithm=algorithm, max_importance_weight=2.0).loss
         optimizer.zero_grad()
         (loss / sum(unit_weight(unit, algorithm=algorithm) for unit in units)).backward()

@@ -10,7 +10,6 @@ from pipeline.model.sampling import (
     sample_tokens,
     seeded_generator,
 )
-from pipeline.reasoning.policy import SampledRow, batch_rows, row_statistics
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [20]]
 
@@ -121,29 +120,3 @@ def test_sample_tokens_top_p_of_a_flat_distribution_keeps_its_share_of_a_large_v
     assert set(drawn.ids_B.tolist()) <= set(order[:num_kept].tolist())
     wanted = (probabilities / probabilities[order[:num_kept]].sum()).log()
     assert torch.allclose(drawn.logprobs_B, wanted[drawn.ids_B], atol=1e-5)
-
-
-def test_row_statistics_batched_equal_each_row_alone(model: HeterogeneousLlamaForCausalLM):
-    rows = [
-        SampledRow(prompt_ids=tuple(prompt), completion_ids=completion.ids)
-        for prompt, group in zip(PROMPTS, _sample(model), strict=True)
-        for completion in group
-    ]
-    together = row_statistics(model, rows, temperature=1.3, batch_size=5, device=model.device)
-    alone = [row_statistics(model, [row], temperature=1.3, batch_size=1, device=model.device)[0] for row in rows]
-    for row, one, other in zip(rows, together, alone, strict=True):
-        assert one.logprobs.shape == (len(row.completion_ids),)
-        assert torch.allclose(one.logprobs, other.logprobs, atol=1e-5)
-        assert torch.allclose(one.entropies, other.entropies, atol=1e-5)
-
-
-def test_batch_rows_marks_sampled_tokens_and_spreads_values():
-    rows = [
-        SampledRow(prompt_ids=(1, 2, 3), completion_ids=(4, 5)),
-        SampledRow(prompt_ids=(6,), completion_ids=(7, 8, 9)),
-    ]
-    batch = batch_rows(rows, device=torch.device("cpu"))
-    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
-    assert batch.target_ids_BK[batch.sampled_BK].tolist() == [4, 5, 7, 8, 9]
-    spread = batch.spread([torch.tensor([0.4, 0.5]), torch.tensor([0.7, 0.8, 0.9])])
-    assert spread.tolist() == [pytest.approx([0, 0, 0.4, 0.5]), pytest.approx([0.7, 0.8, 0.9, 0])]
