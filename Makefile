@@ -59,7 +59,7 @@ MATERIALIZE = exec $(BIN)/dagster asset materialize -m pipeline.definitions --co
 QUIET := '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx install-lm-eval test-lm-eval lint check bench graph screenshots clean
+.PHONY: help install demo plan explain doctor materialize ui test test-ui test-serving serve install-llama-cpp install-vllm install-mlx install-lm-eval test-lm-eval lint check bench graph reference screenshots clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -189,6 +189,9 @@ screenshots: $(INSTALLED) ## Write docs/images/ui-*.png from a real Chromium (fi
 
 graph: $(INSTALLED) ## Draw docs/images/graph.svg from the registry
 	@$(PYTHON) docs/make_graph.py
+
+reference: $(INSTALLED) ## Write docs/recipe.md, every key of a recipe, from the models that read recipes
+	@$(PYTHON) -m docs.make_recipe_reference
 
 clean: ## Say what to delete by hand; nothing is deleted for you
 	@echo "State and artifacts:  rm -r '$(REFIT_HOME)'"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from docs import make_recipe_reference
+
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "assets", "resources", "tests", "bench", "docs")
 MAX_LINES = 600
@@ -76,6 +78,10 @@ def test_every_source_package_is_installed():
     assert settings["packages"]["find"]["include"] == ["pipeline*", "assets*", "resources*"]
     for folder in {path.parent for path in SOURCES}:
         assert (folder / "__init__.py").is_file(), _name(folder)
+
+
+def test_page_of_recipe_keys_is_what_the_models_say():
+    assert make_recipe_reference.OUT.read_text(encoding="utf-8") == make_recipe_reference.make(), "run `make reference`"
 
 
 def _dangers(tree: ast.AST) -> Iterator[str]:
