@@ -18,9 +18,9 @@ OUT = Path(__file__).parent / "recipe.md"
 EXAMPLE = "smol"
 HEAD = f"""# Every key of a recipe
 
-Written by `make reference` from the models that read recipes (`pipeline/recipe/`); a test holds it to them. Examples are
-those of [`{EXAMPLE}`](../pipeline/recipes/{EXAMPLE}.yaml). Every key is required unless it has a default, and an unknown
-one is refused with the nearest that there is. The [user guide](user-guide.md) says what the stages do.
+Written by `make reference` from the models that read recipes (`pipeline/recipe/`); a test holds it to them. Examples
+are those of [`{EXAMPLE}`](../pipeline/recipes/{EXAMPLE}.yaml). Every key is required unless it has a default, and an
+unknown one is refused with the nearest that there is. The [user guide](user-guide.md) says what the stages do.
 """
 PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
 
