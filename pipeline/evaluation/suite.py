@@ -39,7 +39,7 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.recipe import EvaluationConfig
 
-HARNESS_VERSION = 4
+HARNESS_VERSION = 5
 MAX_SAMPLES = 6
 OTHER_DIFFICULTY = "trained family, other difficulty"
 OTHER_FAMILY = "family not trained on"

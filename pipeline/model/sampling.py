@@ -1,20 +1,25 @@
 """Batched sampling that keeps the sampler's own log-probabilities: prompts padded on the left, finished rows leave.
 
-Written out instead of calling `generate`, which pads finished rows until the last one ends and returns scores of the
-whole vocabulary where one number per token is wanted.
+Written out instead of calling `generate`, which pads finished rows until the last one ends, appends to its cache by
+copying it, and returns scores of the whole vocabulary where one number per token is wanted.
 
 Letters: B rows still being sampled, T tokens, V vocab_size, K most likely words.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.fingerprint import fingerprint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+
+# Rows that have ended leave when they are more than one in so many: every leaving copies the cache.
+_LEAVING = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,18 +54,22 @@ def sample_completions(
     temperature: float,
     top_p: float,
     stop_ids: Collection[int],
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> list[list[Completion]]:
     """Sample `num_samples` completions of every prompt in one batch; each prompt is read once.
 
-    A completion ends with the first of `stop_ids`, or after `max_new_tokens`.
+    A completion ends with the first of `stop_ids`, or after `max_new_tokens`. At temperature 0 every token is the most
+    likely one, and no generator is needed.
 
     Returns:
         One list per prompt, in order.
     """
     device = model.device
     prompt_ids_BT, attended_BT = _pad_left(prompts, device=device)
-    cache = DynamicCache()
+    architecture = model.architecture
+    num_caches = sum(block.attention.kind == "gqa" for block in architecture.blocks)
+    layers: list[Any] = [_CacheLayer(prompt_ids_BT.shape[1] + max_new_tokens) for _ in range(max(num_caches, 1))]
+    cache = Cache(layers=layers)
     position_ids_BT = (attended_BT.cumsum(dim=1) - 1).clamp(min=0)
     logits_BV = _next_logits(model, prompt_ids_BT, attended_BT, position_ids_BT, cache)
     cache.batch_repeat_interleave(num_samples)
@@ -75,14 +84,15 @@ def sample_completions(
     for num_done in range(1, max_new_tokens + 1):
         sampled = sample_tokens(logits_BV, temperature=temperature, top_p=top_p, generator=generator)
         for row, id_, logprob in zip(rows, sampled.ids_B.tolist(), sampled.logprobs_B.tolist(), strict=True):
-            ids[row].append(id_)
-            logprobs[row].append(logprob)
-            is_terminated[row] = id_ in stop_ids
+            if not is_terminated[row]:
+                ids[row].append(id_)
+                logprobs[row].append(logprob)
+                is_terminated[row] = id_ in stop_ids
         if num_done == max_new_tokens or all(is_terminated):
             break
         going = [place for place, row in enumerate(rows) if not is_terminated[row]]
         ids_B = sampled.ids_B
-        if len(going) < len(rows):
+        if len(rows) - len(going) > len(rows) // _LEAVING:
             going_B = torch.tensor(going, device=device)
             cache.batch_select_indices(going_B)
             ids_B, attended_BT, next_position_B = ids_B[going_B], attended_BT[going_B], next_position_B[going_B]
@@ -98,14 +108,23 @@ def sample_completions(
     return [completions[start : start + num_samples] for start in range(0, len(completions), num_samples)]
 
 
-def sample_tokens(logits_BV: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> SampledTokens:
-    """Draw one token per row from softmax(logits / temperature), cut to the smallest set with probability `top_p`."""
-    logprobs_BV = (logits_BV.float() / temperature).log_softmax(dim=1)
+def sample_tokens(
+    logits_BV: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None
+) -> SampledTokens:
+    """Draw one token per row from softmax(logits / temperature), cut to the smallest set with probability `top_p`.
+
+    At temperature 0 the most likely one is taken, and its log-probability is that of softmax(logits).
+    """
+    if temperature == 0:
+        logprobs_BV = logits_BV.float().log_softmax(dim=1)
+        best = logprobs_BV.max(dim=1)
+        return SampledTokens(ids_B=best.indices, logprobs_B=best.values)
+    logprobs_BV = (logits_BV.float() if temperature == 1 else logits_BV.float() / temperature).log_softmax(dim=1)
     if top_p < 1:
         logprobs_BV = _nucleus(logprobs_BV, top_p=top_p)
     # By the inverse of the distribution function: torch.multinomial draws one exponential per word of the vocabulary,
     # 28% of the time of a decoding step of 64 rows. float64, so that 49,152 terms add up.
-    cumulative_BV = logprobs_BV.double().exp().cumsum(dim=1)
+    cumulative_BV = logprobs_BV.exp().cumsum(dim=1, dtype=torch.float64)
     uniform_B1 = torch.rand(len(logprobs_BV), 1, dtype=torch.float64, device=logprobs_BV.device, generator=generator)
     ids_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
     ids_B1 = ids_B1.clamp(max=logprobs_BV.shape[1] - 1)
@@ -125,6 +144,54 @@ def _nucleus(logprobs_BV: Tensor, *, top_p: float) -> Tensor:
     return torch.full_like(logprobs_BV, float("-inf")).scatter_(1, ordered.indices, kept_BK)
 
 
+class _CacheLayer(DynamicLayer):
+    """Keys and values of one layer with room for `capacity` tokens: new ones are written behind the old in place."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._rooms: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values, [B, heads, T, head_dim] each."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._rooms = [self._room(states) for states in (key_states, value_states)]
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, start:stop] = states
+        return self._show(stop)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, in rooms of its own."""
+        if self.is_initialized:
+            length = self.get_seq_length()
+            repeated = [room[:, :, :length].repeat_interleave(repeats, dim=0) for room in self._rooms]
+            self._rooms = [self._room(states) for states in repeated]
+            for room, states in zip(self._rooms, repeated, strict=True):
+                room[:, :, :length] = states
+            self._show(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, which stand in ascending order."""
+        if self.is_initialized:
+            length = self.get_seq_length()
+            for place, room in enumerate(self._rooms):
+                room[: len(indices), :, :length] = room[indices, :, :length]
+                self._rooms[place] = room[: len(indices)]
+            self._show(length)
+
+    def _room(self, states: Tensor) -> Tensor:
+        batch_size, num_heads, _, head_dim = states.shape
+        return states.new_empty(batch_size, num_heads, self._capacity, head_dim)
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (room[:, :, :length] for room in self._rooms)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
 def _pad_left(prompts: Sequence[Sequence[int]], *, device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(map(len, prompts))
     ids = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -137,7 +204,7 @@ def _next_logits(
     ids_BT: Tensor,
     attended_BT: Tensor,
     position_ids_BT: Tensor,
-    cache: DynamicCache,
+    cache: Cache,
 ) -> Tensor:
     output = model(
         input_ids=ids_BT,

@@ -149,7 +149,10 @@ def test_rl_checkpoint_stage_non_finite_gradients_stop_it(
 def test_rl_checkpoint_stage_trains_with_every_algorithm(
     artifacts: dict[str, Path], parent_dir: Path, tmp_path: Path, algorithm: RLAlgorithm
 ):
-    config = CONFIG.model_copy(update={"algorithm": algorithm, "steps": 2, "updates_per_rollout": 1})
+    # One reply in twenty ends and earns something: fewer samples may all earn the same, which teaches nothing.
+    config = CONFIG.model_copy(
+        update={"algorithm": algorithm, "steps": 2, "updates_per_rollout": 1, "samples_per_prompt": 32}
+    )
     given = {**artifacts, "parent_checkpoint": parent_dir}
     result = rl_checkpoint.run(config, rl_inputs(given), tmp_path)
     curve = pl.read_parquet(tmp_path / "curve.parquet")
