@@ -38,7 +38,9 @@ def fresh_items(
     known |= set(pl.read_parquet(toggle_dir / "samples.parquet", columns=["question"])["question"])
     known |= {item.question for item in load_prompts(prompts_dir)}
     return [
-        item for task in tasks for item in generate_items(task, num_items=num_items, seed=SEED, exclude_questions=known)
+        item
+        for task in tasks
+        for item in generate_items(task, num_items=num_items, seed=SEED, exclude_questions=known, part="evaluation")
     ]
 
 

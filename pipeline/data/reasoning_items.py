@@ -1,13 +1,19 @@
 """Verifiable questions from reasoning-gym: distinct items, and exact scoring that no junk answer can profit from.
 
 An item holds what reasoning-gym needs to make it again (task, config, seed, index); its scorer gets that entry.
+
+What is measured, fine-tuned and reinforced on draws from parts of its own of all questions. Where sets are drawn one
+behind the other and only leave out what is gone, an easy task has its rare questions left for the last: of 400 pairs of
+numbers to 40, drawn third, 81% have the greatest common divisor 1, and 23% as the task draws them. A policy that is
+reinforced on those learns to say 1.
 """
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Set
-from typing import Any
+from typing import Any, Literal
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
@@ -23,6 +29,16 @@ DATASET_SIZE = 20_000
 _MAX_GYM_SEED = 2**32 - DATASET_SIZE  # datasets that draw with numpy take no larger seeds
 
 
+Part = Literal["evaluation", "fine_tuning", "reinforcement"]
+
+# Of sixteen questions, by their sha1.
+_PARTS: dict[Part, range] = {
+    "evaluation": range(4),
+    "reinforcement": range(4, 8),
+    "fine_tuning": range(8, 16),
+}
+
+
 class ReasoningItem(Frozen):
     """One question with its answer; `seed` and `index` are reasoning-gym's own."""
 
@@ -35,12 +51,12 @@ class ReasoningItem(Frozen):
 
 
 def generate_items(
-    task: ReasoningTask, *, num_items: int, seed: int, exclude_questions: Set[str]
+    task: ReasoningTask, *, num_items: int, seed: int, exclude_questions: Set[str], part: Part | None = None
 ) -> list[ReasoningItem]:
-    """Draw distinct items whose own answer scores 1.0, none of them a question in `exclude_questions`.
+    """Draw distinct items whose own answer scores 1.0, of one part of all questions, none in `exclude_questions`.
 
     Seeds less than 214,747 apart share no entry; beyond that they wrap, and some do. What keeps questions of one set
-    out of another is `exclude_questions` alone: easy settings repeat themselves whatever the seed.
+    out of another is its part, and within one `exclude_questions`: easy settings repeat themselves whatever the seed.
 
     Raises:
         DataError: when the task is unknown, its config is wrong, or it has fewer distinct questions.
@@ -56,7 +72,7 @@ def generate_items(
         question, answer = entry["question"], entry["answer"]
         if not isinstance(answer, str):
             raise DataError(f"reasoning task {task.name} has no single answer to compare with: choose another task")
-        if question in exclude_questions or question in seen:
+        if question in exclude_questions or question in seen or not _is_of(question, part):
             continue
         item = ReasoningItem(
             task=task.name, config=task.config, seed=gym_seed, index=index, question=question, answer=answer
@@ -66,10 +82,16 @@ def generate_items(
             items.append(item)
     if len(items) < num_items:
         raise DataError(
-            f"reasoning task {task.name} with {task.config} gave {len(items):,} new questions in {DATASET_SIZE:,} "
+            f"reasoning task {task.name} with {task.config} gave {len(items):,} new questions "
+            f"{'' if part is None else f'for {part} '}in {DATASET_SIZE:,} "
             f"draws, wanted {num_items:,}: widen its config or ask for fewer items"
         )
     return items
+
+
+def _is_of(question: str, part: Part | None) -> bool:
+    sha1 = hashlib.sha1(question.encode(), usedforsecurity=False).hexdigest()
+    return part is None or int(sha1[0], 16) in _PARTS[part]
 
 
 def ask_scorer(item: ReasoningItem, answer: str) -> float:

@@ -44,7 +44,7 @@ def task_items(
     known = set(exclude_questions)
     items: list[ReasoningItem] = []
     for task in tasks:
-        drawn = generate_items(task, num_items=items_per_task, seed=seed, exclude_questions=known)
+        drawn = generate_items(task, num_items=items_per_task, seed=seed, exclude_questions=known, part="fine_tuning")
         known.update(item.question for item in drawn)
         items += drawn
     return items

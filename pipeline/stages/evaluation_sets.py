@@ -16,7 +16,7 @@ from pipeline.data.evaluation_sets import (
     save_search_task,
 )
 from pipeline.data.instruction_items import generate_instruction_items
-from pipeline.data.reasoning_items import ReasoningItem, generate_items
+from pipeline.data.reasoning_items import Part, ReasoningItem, generate_items
 from pipeline.errors import DataError
 from pipeline.recipe import EvaluationSetsConfig, HeldOutText, MultipleChoiceSet, ReasoningTask
 from pipeline.stage import StageInputs, StageResult, Table
@@ -55,7 +55,11 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
         texts += _question_texts(searched)
         rows.append(("search task", benchmark.name, len(searched), benchmark.licence))
     items = _reasoning_items(
-        config.reasoning_tasks, num_items=sets.reasoning_items_per_task, seed=EVALUATION_SEED + sets.seed, known=set()
+        config.reasoning_tasks,
+        num_items=sets.reasoning_items_per_task,
+        seed=EVALUATION_SEED + sets.seed,
+        known=set(),
+        part="evaluation",
     )
     save_reasoning_items(out_dir, items)
     held_out_items = _reasoning_items(
@@ -63,6 +67,7 @@ def run(config: EvaluationSetsStage, inputs: StageInputs, out_dir: Path) -> Stag
         num_items=sets.reasoning_items_per_task,
         seed=EVALUATION_SEED + sets.seed,
         known={item.question for item in items},
+        part=None,  # nothing trains on these tasks, so all their questions are free
     )
     save_held_out_items(out_dir, held_out_items)
     instruction_items = generate_instruction_items(
@@ -126,10 +131,10 @@ def _question_texts(questions: Sequence[Question]) -> list[str]:
 
 
 def _reasoning_items(
-    tasks: Sequence[ReasoningTask], *, num_items: int, seed: int, known: set[str]
+    tasks: Sequence[ReasoningTask], *, num_items: int, seed: int, known: set[str], part: Part | None
 ) -> list[ReasoningItem]:
     items: list[ReasoningItem] = []
     for task in tasks:
         asked = known | {item.question for item in items}
-        items += generate_items(task, num_items=num_items, seed=seed, exclude_questions=asked)
+        items += generate_items(task, num_items=num_items, seed=seed, exclude_questions=asked, part=part)
     return items

@@ -27,7 +27,11 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
     drawn: list[RLItem] = []
     for task in config.reasoning_tasks:
         of_task = generate_items(
-            task, num_items=config.rl_prompts.items_per_task, seed=config.rl_prompts.seed, exclude_questions=known
+            task,
+            num_items=config.rl_prompts.items_per_task,
+            seed=config.rl_prompts.seed,
+            exclude_questions=known,
+            part="reinforcement",
         )
         known.update(item.question for item in of_task)
         drawn += of_task

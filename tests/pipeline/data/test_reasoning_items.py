@@ -9,7 +9,7 @@ import pytest
 import yaml
 from reasoning_gym.factory import DATASETS
 
-from pipeline.data.reasoning_items import ReasoningItem, generate_items, regenerate_entry, score_answer
+from pipeline.data.reasoning_items import Part, ReasoningItem, generate_items, regenerate_entry, score_answer
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipe import REFUSED_TASKS, ReasoningTask
 from pipeline.recipe_file import RECIPES_DIR, parse_recipe
@@ -39,6 +39,26 @@ def test_items_leave_out_excluded_questions():
     assert known.isdisjoint(
         item.question for item in generate_items(CHAIN_SUM, num_items=20, seed=1, exclude_questions=known)
     )
+
+
+def test_parts_share_no_question_and_are_alike():
+    """Drawn third without parts, 81% of these answers are 1; as the task draws them, a quarter."""
+    task = ReasoningTask(name="gcd", config={"max_value": 40})
+    known: set[str] = set()
+    shares = {}
+    sizes: dict[Part, int] = {"evaluation": 40, "fine_tuning": 400, "reinforcement": 200}
+    for part, num_items in sizes.items():
+        items = generate_items(task, num_items=num_items, seed=4, exclude_questions=set(), part=part)
+        assert known.isdisjoint(item.question for item in items)
+        known |= {item.question for item in items}
+        shares[part] = sum(item.answer == "1" for item in items) / num_items
+    assert all(0.1 < share < 0.5 for share in shares.values()), shares
+
+
+def test_part_that_a_task_does_not_fill_is_an_error():
+    task = ReasoningTask(name="count_bits", config={"min_n": 1, "max_n": 7})
+    with pytest.raises(DataError, match=r"new questions for evaluation in 20,000 draws, wanted 7"):
+        generate_items(task, num_items=7, seed=1, exclude_questions=set(), part="evaluation")
 
 
 def test_items_beyond_what_a_config_holds_are_an_error():
