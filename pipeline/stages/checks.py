@@ -177,6 +177,14 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             blocking=True,
             description="The verifier gives every reference answer full reward.",
         ),
+        Check(
+            name="no_answer_dominates",
+            metric="max_answer_share",
+            comparison="<=",
+            bound=0.7,
+            blocking=False,
+            description="No task's prompts have one answer so often that a policy is best paid for always saying it.",
+        ),
     ),
     "mip_solution": (
         Check(

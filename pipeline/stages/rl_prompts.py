@@ -1,6 +1,7 @@
 """rl_prompts: verifiable questions and instructions that neither fine-tuning nor evaluation uses, answers checked."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -40,6 +41,7 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
     )
     items = [item for item in drawn if not measured.shares_ngram(item.question)]
     write_atomically(out_dir / PROMPTS_FILE, prompts_text(items).encode())
+    answered = _answers_of_tasks([item for item in items if not isinstance(item, InstructionItem)])
     errors: Counter[str] = Counter()
     num_rejected = sum(not _accepts_its_answer(item, errors=errors) for item in items)
     return StageResult(
@@ -49,11 +51,12 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
             "num_tasks": len(config.reasoning_tasks),
             "num_excluded_questions": num_known,
             "num_contaminated_questions": len(drawn) - len(items),
+            "max_answer_share": max((share for *_, share in answered), default=0.0),
             "num_rejected_reference_answers": num_rejected,
             "num_verifier_errors": errors.total(),
         },
         tables={
-            "prompts_per_task": Table.of(("task", "num_prompts"), list(Counter(item.task for item in items).items())),
+            "prompts_per_task": Table.of(("task", "num_prompts", "most frequent answer", "its share"), answered),
             "prompts": Table.of(
                 ("task", "question", "answer"),
                 [
@@ -63,6 +66,15 @@ def run(config: RLPromptsStage, inputs: StageInputs, out_dir: Path) -> StageResu
             ),
         },
     )
+
+
+def _answers_of_tasks(items: Sequence[RLItem]) -> list[tuple[str, int, str, float]]:
+    """Return how many prompts each task has, and which answer is worth saying always: a policy finds it out."""
+    answers: dict[str, Counter[str]] = {}
+    for item in items:
+        answers.setdefault(item.task, Counter())[item.answer] += 1
+    found = ((task, counts.total(), *counts.most_common(1)[0]) for task, counts in answers.items())
+    return [(task, num_prompts, answer, count / num_prompts) for task, num_prompts, answer, count in found]
 
 
 def _accepts_its_answer(item: RLItem, *, errors: Counter[str]) -> bool:

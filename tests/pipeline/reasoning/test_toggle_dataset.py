@@ -292,6 +292,9 @@ def test_stages_toggle_dataset_and_prompts_are_verified_paired_and_disjoint(
     assert prompts.metrics["num_instruction_prompts"] == sum(isinstance(item, InstructionItem) for item in items) == 7
     assert not load_evaluated_questions(evaluation_dir) & {item.question for item in items}
     assert not asked & {item.question for item in items}
+    shares = [max(Counter(item.answer for item in items if item.task == task.name).values()) / 12 for task in TASKS]
+    assert [row[3] for row in prompts.tables["prompts_per_task"].rows] == shares
+    assert prompts.metrics["max_answer_share"] == max(shares)
 
 
 def test_stages_traces_and_toggle_dataset_run_again_to_the_same_bytes(
