@@ -96,8 +96,7 @@ def _toggle_dataset(case: Case) -> Estimate:
 
 
 def _rl_prompts(case: Case) -> Estimate:
-    num_items = len(case.recipe.reasoning_tasks) * case.recipe.rl_prompts.items_per_task
-    num_items += case.recipe.rl_prompts.instructions.num_prompts
+    num_items = training_estimates.num_rl_prompts(case.recipe)
     return Estimate(
         disk=Range.of(500.0 * num_items),
         extra_s=IN_PROCESS_S + Range(low=0.0002, expected=0.002, high=0.02).times(num_items),

@@ -7,7 +7,7 @@ from pipeline.planning import devices
 from pipeline.planning.case import DISK, PROMPT_TOKENS, START_S, Case, Estimate
 from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
-from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig, RLConfig
+from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig, Recipe, RLConfig
 
 NUM_RESUME_CHECKPOINTS = 2
 MAX_SHARED_TOKENS = 512  # of a sequence of several replies to one prompt; pipeline.reasoning.policy
@@ -102,6 +102,11 @@ def sft_checkpoint(case: Case) -> Estimate:
     return _training(case, phases=phases, precision=config.precision, with_teacher=False)
 
 
+def num_rl_prompts(recipe: Recipe) -> int:
+    """Return how many prompts reinforcement learning has, those held out included."""
+    return len(recipe.reasoning_tasks) * recipe.rl_prompts.items_per_task + recipe.rl_prompts.instructions.num_prompts
+
+
 def rl_checkpoint(case: Case) -> Estimate:
     """Return what sampling, scoring and training on replies costs."""
     config, sizes, ranks = case.recipe.rl, case.sizes, case.execution.num_ranks
@@ -118,8 +123,14 @@ def rl_checkpoint(case: Case) -> Estimate:
     per_prompt = max(1.0, min(micro_rows, config.samples_per_prompt / config.updates_per_rollout, fitting))
     rows = sampled + num_samples * PROMPT_TOKENS / per_prompt
     # Sampling, old log-probabilities and the reference's pass forward once; the update passes forward and back.
-    forward = Range(
-        low=3 * rows.low * child.low, expected=3 * rows.expected * child.expected, high=3 * rows.high * child.high
+    passed = rows.times(3.0)
+    tried = ZERO
+    if config.difficulty is not None:
+        num_tried = num_rl_prompts(case.recipe) - config.held_out.num_prompts
+        tried = new.times(num_tried * config.difficulty.num_samples) + num_tried * PROMPT_TOKENS
+    training, forward = (
+        Range(low=tokens.low * child.low, expected=tokens.expected * child.expected, high=tokens.high * child.high)
+        for tokens in (passed, passed + tried)
     )
     reward_model = _reward_model_bytes(config)
     judging = (sampled + num_samples * PROMPT_TOKENS).times(2.0 * reward_model / BYTES_PER_PARAMETER["bf16"])
@@ -145,8 +156,8 @@ def rl_checkpoint(case: Case) -> Estimate:
     updating = parts["logits"] + parts["activations"]
     peak = sum(parts.values())
     return Estimate(
-        tokens=rows,
-        work=((forward + judging, devices.FORWARD), (forward, devices.TRAINING)),
+        tokens=rows + tried,
+        work=((forward + judging, devices.FORWARD), (training, devices.TRAINING)),
         read_bytes=read,
         memory=Range(
             low=min(peak, trained.memory.low + reference.low),

@@ -217,23 +217,25 @@ def load_or_measure_pass_rates(
 ) -> list[float]:
     """Return the share of right replies to each item, thinking on, by the policy as training starts.
 
-    Every rank calls this before the first step; they share the items. The file at `path` holds what was measured.
+    Every rank calls this before the first step; they share the items. The file at `path` holds what was measured, so
+    that a run which was killed goes on behind it.
 
     Raises:
         CheckpointError: when another sampler measured it.
     """
     assert config.difficulty is not None
+    rates: list[float] = []
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         _require_sampler(found["sampler"], now=sampler.name, path=path)
-        return [float(rate) for rate in found["rates"]]
-    num_right = [0.0] * len(items)
+        rates = [float(rate) for rate in found["rates"]]
     size = config.prompts_per_step
-    for start in range(0, len(items), size):
-        places = list(range(start, min(start + size, len(items))))[engine.rank :: engine.world_size]
+    for start in range(len(rates), len(items), size):
+        tried = items[start : start + size]
+        own = range(engine.rank, len(tried), engine.world_size)
         groups = sample_judged(
             sampler,
-            [Prompt(item=items[place], thinking=True) for place in places],
+            [Prompt(item=tried[place], thinking=True) for place in own],
             eos_token_ids=engine.model.architecture.eos_token_ids,
             tokenizer=tokenizer,
             reward_model=None,
@@ -241,12 +243,15 @@ def load_or_measure_pass_rates(
             num_samples=config.difficulty.num_samples,
             seed=("pass rates", config.seed, start, engine.rank),
         )
-        for place, group in zip(places, groups, strict=True):
+        num_right = [0.0] * len(tried)
+        for place, group in zip(own, groups, strict=True):
             num_right[place] = float(sum(judged.verdict.is_right for judged in group))
-        reporter.step(min(start + size, len(items)), len(items), what="prompts tried for their pass rate")
-    rates = [number / config.difficulty.num_samples for number in sum_across_ranks(num_right, device=engine.device)]
-    if engine.rank == 0:
-        write_atomically(path, json.dumps({"sampler": sampler.name, "rates": rates}).encode())
+        rates += [
+            number / config.difficulty.num_samples for number in sum_across_ranks(num_right, device=engine.device)
+        ]
+        if engine.rank == 0:
+            write_atomically(path, json.dumps({"sampler": sampler.name, "rates": rates}).encode())
+        reporter.step(len(rates), len(items), what="prompts tried for their pass rate")
     barrier()
     return rates
 

@@ -20,6 +20,7 @@ from pipeline.planning.ranges import Range
 from pipeline.planning.render import binary, seconds, short
 from pipeline.planning.training_estimates import micro_batch_rows
 from pipeline.planning.warnings import fitting_settings
+from pipeline.recipe import DifficultyConfig
 from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES
 from pipeline.training.engine import choose_micro_batch_size
@@ -255,6 +256,19 @@ def test_tokens_of_lm_eval_are_those_of_its_tasks():
     assert added("evaluation") == pytest.approx(once)
     assert added("evaluation", checkpoints="all") == pytest.approx(6 * once)
     assert added("evaluation", max_items=20) == pytest.approx(once / 10)
+
+
+def test_trial_of_prompts_counts():
+    recipe = load_recipe("smol")
+    tried = DifficultyConfig(num_samples=8, max_pass_rate=0.75, curriculum=None)
+    without, with_trial = (
+        estimate("rl_checkpoint", case(recipe.model_copy(update={"rl": recipe.rl.model_copy(update=update)})))
+        for update in ({"difficulty": None}, {"difficulty": tried})
+    )
+    prompts = 5 * recipe.rl_prompts.items_per_task + recipe.rl_prompts.instructions.num_prompts
+    num_tried = prompts - recipe.rl.held_out.num_prompts
+    most = num_tried * (128 + 8 * recipe.rl.max_new_tokens)
+    assert with_trial.tokens.high - without.tokens.high == pytest.approx(most)
 
 
 def test_logits_of_sampled_replies_count():

@@ -262,6 +262,20 @@ def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measur
     assert pl.read_parquet(tmp_path / "curve.parquet")["aimed_pass_rate"].to_list() == [0.5, 0.25, 0.0]
 
 
+def test_rl_checkpoint_stage_killed_while_trying_prompts_goes_on_behind_those_it_tried(
+    artifacts: dict[str, Path], tmp_path: Path
+):
+    difficulty = DifficultyConfig(num_samples=8, max_pass_rate=1.0, curriculum=None)
+    config = CONFIG.model_copy(update={"difficulty": difficulty})
+    files = [tmp_path / name / "_work" / "pass_rates.json" for name in ("whole", "killed")]
+    rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        rl_checkpoint.run(config, rl_inputs(artifacts, reporter=InterruptingReporter(at_step=4)), tmp_path / "killed")
+    assert len(json.loads(files[1].read_text())["rates"]) == 4
+    rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path / "killed")
+    assert files[0].read_text() == files[1].read_text()
+
+
 def test_rl_checkpoint_stage_under_another_sampler_than_its_checkpoint_is_refused(
     artifacts: dict[str, Path], tmp_path: Path
 ):
