@@ -149,6 +149,17 @@ SHARDED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+def recipe_of(directory: Path, *, tmp_path: Path) -> Path:
+    """Write the recipe of a parent in that directory, with a search that fits any Llama."""
+    changes = {
+        "parent": {"kind": "local", "path": str(directory), "licence": "none"},
+        "search_space": {"attention": ["parent"], "ffn": ["parent", "no_op"], "overrides": [], "portable": False},
+        "targets": {"light": {"description": "", "limits": [], "pins": []}},
+        "default_target": "light",
+    }
+    return write_recipe(tmp_path, changes)
+
+
 def run(
     source: Path,
     spoil: Callable[[Path], object],
@@ -159,7 +170,7 @@ def run(
     directory = tmp_path / "hf"
     shutil.copytree(source, directory)
     spoil(directory)
-    recipe = write_recipe(tmp_path, {"parent": {"kind": "local", "path": str(directory), "licence": "none"}})
+    recipe = recipe_of(directory, tmp_path=tmp_path)
     arguments = ["materialize", "--recipe", str(recipe), "parent_checkpoint"]
     return refused(arguments, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys, stage_name="parent_checkpoint")
 
@@ -201,7 +212,7 @@ def test_weight_that_is_not_finite_stops_every_reader(
     directory = tmp_path / "hf"
     shutil.copytree(good_checkpoint, directory)
     edit_weights(directory, lambda tensors: one_value(tensors, value))
-    recipe = write_recipe(tmp_path, {"parent": {"kind": "local", "path": str(directory), "licence": "none"}})
+    recipe = recipe_of(directory, tmp_path=tmp_path)
     monkeypatch.setenv("REFIT_HOME", str(tmp_path / "home"))
     main(["materialize", "--recipe", str(recipe), "parent_checkpoint"])
     message = refused(
