@@ -28,7 +28,6 @@ from pipeline.recipe import REFUSED_TASKS, ReasoningTask
 DATASET_SIZE = 20_000
 _MAX_GYM_SEED = 2**32 - DATASET_SIZE  # datasets that draw with numpy take no larger seeds
 
-
 Part = Literal["evaluation", "fine_tuning", "reinforcement"]
 
 # Of sixteen questions, by their sha1.
@@ -90,8 +89,9 @@ def generate_items(
 
 
 def _is_of(question: str, part: Part | None) -> bool:
-    sha1 = hashlib.sha1(question.encode(), usedforsecurity=False).hexdigest()
-    return part is None or int(sha1[0], 16) in _PARTS[part]
+    if part is None:
+        return True
+    return int(hashlib.sha1(question.encode(), usedforsecurity=False).hexdigest()[0], 16) in _PARTS[part]
 
 
 def ask_scorer(item: ReasoningItem, answer: str) -> float:

@@ -6,6 +6,7 @@ copying it, and returns scores of the whole vocabulary where one number per toke
 Letters: B rows still being sampled, T tokens, V vocab_size, K most likely words.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,10 +67,8 @@ def sample_completions(
     """
     device = model.device
     prompt_ids_BT, attended_BT = _pad_left(prompts, device=device)
-    architecture = model.architecture
-    num_caches = sum(block.attention.kind == "gqa" for block in architecture.blocks)
-    layers: list[Any] = [_CacheLayer(prompt_ids_BT.shape[1] + max_new_tokens) for _ in range(max(num_caches, 1))]
-    cache = Cache(layers=layers)
+    new_layer: Any = functools.partial(_CacheLayer, prompt_ids_BT.shape[1] + max_new_tokens)
+    cache = Cache(layer_class_to_replicate=new_layer)
     position_ids_BT = (attended_BT.cumsum(dim=1) - 1).clamp(min=0)
     logits_BV = _next_logits(model, prompt_ids_BT, attended_BT, position_ids_BT, cache)
     cache.batch_repeat_interleave(num_samples)

@@ -17,12 +17,11 @@ from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, Solution, solve_pool, violated_limits
 from pipeline.puzzle.patterns import is_kept_or_dropped
 from pipeline.puzzle.predictions import CostModel, linear_limits, predict
-from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, resolve_attention, resolve_ffn
+from pipeline.puzzle.search_space import attention_from_key, ffn_from_key, pinned
 from pipeline.puzzle.tables import PROFILE, read_table
 from pipeline.recipe import (
     Limit,
     Objective,
-    Pin,
     PoolConfig,
     ProfileConfig,
     Requirements,
@@ -200,8 +199,7 @@ def build_problem(
     layers: list[list[Candidate]] = [[] for _ in costs.parent.blocks]
     for row in scores.iter_rows(named=True):
         layers[row["layer"]].append(Candidate(block=block_of(row), score=row[settings.objective] - base))
-    for pin in requirements.pins:
-        layers = _pinned(layers, pin, parent=parent)
+    layers = pinned(layers, requirements.pins, parent=parent, block_of=lambda one: one.block, are="scored ")
     if settings.layers == "depth_only":
         layers = _kept_or_dropped(layers, parent=parent)
     blocks = [candidate.block for candidates in layers for candidate in candidates]
@@ -263,26 +261,6 @@ def write_pool(directory: Path, pool: SolutionPool) -> None:
 def read_pool(directory: Path) -> SolutionPool:
     """Read pool.json of a mip_solution artifact."""
     return SolutionPool.model_validate_json((directory / POOL_FILE).read_bytes())
-
-
-def _pinned(layers: Sequence[Sequence[Candidate]], pin: Pin, *, parent: BlockSpec) -> list[list[Candidate]]:
-    pinned = [list(candidates) for candidates in layers]
-    for layer in pin.layers:
-        if not 0 <= layer < len(layers):
-            raise RecipeError(f"a pin names layer {layer}; the parent has layers 0 to {len(layers) - 1}")
-        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=parent.attention)
-        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=parent.ffn)
-        pinned[layer] = [
-            candidate
-            for candidate in pinned[layer]
-            if attention in (None, candidate.block.attention) and ffn in (None, candidate.block.ffn)
-        ]
-        if not pinned[layer]:
-            raise RecipeError(
-                f"the pins of layer {layer} (attention {pin.attention}, ffn {pin.ffn}) leave none of its scored blocks "
-                f"{[candidate.block.key for candidate in layers[layer]]}: add the option to search_space"
-            )
-    return pinned
 
 
 def _kept_or_dropped(layers: Sequence[Sequence[Candidate]], *, parent: BlockSpec) -> list[list[Candidate]]:

@@ -4,8 +4,9 @@ A space lists attention and FFN options; every layer's candidates are their prod
 parent's own, then by falling size, linear, no-op), so the order of a recipe's list never changes a result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.architecture import (
     LINEAR_ATTENTION,
@@ -24,6 +25,8 @@ from pipeline.recipe import AttentionOption, FFNOption, Pin, SearchSpaceConfig
 
 PORTABLE_WIDTH_MULTIPLE = 256
 NARROW_WIDTH_MULTIPLE = 8
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,28 +106,42 @@ def resolve(search_space: SearchSpaceConfig, architecture: Architecture) -> Sear
 
 
 def pinned_blocks(space: SearchSpace, pins: Sequence[Pin]) -> list[list[BlockSpec]]:
-    """Return the blocks that a target's pins leave each layer.
+    """Return the blocks that a target's pins leave each layer of a space; see `pinned`."""
+    return pinned([options.blocks for options in space.layers], pins, parent=space.parent, block_of=lambda block: block)
+
+
+def pinned(
+    layers: Sequence[Sequence[_Item]],
+    pins: Sequence[Pin],
+    *,
+    parent: BlockSpec,
+    block_of: Callable[[_Item], BlockSpec],
+    are: str = "",
+) -> list[list[_Item]]:
+    """Return what a target's pins leave of the blocks of each layer, or of whatever else `block_of` finds blocks in.
 
     Raises:
-        RecipeError: when a pin names a layer that the parent does not have, or leaves one without a block.
+        RecipeError: when a pin names a layer that the parent does not have, or leaves one without a block; `are` says
+            what its blocks are besides.
     """
-    layers = [list(options.blocks) for options in space.layers]
+    left = [list(candidates) for candidates in layers]
     for pin in pins:
-        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=space.parent.attention)
-        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=space.parent.ffn)
+        attention = None if pin.attention is None else resolve_attention(pin.attention, parent=parent.attention)
+        ffn = None if pin.ffn is None else resolve_ffn(pin.ffn, parent=parent.ffn)
         for layer in pin.layers:
-            if not 0 <= layer < len(layers):
-                raise RecipeError(f"a pin names layer {layer}; the parent has layers 0 to {len(layers) - 1}")
-            found = [
-                block for block in layers[layer] if attention in (None, block.attention) and ffn in (None, block.ffn)
+            if not 0 <= layer < len(left):
+                raise RecipeError(f"a pin names layer {layer}; the parent has layers 0 to {len(left) - 1}")
+            left[layer] = [
+                one
+                for one in left[layer]
+                if attention in (None, block_of(one).attention) and ffn in (None, block_of(one).ffn)
             ]
-            if not found:
+            if not left[layer]:
                 raise RecipeError(
-                    f"the pins of layer {layer} (attention {pin.attention}, ffn {pin.ffn}) leave none of its blocks "
-                    f"{[block.key for block in layers[layer]]}: add the option to search_space"
+                    f"the pins of layer {layer} (attention {pin.attention}, ffn {pin.ffn}) leave none of its "
+                    f"{are}blocks {[block_of(one).key for one in layers[layer]]}: add the option to search_space"
                 )
-            layers[layer] = found
-    return layers
+    return left
 
 
 def resolve_attention(option: AttentionOption, *, parent: AttentionSpec) -> AttentionSpec:
