@@ -31,6 +31,9 @@ class ExecutionSettings(Frozen):
     num_ranks: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch_size: int = Field(default=4, ge=1)
+    recompute_activations: bool = Field(
+        default=False, description="trainings keep each layer's input alone and run it again for its gradient"
+    )
     num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
     checkpoint_interval_steps: int = Field(default=10, ge=1)
     block_memory_gib: float | None = Field(

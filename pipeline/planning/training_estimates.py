@@ -8,6 +8,7 @@ from pipeline.planning.case import DISK, PROMPT_TOKENS, START_S, Case, Estimate
 from pipeline.planning.memory import sampled_logit_bytes, training_peak_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.recipe import DistillationConfig, MixtureConfig, Precision, PretrainingConfig, Recipe, RLConfig
+from pipeline.stage import ExecutionSettings
 
 NUM_RESUME_CHECKPOINTS = 2
 MAX_SHARED_TOKENS = 512  # of a sequence of several replies to one prompt; pipeline.reasoning.policy
@@ -24,7 +25,7 @@ def _training(
     sizes, execution = case.sizes, case.execution
     flops = ZERO
     for tokens, length, _ in phases:
-        flops = flops + sizes.child_flops(context_tokens=length).times(3.0 * tokens)
+        flops = flops + sizes.child_flops(context_tokens=length).times(_passes_of_training(execution) * tokens)
         if with_teacher:
             flops = flops + tokens * sizes.parent_flops(context_tokens=length)
     first = phases[0][1]
@@ -67,6 +68,11 @@ def _training(
         extra_s=START_S.times(2) + disk.times(2).over(DISK),
         on_all_ranks=True,
     )
+
+
+def _passes_of_training(execution: ExecutionSettings) -> float:
+    """Return forward and backward pass in forward passes; the backward pass makes two products for each one."""
+    return 4.0 if execution.recompute_activations else 3.0
 
 
 def micro_batch_rows(wanted: int, *, global_batch_size: int, num_ranks: int) -> int:
@@ -122,15 +128,15 @@ def rl_checkpoint(case: Case) -> Estimate:
     fitting = (MAX_SHARED_TOKENS - PROMPT_TOKENS) / new.expected
     per_prompt = max(1.0, min(micro_rows, config.samples_per_prompt / config.updates_per_rollout, fitting))
     rows = sampled + num_samples * PROMPT_TOKENS / per_prompt
-    # Sampling, old log-probabilities and the reference's pass forward once; the update passes forward and back.
-    passed = rows.times(3.0)
+    passed = rows.times(3.0)  # sampling, old log-probabilities, the reference
     tried = ZERO
     if config.difficulty is not None:
         num_tried = num_rl_prompts(case.recipe) - config.held_out.num_prompts
         tried = new.times(num_tried * config.difficulty.num_samples) + num_tried * PROMPT_TOKENS
+    updated = rows.times(_passes_of_training(case.execution))
     training, forward = (
         Range(low=tokens.low * child.low, expected=tokens.expected * child.expected, high=tokens.high * child.high)
-        for tokens in (passed, passed + tried)
+        for tokens in (updated, passed + tried)
     )
     reward_model = _reward_model_bytes(config)
     judging = (sampled + num_samples * PROMPT_TOKENS).times(2.0 * reward_model / BYTES_PER_PARAMETER["bf16"])

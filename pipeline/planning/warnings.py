@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.architecture import BlockSpec
 from pipeline.costs import (
@@ -63,8 +63,8 @@ def memory_warnings(estimates: dict[str, Estimate], *, device: Device, case: Cas
 def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str:
     """Return the fewest ranks, by powers of two, on which a training is expected to fit, as a sentence's end.
 
-    Among those the largest micro-batch and the lowest ZeRO stage. Where nothing fits, what stands in the way; an empty
-    string for a stage that runs on one rank.
+    Among those without activations made again where possible, with the largest micro-batch and the lowest ZeRO stage.
+    Where nothing fits, what stands in the way; an empty string for a stage that runs on one rank.
     """
     if not estimate(stage_name, case).on_all_ranks:
         return ""
@@ -72,8 +72,9 @@ def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str
     most = min(MAX_RANKS, math.gcd(*batches)) if batches else MAX_RANKS
     powers = [2**power for power in range(most.bit_length())]
     settings = [
-        {"num_ranks": num_ranks, "zero_stage": zero_stage, "micro_batch_size": micro_batch_size}
+        {"num_ranks": num_ranks, "zero_stage": zero_stage, "micro_batch_size": micro_batch_size, **recompute}
         for num_ranks in powers
+        for recompute in ({}, {"recompute_activations": True})
         for micro_batch_size in sorted({case.execution.micro_batch_size, 1}, reverse=True)
         for zero_stage in ((1, 2) if stage_name == "rl_checkpoint" else (1, 2, 3))
     ]
@@ -94,8 +95,8 @@ def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str
     )
 
 
-def _spelled(settings: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+def _spelled(settings: Mapping[str, int | bool]) -> str:
+    return ", ".join(f"{name} {str(value).lower()}" for name, value in settings.items())
 
 
 def training_batches(recipe: Recipe) -> list[tuple[str, str, int, int, int]]:
@@ -257,9 +258,11 @@ def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:
             return f"raise zero_stage from {stage}, or num_ranks from {ranks}"
         return f"raise num_ranks from {ranks}"
     if part in ("activations", "logits", "hidden states"):
-        if case.execution.micro_batch_size == 1:
-            return "one window is too long for it: shorten sequence_length (windows are not split over ranks)"
-        return f"lower micro_batch_size from {case.execution.micro_batch_size}"
+        if case.execution.micro_batch_size > 1:
+            return f"lower micro_batch_size from {case.execution.micro_batch_size}"
+        if part == "activations" and not case.execution.recompute_activations:
+            return "set recompute_activations"
+        return "one window is too long for it: shorten sequence_length (windows are not split over ranks)"
     if part == "blocks and their AdamW":
         return f"raise num_ranks from {ranks} (ranks split the layers), or search fewer variants"
     if on_all_ranks:

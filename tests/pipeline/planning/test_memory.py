@@ -21,6 +21,7 @@ from pipeline.planning.memory import (
     activation_bytes,
     hidden_state_bytes,
     logit_bytes,
+    recomputed_activation_bytes,
     sampled_logit_bytes,
     training_state_bytes,
 )
@@ -29,7 +30,7 @@ from pipeline.reasoning.grpo import token_logprobs, token_statistics
 from pipeline.recipe import Precision
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
-from pipeline.training.engine import TrainEngine
+from pipeline.training.engine import TrainEngine, recompute_activations
 from pipeline.training.objectives import Batch, DistillationObjective, NextTokenObjective
 
 NUM_TOKENS = 512
@@ -92,13 +93,16 @@ def toy(*, num_layers: int, vocab_size: int) -> Architecture:
     )
 
 
-def step_peak(architecture: Architecture, *, precision: Precision, with_teacher: bool) -> int:
+def step_peak(architecture: Architecture, *, precision: Precision, with_teacher: bool, recomputes: bool = False) -> int:
     """Return the peak of forward and backward of one micro-batch; weights and gradients are not counted."""
     dtype = TORCH_DTYPES[precision]
     student = build_model(architecture, dtype=dtype, seed=0).train()
+    if recomputes:
+        recompute_activations(student)
     teacher = build_model(architecture, dtype=dtype, seed=1)
-    for weight in student.parameters():
-        weight.grad = torch.zeros_like(weight)
+    gradients = [torch.zeros_like(weight) for weight in student.parameters()]
+    for weight, gradient in zip(student.parameters(), gradients, strict=True):
+        weight.grad = gradient
     tokens_BT = torch.randint(architecture.vocab_size, (2, NUM_TOKENS // 2))
     batch = Batch(tokens_BT=tokens_BT, labels_BT=tokens_BT, position_ids_BT=None)
     objective = (
@@ -109,14 +113,15 @@ def step_peak(architecture: Architecture, *, precision: Precision, with_teacher:
     models: list[nn.Module] = [student, teacher]
     return peak_bytes(
         lambda: objective(student, batch, num_targets=NUM_TOKENS)["loss"].backward(),
-        known=[tensor for model in models for tensor in (*model.parameters(), *model.buffers())],
+        known=[*gradients, *(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))],
     )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_layer_more_costs_its_activations(precision: Precision, with_teacher: bool):
-    shallow, deep = toy(num_layers=4, vocab_size=256), toy(num_layers=8, vocab_size=256)
+    # So many that the peak is where the backward pass begins, when all is there: inside it a few layers weigh more.
+    shallow, deep = toy(num_layers=24, vocab_size=256), toy(num_layers=32, vocab_size=256)
 
     def expected(model: Architecture) -> float:
         kept = activation_bytes(model, num_tokens=NUM_TOKENS, precision=precision)
@@ -126,6 +131,45 @@ def test_a_layer_more_costs_its_activations(precision: Precision, with_teacher: 
         shallow, precision=precision, with_teacher=with_teacher
     )
     assert measured == pytest.approx(expected(deep) - expected(shallow), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_layer_more_costs_its_input_where_activations_are_made_again(precision: Precision, with_teacher: bool):
+    shallow, deep = toy(num_layers=24, vocab_size=256), toy(num_layers=32, vocab_size=256)
+
+    def expected(model: Architecture) -> float:
+        kept = recomputed_activation_bytes(
+            model, num_tokens=NUM_TOKENS, precision=precision, has_hidden_states=with_teacher
+        )
+        return kept + with_teacher * hidden_state_bytes(model, num_tokens=NUM_TOKENS, precision=precision)
+
+    measured = step_peak(deep, precision=precision, with_teacher=with_teacher, recomputes=True) - step_peak(
+        shallow, precision=precision, with_teacher=with_teacher, recomputes=True
+    )
+    assert measured == pytest.approx(expected(deep) - expected(shallow), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_wider_ffn_costs_its_activations_once_where_they_are_made_again(precision: Precision):
+    narrow = toy(num_layers=4, vocab_size=256)
+    wide = narrow.with_blocks(
+        [
+            block.model_copy(update={"ffn": block.ffn.model_copy(update={"intermediate_size": 4096})})
+            for block in narrow.blocks
+        ]
+    )
+
+    def expected(model: Architecture) -> float:
+        return recomputed_activation_bytes(model, num_tokens=NUM_TOKENS, precision=precision, has_hidden_states=False)
+
+    measured = step_peak(wide, precision=precision, with_teacher=False, recomputes=True) - step_peak(
+        narrow, precision=precision, with_teacher=False, recomputes=True
+    )
+    # Beside a layer's activations its backward pass holds their gradients: three FFN-wide ones at most.
+    size = 2.0 if precision == "bf16" else 4.0
+    gradients = 3 * size * NUM_TOKENS * (4096 - 512)
+    assert expected(wide) - expected(narrow) <= measured <= expected(wide) - expected(narrow) + gradients
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -181,7 +225,7 @@ def test_what_an_engine_holds_between_two_steps(precision: Precision, zero_stage
             engine.backward(NextTokenObjective()(engine.forward, batch, num_targets=16)["loss"])
         if step == 0:
             engine.step()
-    held = sum(num_bytes for key, num_bytes in living_storages().items() if key not in before)
+    held = sum(storage.nbytes() for key, storage in living_storages().items() if key not in before)
     engine.step()
     engine.close()
     count = num_parameters(architecture)
@@ -191,13 +235,16 @@ def test_what_an_engine_holds_between_two_steps(precision: Precision, zero_stage
     assert 0.98 * state <= held <= 1.02 * (state + gradients)
 
 
-def living_storages() -> dict[int, int]:
-    """Return the bytes of every storage that a living tensor or its gradient has."""
+def living_storages() -> dict[int, torch.UntypedStorage]:
+    """Return every storage that a living tensor or its gradient has, by its address.
+
+    Whoever holds them keeps their addresses from being given out again.
+    """
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return {storage._cdata: storage.nbytes() for storage in storages}
+    return {storage._cdata: storage for storage in storages}
 
 
 def test_replies_share_sequences_as_planned():

@@ -136,23 +136,42 @@ def test_settings_that_are_said_to_fit_do(stage_name: str):
     recipe, memory_bytes = load_recipe("llama-8b"), find_device("a100-80gb").memory_bytes
     assert memory_bytes is not None
     said = fitting_settings(stage_name, memory_bytes=memory_bytes, case=case(recipe))
-    found = re.fullmatch(r"it fits with num_ranks (\d+), zero_stage (\d), micro_batch_size (\d+)", said)
+    pattern = r"it fits with num_ranks (\d+), zero_stage (\d), micro_batch_size (\d+)(, recompute_activations true)?"
+    found = re.fullmatch(pattern, said)
     assert found is not None, said
-    ranks, zero, rows = map(int, found.groups())
-    fits = estimate(stage_name, case(recipe, num_ranks=ranks, zero_stage=zero, micro_batch_size=rows))
+    ranks, zero, rows = map(int, found.groups()[:3])
+    recomputes = found.group(4) is not None
+    settings = {"num_ranks": ranks, "zero_stage": zero, "micro_batch_size": rows}
+    fits = estimate(stage_name, case(recipe, **settings, recompute_activations=recomputes))
     assert fits.memory.expected <= memory_bytes
+    if recomputes:
+        assert estimate(stage_name, case(recipe, **settings)).memory.expected > memory_bytes
     assert ranks > 1
     for any_stage in (1, 2, 3):
-        fewer = case(recipe, num_ranks=ranks // 2, zero_stage=any_stage, micro_batch_size=1)
+        fewer = case(recipe, num_ranks=ranks // 2, zero_stage=any_stage, micro_batch_size=1, recompute_activations=True)
         if stage_name != "rl_checkpoint" or any_stage < 3:
             assert estimate(stage_name, fewer).memory.expected > memory_bytes
+
+
+def test_activations_that_are_made_again_cost_a_pass_and_keep_inputs():
+    recipe = load_recipe("llama-8b")
+    kept, again = (
+        estimate("cpt_checkpoint", case(recipe, micro_batch_size=1, recompute_activations=recomputes))
+        for recomputes in (False, True)
+    )
+    assert again.work[0][0].expected == pytest.approx(kept.work[0][0].expected * 4 / 3)
+    assert again.memory_parts["activations"] < 0.2 * kept.memory_parts["activations"]
+    others = [name for name in kept.memory_parts if name != "activations"]
+    assert [again.memory_parts[name] for name in others] == [kept.memory_parts[name] for name in others]
 
 
 def test_a_window_that_fits_nowhere_is_said_to(tmp_path: Path):
     recipe = load_recipe("super-49b")
     plan = make_plan(workspace(tmp_path, recipe), target_name=recipe.default_target, device=find_device("h100-80gb"))
     (warning,) = [text for text in plan.warnings if text.startswith("memory: cpt_checkpoint")]
-    assert "does not even fit with num_ranks 32, zero_stage 3, micro_batch_size 1" in warning
+    assert (
+        "does not even fit with num_ranks 32, zero_stage 3, micro_batch_size 1, recompute_activations true" in warning
+    )
     assert "shorten the windows" in warning
 
 

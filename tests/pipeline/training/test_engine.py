@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.errors import RecipeError, StageError
 from pipeline.recipe import Precision
@@ -47,9 +47,16 @@ def llama() -> LlamaForCausalLM:
 
 
 def _train(
-    model: nn.Module, *, zero_stage: Literal[0, 1, 2, 3], precision: Precision = "fp32", micro_batch_size: int = 4
+    model: PreTrainedModel,
+    *,
+    zero_stage: Literal[0, 1, 2, 3],
+    precision: Precision = "fp32",
+    micro_batch_size: int = 4,
+    recompute_activations: bool = False,
 ) -> Trained:
-    execution = ExecutionSettings(zero_stage=zero_stage, micro_batch_size=micro_batch_size)
+    execution = ExecutionSettings(
+        zero_stage=zero_stage, micro_batch_size=micro_batch_size, recompute_activations=recompute_activations
+    )
     engine = TrainEngine.create(
         copy.deepcopy(model),
         optimizer=OPTIMIZER,
@@ -122,6 +129,41 @@ def test_bf16_training_follows_fp32_and_keeps_fp32_masters(
     trained = _train(llama, zero_stage=zero_stage, precision="bf16", micro_batch_size=2)
     assert trained.losses == pytest.approx(plain.losses, abs=5e-3)
     assert all(_has_more_digits_than_bf16(tensor) for tensor in trained.weights.values())
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("bf16", 1), ("fp32", 2), ("bf16", 3)])
+def test_activations_that_are_made_again_change_no_bit(
+    llama: LlamaForCausalLM, precision: Precision, zero_stage: Literal[0, 1, 2, 3]
+):
+    kept = _train(llama, zero_stage=zero_stage, precision=precision, micro_batch_size=2)
+    again = _train(llama, zero_stage=zero_stage, precision=precision, micro_batch_size=2, recompute_activations=True)
+    assert again.losses == kept.losses
+    assert again.grad_norms == kept.grad_norms
+    for name, tensor in again.weights.items():
+        assert torch.equal(tensor, kept.weights[name]), name
+
+
+def test_layers_run_again_after_the_model_was_evaluated(llama: LlamaForCausalLM):
+    engine = TrainEngine.create(
+        copy.deepcopy(llama),
+        optimizer=OPTIMIZER,
+        total_steps=1,
+        precision="fp32",
+        execution=ExecutionSettings(micro_batch_size=4, recompute_activations=True),
+        global_batch_size=4,
+    )
+    engine.model.eval()  # as sampling and scoring leave it
+    num_runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_runs
+        num_runs += 1
+
+    engine.model.model.layers[0].self_attn.register_forward_hook(count)
+    engine.backward(engine.forward(input_ids=TOKENS_NT[:4], labels=TOKENS_NT[:4], use_cache=False).loss)
+    engine.step()
+    engine.close()
+    assert num_runs == 2
 
 
 def test_bf16_with_stage_0_is_refused(llama: LlamaForCausalLM):

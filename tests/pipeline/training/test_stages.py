@@ -202,6 +202,15 @@ def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: 
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
 
 
+def test_kd_that_makes_activations_again_publishes_the_same_bytes(inputs: StageInputs, tmp_path: Path):
+    config = KD.model_copy(update={"precision": "bf16"})
+    for recomputes in (False, True):
+        execution = inputs.execution.model_copy(update={"recompute_activations": recomputes})
+        kd_checkpoint.run(config, dataclasses.replace(inputs, execution=execution), tmp_path / str(recomputes))
+    for name in ("model.safetensors", "curve.parquet"):
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes(), name
+
+
 LONG = LongContextPhase(sequence_length=32, tokens=6 * 2 * 32, global_batch_size=2, learning_rate=5e-4)
 LONG_CPT = CPT.model_copy(update={"long_context": (LONG,)})
 
