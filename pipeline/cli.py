@@ -32,7 +32,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import RECIPES_DIR, load_recipe, require_target
 from pipeline.stage import VIEW_DIR
 from pipeline.stages.configs import CARD_FILE
-from pipeline.stages.process import REPOSITORY
+from pipeline.stages.launch import REPOSITORY
 from pipeline.stages.registry import STAGES
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.hardware import hardware_id
 from pipeline.home import refit_home
 from pipeline.model.architecture_files import parent_architecture
-from pipeline.prerequisites import missing_runtimes, refused_settings
+from pipeline.prerequisites import missing_nodes, missing_runtimes, refused_settings
 from pipeline.puzzle.search_space import pinned_blocks, resolve
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -294,14 +294,14 @@ def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: E
 
     Raises:
         RuntimeMissingError: naming the stage, what it needs, and how to install it.
-        StageError: when a stage refuses the execution settings.
+        StageError: when a stage refuses the execution settings, or its ranks cannot be started from here.
     """
     for stage in (BY_NAME[name] for name in stage_names if name in BY_NAME):
         for told in missing_runtimes(stage, recipe=recipe, execution=execution).values():
             raise RuntimeMissingError(told)
-        refused = refused_settings(stage, execution=execution)
-        if refused is not None:
-            raise StageError(refused)
+        for refused in (refused_settings(stage, execution=execution), missing_nodes(stage, execution=execution)):
+            if refused is not None:
+                raise StageError(refused)
 
 
 def _result_hash(artifact: Artifact) -> str:

@@ -1,10 +1,12 @@
 """What a stage needs beside its inputs, looked for before anything runs: days of training may lie before its turn."""
 
 import importlib.util
+import os
 
 from pipeline.recipe import Recipe
 from pipeline.runtimes import RuntimeMissingError, require_python, runtime_ids
 from pipeline.stage import ExecutionSettings
+from pipeline.stages.launch import missing_allocation
 from pipeline.stages.registry import Stage
 
 _EVALUATIONS = ("parent_evaluation", "evaluation")
@@ -30,6 +32,12 @@ def missing_runtimes(stage: Stage, *, recipe: Recipe, execution: ExecutionSettin
             "set evaluation.lm_eval to null"
         )
     return found
+
+
+def missing_nodes(stage: Stage, *, execution: ExecutionSettings) -> str | None:
+    """Return why the ranks of a stage cannot be started from here, or None."""
+    told = missing_allocation(execution, environment=os.environ) if stage.runs_on_all_ranks else None
+    return None if told is None else f"{stage.name} starts its ranks by srun (execution.launcher is slurm), and {told}"
 
 
 def refused_settings(stage: Stage, *, execution: ExecutionSettings) -> str | None:

@@ -10,9 +10,9 @@ A stage is `run(config, inputs, out_dir) -> StageResult`. It writes under `out_d
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from pipeline.architecture import Frozen
 from pipeline.progress import Reporter, SilentReporter
@@ -27,8 +27,10 @@ Number = int | float
 class ExecutionSettings(Frozen):
     """Where and how a stage runs: nothing here changes what an artifact means, so nothing here is fingerprinted."""
 
-    launcher: Literal["in_process", "local"] = "local"
-    num_ranks: int = Field(default=1, ge=1)
+    launcher: Literal["in_process", "local", "slurm"] = "local"
+    num_nodes: int = Field(default=1, ge=1, description="of the Slurm job that ranks are spread over")
+    srun_options: tuple[str, ...] = Field(default=(), description="more of them: --network=..., --mpi=none")
+    num_ranks: int = Field(default=1, ge=1, description="of all nodes together")
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch_size: int = Field(default=4, ge=1)
     recompute_activations: bool = Field(
@@ -50,6 +52,22 @@ class ExecutionSettings(Frozen):
     max_activation_mib: int = Field(
         default=4096, ge=0, description="hidden states that a pass over all windows keeps in memory"
     )
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.num_nodes > 1 and self.launcher != "slurm":
+            raise ValueError(f"num_nodes is {self.num_nodes}, which takes launcher: slurm; got {self.launcher}")
+        if self.num_ranks % self.num_nodes:
+            raise ValueError(
+                f"num_ranks is {self.num_ranks}, which num_nodes = {self.num_nodes} does not divide: "
+                "give all ranks together, as many on each node"
+            )
+        return self
+
+    @property
+    def ranks_per_node(self) -> int:
+        """As many as a node has GPUs."""
+        return self.num_ranks // self.num_nodes
 
     @property
     def max_activation_bytes(self) -> int:

@@ -16,7 +16,7 @@ import dagster as dg
 from pipeline.artifacts import write_atomically
 from pipeline.errors import RefitError, UserError
 from pipeline.execution import open_workspace
-from pipeline.stages.process import REPOSITORY
+from pipeline.stages.launch import REPOSITORY
 from resources.run_hygiene import end_dead_runs
 from resources.selection import settle_target
 

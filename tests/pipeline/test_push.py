@@ -14,7 +14,7 @@ from pipeline.artifacts import Artifact
 from pipeline.cli import main
 from pipeline.execution import find_artifact, stage_fingerprint
 from pipeline.stage import StageResult
-from pipeline.stages.process import REPOSITORY
+from pipeline.stages.launch import REPOSITORY
 from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish
 from tests.pipeline.hub_server import TOKEN, HubServer, running_hub

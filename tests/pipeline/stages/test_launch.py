@@ -1,0 +1,95 @@
+"""The commands of stage processes, and what is refused before one starts; tests/slurm runs those of Slurm."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StageError
+from pipeline.execution import require_runtimes
+from pipeline.recipe_file import load_recipe
+from pipeline.stage import ExecutionSettings
+from pipeline.stages.launch import child_environment, missing_allocation, stage_command
+from pipeline.stages.registry import get_stage
+
+SPEC = Path("spec.json")
+IN_A_JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_JOB_NUM_NODES": "2"}
+TWO_NODES = ExecutionSettings(launcher="slurm", num_nodes=2, num_ranks=16, srun_options=("--network=ib",))
+
+
+def test_ranks_on_this_machine_are_torchruns_and_a_stage_of_one_rank_is_not():
+    execution = ExecutionSettings(num_ranks=8)
+    training = stage_command(execution, get_stage("kd_checkpoint"), SPEC)
+    assert training[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
+    assert stage_command(execution, get_stage("block_scores"), SPEC)[:3] == [sys.executable, "-m", "pipeline.stages"]
+
+
+def test_one_rank_under_slurm_is_started_by_srun_too(monkeypatch: pytest.MonkeyPatch):
+    for name, value in IN_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    one = ExecutionSettings(launcher="slurm")
+    assert stage_command(one, get_stage("kd_checkpoint"), SPEC)[:2] == ["srun", "--nodes=1"]
+    assert stage_command(one, get_stage("evaluation"), SPEC)[:3] == [sys.executable, "-m", "pipeline.stages"]
+
+
+def test_ranks_on_nodes_are_one_torchrun_each_that_meet_here(monkeypatch: pytest.MonkeyPatch):
+    for name, value in IN_A_JOB.items():
+        monkeypatch.setenv(name, value)
+    command = stage_command(TWO_NODES, get_stage("kd_checkpoint"), SPEC)
+    of_srun, of_torchrun = command[: command.index(sys.executable)], command[command.index(sys.executable) :]
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--network=ib"} < set(of_srun)
+    options = dict(itertools.pairwise(of_torchrun))
+    assert (options["--nnodes"], options["--nproc_per_node"]) == ("2", "8")
+    host, _, port = options["--rdzv_endpoint"].partition(":")
+    assert host == os.uname().nodename
+    assert 0 < int(port) < 65536
+
+
+def test_threads_are_shared_among_the_ranks_of_a_node():
+    num_cores = os.cpu_count() or 1
+    environment = child_environment(ExecutionSettings(launcher="slurm", num_nodes=num_cores, num_ranks=num_cores))
+    assert environment["OMP_NUM_THREADS"] == str(num_cores)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, "no node of a Slurm job"),
+        ({"SLURM_JOB_ID": "7"}, "no node of a Slurm job"),  # a login node, by salloc
+        ({**IN_A_JOB, "SLURM_JOB_NUM_NODES": "1"}, r"has 1 nodes, execution\.num_nodes is 2"),
+        (IN_A_JOB, None),
+    ],
+)
+def test_ranks_are_refused_outside_a_job_of_so_many_nodes(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str | None
+):
+    for name in IN_A_JOB:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    require_runtimes(load_recipe("tiny"), ["block_scores", "evaluation"], execution=TWO_NODES)
+    if told is None:
+        require_runtimes(load_recipe("tiny"), ["kd_checkpoint"], execution=TWO_NODES)
+        return
+    with pytest.raises(StageError, match=f"kd_checkpoint starts its ranks by srun .* {told}.*sbatch --nodes=2"):
+        require_runtimes(load_recipe("tiny"), ["block_scores", "kd_checkpoint"], execution=TWO_NODES)
+    with pytest.raises(StageError, match=told):
+        stage_command(TWO_NODES, get_stage("kd_checkpoint"), SPEC)
+
+
+def test_other_launchers_need_no_job():
+    assert missing_allocation(ExecutionSettings(num_ranks=8), environment={}) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_nodes": 2, "num_ranks": 2}, "num_nodes is 2, which takes launcher: slurm; got local"),
+        ({"launcher": "slurm", "num_nodes": 2, "num_ranks": 3}, "num_ranks is 3, which num_nodes = 2 does not divide"),
+    ],
+)
+def test_nodes_that_ranks_cannot_be_spread_over_are_refused(settings: dict[str, object], told: str):
+    with pytest.raises(ValueError, match=told):
+        ExecutionSettings.model_validate(settings)

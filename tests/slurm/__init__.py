@@ -1,0 +1,1 @@
+"""Trainings on the nodes of a Slurm that the tests start themselves."""
