@@ -3,18 +3,19 @@
 The recipe's own questions tell families apart to 15 points. Here as many as are asked for are drawn for each trained
 family, none of them a question of the evaluation sets, the reasoning data or the prompts of reinforcement learning, and
 two checkpoints of a finished run answer them greedily in both modes. Answers to the same question are compared, so an
-interval is that of the change itself.
+interval is that of the change itself; in `both` a question counts by the mean of its two answers. Families weigh alike.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import polars as pl
 
 from pipeline.data.evaluation_sets import load_evaluated_questions
 from pipeline.data.reasoning_items import ReasoningItem, generate_items
-from pipeline.errors import MissingInputError
+from pipeline.errors import DataError, MissingInputError
 from pipeline.evaluation.intervals import Estimate, share, weighted_mean
 from pipeline.evaluation.results import Mode
 from pipeline.evaluation.suite import load_for_evaluation
@@ -28,20 +29,29 @@ from pipeline.recipe import EvaluationConfig, ReasoningTask
 # The recipes' own seeds are small; entries of different seeds are different ones.
 SEED = 101
 MODES: tuple[Mode, ...] = ("on", "off")
+# Of one question: right, 1.0, or wrong, 0.0, before and after.
+Pair = tuple[float, float]
 
 
 def fresh_items(
     tasks: Sequence[ReasoningTask], *, sets_dir: Path, toggle_dir: Path, prompts_dir: Path, num_items: int
 ) -> list[ReasoningItem]:
-    """Draw that many questions of every task which none of the three artifacts holds."""
+    """Draw that many questions of every task which none of the three artifacts holds; of a small task fewer."""
     known = load_evaluated_questions(sets_dir)
     known |= set(pl.read_parquet(toggle_dir / "samples.parquet", columns=["question"])["question"])
     known |= {item.question for item in load_prompts(prompts_dir)}
-    return [
-        item
-        for task in tasks
-        for item in generate_items(task, num_items=num_items, seed=SEED, exclude_questions=known, part="evaluation")
-    ]
+    return [item for task in tasks for item in _most_items(task, num_items=num_items, known=known)]
+
+
+def _most_items(task: ReasoningTask, *, num_items: int, known: set[str]) -> list[ReasoningItem]:
+    """Return as many, or three quarters as often as it takes where the task has not so many."""
+    while True:
+        try:
+            return generate_items(task, num_items=num_items, seed=SEED, exclude_questions=known, part="evaluation")
+        except DataError:
+            num_items = num_items * 3 // 4
+            if not num_items:
+                raise
 
 
 def answers_of(
@@ -66,29 +76,45 @@ def answers_of(
 
 def print_comparison(before: Mapping[Mode, Sequence[Answer]], after: Mapping[Mode, Sequence[Answer]]) -> None:
     """Print right answers by family and mode before and after, and the change with its interval."""
+    right = {mode: _right_answers(before[mode], after[mode]) for mode in MODES}
     for mode in MODES:
-        pairs: dict[str, list[tuple[bool, bool]]] = {}
-        for one, other in zip(before[mode], after[mode], strict=True):
-            right = is_answer_found(one.text, item=one.item), is_answer_found(other.text, item=other.item)
-            pairs.setdefault(one.item.task, []).append(right)
-        for task, of_task in pairs.items():
+        for task, of_task in right[mode].items():
             print_row(mode, task, [of_task])
-        print_row(mode, "all", list(pairs.values()))
+        print_row(mode, "all", list(right[mode].values()))
         obeys = [
             share(sum(is_compliant(answer.text, mode=mode) for answer in answers[mode]), num_samples=len(answers[mode]))
             for answers in (before, after)
         ]
-        print(f"{mode:4} {'obeys the switch':18} {shown(obeys[0]):>26} {shown(obeys[1]):>26}")
+        print(f"{mode:5} {'obeys the switch':23} {shown(obeys[0]):>24} {shown(obeys[1]):>24}")
+    both = {
+        task: [
+            ((on[0] + off[0]) / 2, (on[1] + off[1]) / 2) for on, off in zip(of_task, right["off"][task], strict=True)
+        ]
+        for task, of_task in right["on"].items()
+    }
+    for task, of_task in both.items():
+        print_row("both", task, [of_task])
+    print_row("both", "all", list(both.values()))
 
 
-def print_row(mode: Mode, name: str, groups: Sequence[Sequence[tuple[bool, bool]]]) -> None:
-    """Print one line; the families of `all` are strata, so that their differences are no uncertainty."""
-    flat = [pair for group in groups for pair in group]
-    before, after = (share(sum(pair[which] for pair in flat), num_samples=len(flat)) for which in (0, 1))
-    change = weighted_mean([[(float(pair[1]) - pair[0], 1.0) for pair in group] for group in groups])
+def _right_answers(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, list[Pair]]:
+    """Return by family, for each question, whether it was answered right before and after."""
+    found: dict[str, list[Pair]] = {}
+    for one, other in zip(before, after, strict=True):
+        pair = tuple(float(is_answer_found(answer.text, item=answer.item)) for answer in (one, other))
+        found.setdefault(one.item.task, []).append((pair[0], pair[1]))
+    return found
+
+
+def print_row(mode: str, name: str, families: Sequence[Sequence[Pair]]) -> None:
+    """Print one line; families are strata, so that their differences are no uncertainty."""
+    before, after, change = (
+        weighted_mean([[(value(pair) / len(family), 1 / len(family)) for pair in family] for family in families])
+        for value in (itemgetter(0), itemgetter(1), lambda pair: pair[1] - pair[0])
+    )
     print(
-        f"{mode:4} {name:18} {shown(before):>26} {shown(after):>26} {change.value:+8.1%} "
-        f"[{change.low:+.1%}, {change.high:+.1%}]",
+        f"{mode:5} {name:23} {shown(before):>24} {shown(after):>24} {change.value:+8.1%} "
+        f"[{change.low:+.1%}, {change.high:+.1%}]  n {change.num_samples:,}",
         flush=True,
     )
 
@@ -127,9 +153,9 @@ def main() -> None:
     before, after = (
         answers_of(found[name], items, config=workspace.recipe.evaluation) for name in (given.before, given.after)
     )
-    print(f"{'mode':4} {'family':18} {given.before:>26} {given.after:>26}   change, paired")
+    print(f"{'mode':5} {'family':23} {given.before:>24} {given.after:>24}   change, paired")
     print_comparison(before, after)
-    print(f"(greedy, {given.num_items} fresh questions a family, 95% intervals; {describe_hardware()})")
+    print(f"(greedy, {len(items):,} fresh questions, 95% intervals; {describe_hardware()})")
 
 
 if __name__ == "__main__":
