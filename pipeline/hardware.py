@@ -10,10 +10,15 @@ def hardware_id() -> dict[str, str | int]:
     """Return processor, cores, accelerators and torch version: a timing taken under one is not valid under another."""
     return {
         "cpu": _cpu_model(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "num_cpus": num_cpus(),
         "gpus": ", ".join(_gpu_models()) or "none",
         "torch": version("torch"),
     }
+
+
+def num_cpus() -> int:
+    """Return how many CPUs this process may use, which under a scheduler are fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_hardware() -> str:

@@ -28,6 +28,8 @@ import traceback
 from importlib.metadata import distributions
 from typing import Any, TextIO
 
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def register(configuration: str) -> None:
     """Make the model type known, so that no code that lies beside a model is run."""
@@ -159,6 +161,9 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    # Where a rank of a training started this: vLLM, which is alone here, would look for the others.
+    for name in [name for name in os.environ if name in _OF_RANKS or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
     if device:
         # Its number among those that this process may see.
         visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]

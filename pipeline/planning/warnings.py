@@ -70,7 +70,8 @@ def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str
         return ""
     batches = [rows for stage, _, rows, _, _ in training_batches(case.recipe) if f"{stage}_checkpoint" == stage_name]
     most = min(MAX_RANKS, math.gcd(*batches)) if batches else MAX_RANKS
-    powers = [2**power for power in range(most.bit_length())]
+    num_nodes = case.execution.num_nodes
+    powers = [2**power for power in range(most.bit_length()) if 2**power % num_nodes == 0] or [num_nodes]
     settings = [
         {"num_ranks": num_ranks, "zero_stage": zero_stage, "micro_batch_size": micro_batch_size, **recompute}
         for num_ranks in powers
@@ -260,8 +261,6 @@ def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:
     if part in ("activations", "logits", "hidden states"):
         if case.execution.micro_batch_size > 1:
             return f"lower micro_batch_size from {case.execution.micro_batch_size}"
-        if part == "activations" and not case.execution.recompute_activations:
-            return "set recompute_activations"
         return "one window is too long for it: shorten sequence_length (windows are not split over ranks)"
     if part == "blocks and their AdamW":
         return f"raise num_ranks from {ranks} (ranks split the layers), or search fewer variants"

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import StageError
+from pipeline.hardware import num_cpus
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import Stage
+
+_MEETING_TIMEOUT_S = 600
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -35,9 +38,11 @@ def stage_command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -
     told = missing_allocation(execution, environment=os.environ)
     if told is not None:
         raise StageError(f"{stage.name}: {told}")
-    # The ranks meet at this node, which the batch script of a job runs on.
+    # The torchruns meet at this node, which the job's script runs on.
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{socket.gethostname()}:{_free_port()}"]
     meeting += ["--rdzv_id", f"{stage.name}-{os.getpid()}"]
+    # Nodes import torch from a shared disk at speeds of their own; a minute is given unless asked for more.
+    meeting += ["--rdzv_conf", f"read_timeout={_MEETING_TIMEOUT_S}"]
     return [*_srun(execution), *torchrun, "--nnodes", str(execution.num_nodes), *ranks, *meeting, *arguments]
 
 
@@ -68,7 +73,7 @@ def child_environment(execution: ExecutionSettings) -> dict[str, str]:
     }
     num_threads = execution.num_threads
     if num_threads is None and execution.num_ranks > 1:
-        num_threads = max(1, (os.cpu_count() or 1) // execution.ranks_per_node)  # torchrun's own default is one
+        num_threads = max(1, num_cpus() // execution.ranks_per_node)  # torchrun's own default is one
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     return environment
@@ -81,6 +86,9 @@ def _srun(execution: ExecutionSettings) -> list[str]:
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
+        f"--nodelist={os.environ['SLURMD_NODENAME']}",  # this one among them, where they meet
+        "--overlap",  # where this is itself a step, as in a shell that srun opened, it would wait for itself
+        "--label",  # which node said it
         "--cpu-bind=none",  # a task is bound to one core otherwise, and with it all ranks below it
         "--export=ALL",  # even where the job was submitted without its environment
         "--kill-on-bad-exit=1",

@@ -5,6 +5,7 @@ pipeline.stages.launch's business; what to run and where its result goes, pipeli
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.stages.launch import child_environment, stage_command
 from pipeline.stages.registry import Stage
 from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name, take_error
 
+_LONGEST_DELAY_S = 65.0  # NFS believes that a file is missing for a minute, if nothing else is set
+_NUM_TAIL_LINES = 25
 ProgressListener = Callable[[dict[str, object]], None]
 
 
@@ -58,14 +61,27 @@ def run_stage(
         grace_s=inputs.execution.grace_seconds,
         poll=tail.forward,
     )
-    if exit_code or not result_path.is_file():
+    num_nodes = inputs.execution.num_nodes
+    if exit_code or not _appears(result_path, within_s=_LONGEST_DELAY_S if num_nodes > 1 else 0.0):
         told = take_error(out_dir)
-        raise StageError(told if told is not None else _failure(stage, exit_code, out_dir / STAGE_LOG))
+        if told is None:
+            told = _failure(stage, exit_code, out_dir / STAGE_LOG, num_lines=_NUM_TAIL_LINES * num_nodes)
+        raise StageError(told)
     return StageResult.model_validate_json(result_path.read_bytes())
 
 
-def _failure(stage: Stage, exit_code: int, log_path: Path) -> str:
-    tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+def _appears(path: Path, *, within_s: float) -> bool:
+    """Return whether a file is there; one that another node wrote may be seen here later."""
+    deadline = time.monotonic() + within_s
+    while not path.is_file():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1.0)
+    return True
+
+
+def _failure(stage: Stage, exit_code: int, log_path: Path, *, num_lines: int) -> str:
+    tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
     end = f"exit code {exit_code}" if exit_code else "no result file"
     return f"{stage.name} ended with {end}; the end of {log_path}:\n{tail}"
 

@@ -7,6 +7,7 @@ DeepSpeed's files are the one place where this project reads pickles: only its o
 those of the manifest.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,15 +72,12 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         # Before writing, so that the disk never holds more than _NUM_KEPT.
         _remove_all_but(directory, _complete(directory)[-(_NUM_KEPT - 1) :])
-    barrier()
-    _require_free_space(directory, needed_bytes=needed_bytes)
+        _require_free_space(directory, needed_bytes=needed_bytes)
     barrier()
     write(path)
     barrier()
+    files = _hash_together(path)
     if dist.get_rank() == 0:
-        files = {
-            file.relative_to(path).as_posix(): sha256_file(file) for file in sorted(path.rglob("*")) if file.is_file()
-        }
         manifest = CheckpointManifest(step=step, layout=layout, files=files, state=state)
         write_atomically(path / _MANIFEST, manifest.model_dump_json().encode())
     barrier()
@@ -120,6 +118,14 @@ def _remove_all_but(directory: Path, kept: list[Path]) -> None:
             # The manifest goes first: a removal that is cut short must not leave a checkpoint that looks complete.
             (path / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
+
+
+def _hash_together(path: Path) -> dict[str, str]:
+    """Return the hash of every file; each rank reads its share, of those that rank 0 sees."""
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = json.loads(gather_across_ranks(json.dumps(names))[0])
+    own = {name: sha256_file(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    return {name: found for told in gather_across_ranks(json.dumps(own)) for name, found in json.loads(told).items()}
 
 
 def _require_free_space(directory: Path, *, needed_bytes: int) -> None:

@@ -10,10 +10,14 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+# Ranks wait for one that writes hundreds of gigabytes, for which DeepSpeed's ten minutes are few. A rank whose partner
+# has died is ended by its launcher.
+_LONGEST_WAIT = timedelta(days=1)
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -90,7 +94,7 @@ def _start_group(*, on_gpu: bool) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     elif on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_LONGEST_WAIT)
     if dist.get_world_size() > 1:
         atexit.register(_let_gloo_finish)
 

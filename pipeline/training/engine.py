@@ -109,20 +109,24 @@ class TrainEngine:
             betas=optimizer.betas,
             fused=True,
         )
+        config = _deepspeed_config(
+            model,
+            zero_stage=execution.zero_stage,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            world_size=world.world_size,
+            max_grad_norm=optimizer.max_grad_norm,
+        )
         # DeepSpeed's bf16 optimizer prints its memory use here whatever the log level is.
         with contextlib.redirect_stdout(io.StringIO()):
+            if execution.zero_stage == 3:
+                # Split before the engine is made, which would move the whole model to the device first.
+                deepspeed.zero.Init(module=model, config_dict_or_path=config)
             engine, *_ = initialize(
                 model=model,
                 optimizer=client_optimizer,
-                config=_deepspeed_config(
-                    model,
-                    zero_stage=execution.zero_stage,
-                    precision=precision,
-                    micro_batch_size=micro_batch_size,
-                    global_batch_size=global_batch_size,
-                    world_size=world.world_size,
-                    max_grad_norm=optimizer.max_grad_norm,
-                ),
+                config=config,
                 lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
                     wrapped, lambda step: learning_rate_factor(step, total_steps=total_steps, optimizer=optimizer)
                 ),

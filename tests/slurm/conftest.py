@@ -57,10 +57,14 @@ class Cluster:
     root: Path
     environment: Mapping[str, str]
 
-    def submit(self, command: Sequence[str], *, num_nodes: int) -> tuple[str, Path]:
-        """Submit a batch job of whole nodes; return its id and the file that its output goes to."""
+    def submit(self, command: Sequence[str], *, num_nodes: int, then: str | None = None) -> tuple[str, Path]:
+        """Submit a batch job of whole nodes; return its id and the file that its output goes to.
+
+        The job's script becomes the command, or goes on behind it with `then`.
+        """
         output = self.root / f"job-{secrets.token_hex(4)}.log"
-        script = f"#!/bin/bash\nexec {' '.join(command)}\n"
+        called = " ".join(command)
+        script = "#!/bin/bash\n" + (f"exec {called}\n" if then is None else f"{called}\n{then}\n")
         job = subprocess.run(
             ["sbatch", "--parsable", f"--nodes={num_nodes}", "--exclusive", f"--output={output}"],
             input=script,

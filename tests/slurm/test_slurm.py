@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.pipeline.training.builders import (
     write_checkpoint,
     write_spec,
 )
-from tests.slurm.conftest import Cluster, python
+from tests.slurm.conftest import NODES, Cluster, python
 
 KD = DistillationConfig(
     tokens=6 * 4 * 16,
@@ -54,14 +55,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> StageInputs:
 
 
 def submit_kd(
-    cluster: Cluster, inputs: StageInputs, out_dir: Path, *, config: DistillationConfig = KD, **execution: object
+    cluster: Cluster,
+    inputs: StageInputs,
+    out_dir: Path,
+    *,
+    config: DistillationConfig = KD,
+    then: str | None = None,
+    **execution: object,
 ) -> tuple[str, Path]:
     settings = ExecutionSettings.model_validate({"micro_batch_size": 1, "num_threads": 1, **execution})
     spec = write_spec(
         out_dir.with_suffix(".json"), config, dataclasses.replace(inputs, execution=settings), out_dir=out_dir
     )
     command = python("-m", "tests.slurm.run_stage_here", "kd_checkpoint", str(spec))
-    return cluster.submit(command, num_nodes=settings.num_nodes)
+    return cluster.submit(command, num_nodes=settings.num_nodes, then=then)
 
 
 def test_ranks_on_two_nodes_publish_the_bytes_of_two_ranks_on_one(
@@ -73,16 +80,19 @@ def test_ranks_on_two_nodes_publish_the_bytes_of_two_ranks_on_one(
     }
     for job, output in jobs.values():
         assert cluster.wait(job, timeout_s=120) == "COMPLETED", output.read_text()
+    assert nodes_of_steps(cluster, jobs["two"][0]) == {"n1", "n2"}
     for name in ("model.safetensors", "curve.parquet"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
-def test_a_rank_that_dies_on_one_node_ends_the_stage_on_all(cluster: Cluster, inputs: StageInputs, tmp_path: Path):
+def test_a_torchrun_that_dies_on_one_node_ends_the_stage_on_all(cluster: Cluster, inputs: StageInputs, tmp_path: Path):
     job, output = submit_kd(
         cluster, inputs, tmp_path / "out", config=LONG_KD, launcher="slurm", num_nodes=2, num_ranks=2
     )
+    # Neither rank would notice of the other that it is stopped; that its torchrun is gone, Slurm does.
     ranks = wait_for_ranks(tmp_path / "out")
-    os.kill(ranks[0], 9)
+    os.kill(ranks[0], signal.SIGSTOP)
+    os.kill(parent_of(ranks[0]), signal.SIGKILL)
     assert cluster.wait(job, timeout_s=90) == "FAILED"
     assert "kd_checkpoint ended with exit code" in output.read_text()
     assert wait_until(lambda: not ranks_of(tmp_path / "out"))
@@ -95,12 +105,24 @@ def test_a_cancelled_job_leaves_no_rank_on_any_node(cluster: Cluster, inputs: St
     assert wait_until(lambda: not ranks_of(tmp_path / "out"))
 
 
-def test_ranks_end_when_what_started_them_is_killed(cluster: Cluster, inputs: StageInputs, tmp_path: Path):
-    submit_kd(cluster, inputs, tmp_path / "out", config=LONG_KD, launcher="slurm", num_nodes=2, num_ranks=2)
+def test_ranks_end_when_what_started_them_is_killed_and_the_job_goes_on(
+    cluster: Cluster, inputs: StageInputs, tmp_path: Path
+):
+    job, _ = submit_kd(
+        cluster, inputs, tmp_path / "out", config=LONG_KD, then="sleep 300", launcher="slurm", num_nodes=2, num_ranks=2
+    )
     wait_for_ranks(tmp_path / "out")
     (starter,) = processes_with("tests.slurm.run_stage_here", str(tmp_path / "out.json"))
     os.kill(starter, 9)
     assert wait_until(lambda: not ranks_of(tmp_path / "out"))
+    assert processes_with("sleep 300")
+    cluster.call("scancel", job)
+
+
+def nodes_of_steps(cluster: Cluster, job: str) -> set[str]:
+    """Return the nodes on which tasks of the job's steps were started, as the nodes' own logs tell."""
+    started = f"launch task StepId={job}.0 "
+    return {node for node in NODES if started in (cluster.root / f"slurmd-{node}.log").read_text()}
 
 
 def wait_for_ranks(out_dir: Path) -> list[int]:
@@ -124,6 +146,10 @@ def processes_with(*words: str) -> list[int]:
         if entry.name.isdigit() and all(word in command_of(int(entry.name)) for word in words):
             found.append(int(entry.name))
     return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def command_of(pid: int) -> str:

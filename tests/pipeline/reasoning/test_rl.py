@@ -34,6 +34,7 @@ from pipeline.stage import StageResult
 from pipeline.stages import rl_checkpoint
 from pipeline.stages.spec import StageSpec, config_type_name
 from tests.pipeline.reasoning.rl_builders import CONFIG, rl_artifacts, rl_inputs
+from tests.pipeline.training.builders import counted_layer_runs
 
 OFFLINE_RPO = RPO(kind="rpo", divergence="squared", beta=0.1, reward_scale=3.0, online=False)
 DISTILLATION = OnPolicyDistillation(kind="on_policy_distillation", clip_low=0.2, clip_high=0.2)
@@ -104,6 +105,19 @@ def test_rl_checkpoint_stage_interrupted_and_resumed_is_bit_identical(artifacts:
     assert again == result
     for name in ("model.safetensors", "curve.parquet", "rollout_samples.parquet"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_rl_checkpoint_stage_that_makes_activations_again_is_bit_identical(artifacts: dict[str, Path], tmp_path: Path):
+    num_runs: list[int] = []
+    for recomputes in (False, True):
+        with counted_layer_runs() as counted:
+            rl_checkpoint.run(
+                CONFIG, rl_inputs(artifacts, recompute_activations=recomputes), tmp_path / str(recomputes)
+            )
+        num_runs.append(counted())
+    for name in ("model.safetensors", "curve.parquet"):
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes(), name
+    assert num_runs[1] > num_runs[0]
 
 
 def test_rl_checkpoint_stage_reward_rises_when_form_is_all_it_takes(artifacts: dict[str, Path], tmp_path: Path):

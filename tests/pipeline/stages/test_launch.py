@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import StageError
 from pipeline.execution import require_runtimes
+from pipeline.hardware import num_cpus
 from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.launch import child_environment, missing_allocation, stage_command
@@ -39,7 +40,7 @@ def test_ranks_on_nodes_are_one_torchrun_each_that_meet_here(monkeypatch: pytest
         monkeypatch.setenv(name, value)
     command = stage_command(TWO_NODES, get_stage("kd_checkpoint"), SPEC)
     of_srun, of_torchrun = command[: command.index(sys.executable)], command[command.index(sys.executable) :]
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--network=ib"} < set(of_srun)
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--nodelist=n1", "--network=ib"} < set(of_srun)
     options = dict(itertools.pairwise(of_torchrun))
     assert (options["--nnodes"], options["--nproc_per_node"]) == ("2", "8")
     host, _, port = options["--rdzv_endpoint"].partition(":")
@@ -48,9 +49,10 @@ def test_ranks_on_nodes_are_one_torchrun_each_that_meet_here(monkeypatch: pytest
 
 
 def test_threads_are_shared_among_the_ranks_of_a_node():
-    num_cores = os.cpu_count() or 1
-    environment = child_environment(ExecutionSettings(launcher="slurm", num_nodes=num_cores, num_ranks=num_cores))
-    assert environment["OMP_NUM_THREADS"] == str(num_cores)
+    environment = child_environment(ExecutionSettings(launcher="slurm", num_nodes=3, num_ranks=3))
+    assert environment["OMP_NUM_THREADS"] == str(num_cpus())
+    environment = child_environment(ExecutionSettings(launcher="slurm", num_nodes=3, num_ranks=3 * 4096))
+    assert environment["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Tiny models, windows and checkpoints that the training tests share."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, Frozen, gqa, swiglu
 from pipeline.data.packed import IGNORED_LABEL, PackedTokens
 from pipeline.model.checkpoint import save_checkpoint
-from pipeline.model.heterogeneous import build_model
+from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_model
 from pipeline.progress import SilentReporter
 from pipeline.recipe import OptimizerConfig
 from pipeline.stage import StageInputs
@@ -120,6 +124,21 @@ def sample_windows(num_windows: int, *, num_tokens: int = 16, seed: int = 2) -> 
             position_ids_NT[window, first:last] = torch.arange(last - first)
             labels_NT[window, first : first + 1 + (window * 3) % (last - first - 1)] = IGNORED_LABEL
     return PackedTokens(tokens_NT=tokens_NT, labels_NT=labels_NT, position_ids_NT=position_ids_NT)
+
+
+@contextlib.contextmanager
+def counted_layer_runs() -> Iterator[Callable[[], int]]:
+    """Count how often any layer runs, a second time for its gradient included."""
+    attend, num_runs = HeterogeneousDecoderLayer.attend, 0
+
+    def counted(self: HeterogeneousDecoderLayer, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal num_runs
+        num_runs += 1
+        return attend(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeterogeneousDecoderLayer, "attend", counted)
+        yield lambda: num_runs
 
 
 def write_spec(path: Path, config: Frozen, inputs: StageInputs, *, out_dir: Path) -> Path:

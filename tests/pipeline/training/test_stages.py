@@ -22,6 +22,7 @@ from tests.pipeline.training.builders import (
     Interrupted,
     InterruptingReporter,
     child_architecture,
+    counted_layer_runs,
     parent_architecture,
     sample_windows,
     text_windows,
@@ -204,11 +205,16 @@ def test_interrupted_kd_publishes_the_same_bytes(inputs: StageInputs, tmp_path: 
 
 def test_kd_that_makes_activations_again_publishes_the_same_bytes(inputs: StageInputs, tmp_path: Path):
     config = KD.model_copy(update={"precision": "bf16"})
+    num_runs: list[int] = []
     for recomputes in (False, True):
         execution = inputs.execution.model_copy(update={"recompute_activations": recomputes})
-        kd_checkpoint.run(config, dataclasses.replace(inputs, execution=execution), tmp_path / str(recomputes))
+        with counted_layer_runs() as counted:
+            kd_checkpoint.run(config, dataclasses.replace(inputs, execution=execution), tmp_path / str(recomputes))
+        num_runs.append(counted())
     for name in ("model.safetensors", "curve.parquet"):
         assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes(), name
+    # 20 steps of two micro-batches, and the student's two layers.
+    assert num_runs[1] - num_runs[0] == 20 * 2 * 2
 
 
 LONG = LongContextPhase(sequence_length=32, tokens=6 * 2 * 32, global_batch_size=2, learning_rate=5e-4)
