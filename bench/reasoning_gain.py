@@ -1,20 +1,23 @@
-"""What reinforcement learning brings on questions that no stage has seen: python bench/reasoning_gain.py --help.
+"""What reinforcement learning brings on questions it was not trained on: python bench/reasoning_gain.py --help.
 
 The recipe's own questions tell families apart to 15 points. Here as many as are asked for are drawn for each trained
-family, none of them a question of the evaluation sets, the reasoning data or the prompts of reinforcement learning, and
-two checkpoints of a finished run answer them greedily in both modes. Answers to the same question are compared, so an
-interval is that of the change itself; in `both` a question counts by the mean of its two answers. Families weigh alike.
+family, of the part of all questions that evaluations are drawn from, and two checkpoints of a finished run answer them
+greedily in both modes. A question weighs as often as its task draws it: of 400 different pairs of numbers to 40 more
+than half have the divisor 1, and 23% as the task draws them. Answers to the same question are compared, so an interval
+is that of the change itself; in `both` a question counts by the mean of its two answers. Families weigh alike.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import polars as pl
+import reasoning_gym
 
-from pipeline.data.evaluation_sets import load_evaluated_questions
-from pipeline.data.reasoning_items import ReasoningItem, generate_items
+from pipeline.data.reasoning_items import DATASET_SIZE, ReasoningItem, generate_items
 from pipeline.errors import DataError, MissingInputError
 from pipeline.evaluation.intervals import Estimate, share, weighted_mean
 from pipeline.evaluation.results import Mode
@@ -29,16 +32,27 @@ from pipeline.recipe import EvaluationConfig, ReasoningTask
 # The recipes' own seeds are small; entries of different seeds are different ones.
 SEED = 101
 MODES: tuple[Mode, ...] = ("on", "off")
-# Of one question: right, 1.0, or wrong, 0.0, before and after.
-Pair = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """One question: right, 1.0, or wrong, 0.0, by two checkpoints, and how often its task draws it."""
+
+    before: float
+    after: float
+    num_draws: int
+
+    @property
+    def change(self) -> float:
+        """What the second checkpoint brings."""
+        return self.after - self.before
 
 
 def fresh_items(
-    tasks: Sequence[ReasoningTask], *, sets_dir: Path, toggle_dir: Path, prompts_dir: Path, num_items: int
+    tasks: Sequence[ReasoningTask], *, toggle_dir: Path, prompts_dir: Path, num_items: int
 ) -> list[ReasoningItem]:
-    """Draw that many questions of every task which none of the three artifacts holds; of a small task fewer."""
-    known = load_evaluated_questions(sets_dir)
-    known |= set(pl.read_parquet(toggle_dir / "samples.parquet", columns=["question"])["question"])
+    """Draw that many questions of every task which neither training has; of a small task fewer."""
+    known = set(pl.read_parquet(toggle_dir / "samples.parquet", columns=["question"])["question"])
     known |= {item.question for item in load_prompts(prompts_dir)}
     return [item for task in tasks for item in _most_items(task, num_items=num_items, known=known)]
 
@@ -52,6 +66,16 @@ def _most_items(task: ReasoningTask, *, num_items: int, known: set[str]) -> list
             num_items = num_items * 3 // 4
             if not num_items:
                 raise
+
+
+def draws_of(items: Sequence[ReasoningItem]) -> dict[str, int]:
+    """Return how often each question was drawn until the last of its task was."""
+    found: Counter[str] = Counter()
+    last = {item.task: item for item in items}
+    for item in last.values():
+        dataset = reasoning_gym.create_dataset(item.task, size=DATASET_SIZE, seed=item.seed, **item.config)
+        found.update(dataset[index]["question"] for index in range(item.index + 1))
+    return {item.question: found[item.question] for item in items}
 
 
 def answers_of(
@@ -74,13 +98,15 @@ def answers_of(
     }
 
 
-def print_comparison(before: Mapping[Mode, Sequence[Answer]], after: Mapping[Mode, Sequence[Answer]]) -> None:
+def print_comparison(
+    before: Mapping[Mode, Sequence[Answer]], after: Mapping[Mode, Sequence[Answer]], *, draws: Mapping[str, int]
+) -> None:
     """Print right answers by family and mode before and after, and the change with its interval."""
-    right = {mode: _right_answers(before[mode], after[mode]) for mode in MODES}
+    judged = {mode: _judged(before[mode], after[mode], draws=draws) for mode in MODES}
     for mode in MODES:
-        for task, of_task in right[mode].items():
+        for task, of_task in judged[mode].items():
             print_row(mode, task, [of_task])
-        print_row(mode, "all", list(right[mode].values()))
+        print_row(mode, "all", list(judged[mode].values()))
         obeys = [
             share(sum(is_compliant(answer.text, mode=mode) for answer in answers[mode]), num_samples=len(answers[mode]))
             for answers in (before, after)
@@ -88,35 +114,42 @@ def print_comparison(before: Mapping[Mode, Sequence[Answer]], after: Mapping[Mod
         print(f"{mode:5} {'obeys the switch':23} {shown(obeys[0]):>24} {shown(obeys[1]):>24}")
     both = {
         task: [
-            ((on[0] + off[0]) / 2, (on[1] + off[1]) / 2) for on, off in zip(of_task, right["off"][task], strict=True)
+            Judged(before=(on.before + off.before) / 2, after=(on.after + off.after) / 2, num_draws=on.num_draws)
+            for on, off in zip(of_task, judged["off"][task], strict=True)
         ]
-        for task, of_task in right["on"].items()
+        for task, of_task in judged["on"].items()
     }
     for task, of_task in both.items():
         print_row("both", task, [of_task])
     print_row("both", "all", list(both.values()))
 
 
-def _right_answers(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, list[Pair]]:
-    """Return by family, for each question, whether it was answered right before and after."""
-    found: dict[str, list[Pair]] = {}
+def _judged(before: Sequence[Answer], after: Sequence[Answer], *, draws: Mapping[str, int]) -> dict[str, list[Judged]]:
+    """Return every question's answers by family."""
+    found: dict[str, list[Judged]] = {}
     for one, other in zip(before, after, strict=True):
-        pair = tuple(float(is_answer_found(answer.text, item=answer.item)) for answer in (one, other))
-        found.setdefault(one.item.task, []).append((pair[0], pair[1]))
+        right = [float(is_answer_found(answer.text, item=answer.item)) for answer in (one, other)]
+        judged = Judged(before=right[0], after=right[1], num_draws=draws[one.item.question])
+        found.setdefault(one.item.task, []).append(judged)
     return found
 
 
-def print_row(mode: str, name: str, families: Sequence[Sequence[Pair]]) -> None:
+def print_row(mode: str, name: str, families: Sequence[Sequence[Judged]]) -> None:
     """Print one line; families are strata, so that their differences are no uncertainty."""
     before, after, change = (
-        weighted_mean([[(value(pair) / len(family), 1 / len(family)) for pair in family] for family in families])
-        for value in (itemgetter(0), itemgetter(1), lambda pair: pair[1] - pair[0])
+        weighted_mean([_weighted(family, value) for family in families])
+        for value in (attrgetter("before"), attrgetter("after"), attrgetter("change"))
     )
     print(
         f"{mode:5} {name:23} {shown(before):>24} {shown(after):>24} {change.value:+8.1%} "
         f"[{change.low:+.1%}, {change.high:+.1%}]  n {change.num_samples:,}",
         flush=True,
     )
+
+
+def _weighted(family: Sequence[Judged], value: Callable[[Judged], float]) -> list[tuple[float, float]]:
+    total = sum(one.num_draws for one in family)
+    return [(value(one) * one.num_draws / total, one.num_draws / total) for one in family]
 
 
 def shown(estimate: Estimate) -> str:
@@ -136,7 +169,7 @@ def main() -> None:
     workspace = open_workspace(given.recipe)
     target = given.target or workspace.recipe.default_target
     found: dict[str, Path] = {}
-    for name in (given.before, given.after, "evaluation_sets", "reasoning_toggle_dataset", "rl_prompts"):
+    for name in (given.before, given.after, "reasoning_toggle_dataset", "rl_prompts"):
         artifact = find_artifact(workspace, name, target)
         if artifact is None:
             raise MissingInputError(
@@ -145,7 +178,6 @@ def main() -> None:
         found[name] = artifact.path
     items = fresh_items(
         workspace.recipe.reasoning_tasks,
-        sets_dir=found["evaluation_sets"],
         toggle_dir=found["reasoning_toggle_dataset"],
         prompts_dir=found["rl_prompts"],
         num_items=given.num_items,
@@ -154,7 +186,7 @@ def main() -> None:
         answers_of(found[name], items, config=workspace.recipe.evaluation) for name in (given.before, given.after)
     )
     print(f"{'mode':5} {'family':23} {given.before:>24} {given.after:>24}   change, paired")
-    print_comparison(before, after)
+    print_comparison(before, after, draws=draws_of(items))
     print(f"(greedy, {len(items):,} fresh questions, 95% intervals; {describe_hardware()})")
 
 
