@@ -1,7 +1,6 @@
 """What a stage needs beside its inputs, looked for before anything runs: days of training may lie before its turn."""
 
 import importlib.util
-import os
 
 from pipeline.recipe import Recipe
 from pipeline.runtimes import RuntimeMissingError, require_python, runtime_ids
@@ -36,7 +35,7 @@ def missing_runtimes(stage: Stage, *, recipe: Recipe, execution: ExecutionSettin
 
 def missing_nodes(stage: Stage, *, execution: ExecutionSettings) -> str | None:
     """Return why the ranks of a stage cannot be started from here, or None."""
-    told = missing_allocation(execution, environment=os.environ) if stage.runs_on_all_ranks else None
+    told = missing_allocation(execution) if stage.runs_on_all_ranks else None
     return None if told is None else f"{stage.name} starts its ranks by srun (execution.launcher is slurm), and {told}"
 
 
@@ -45,6 +44,6 @@ def refused_settings(stage: Stage, *, execution: ExecutionSettings) -> str | Non
     if stage.name == "rl_checkpoint" and execution.zero_stage == 3:
         return (
             "rl_checkpoint samples from the whole model on every rank and refuses execution.zero_stage 3: run it with "
-            "2 or less, or make what comes before it alone: `make materialize SELECT='*sft_checkpoint'`"
+            "2 or less, or make what comes before it alone: `make materialize TARGET=... SELECT='*sft_checkpoint'`"
         )
     return None

@@ -54,7 +54,7 @@ def memory_warnings(estimates: dict[str, Estimate], *, device: Device, case: Cas
             f"{one.memory_parts[part] / GIB:,.0f} GiB: "
             + (
                 fitting_settings(name, memory_bytes=device.memory_bytes, case=case)
-                or _remedy(part, on_all_ranks=one.on_all_ranks, case=case)
+                or "no setting spreads this stage over ranks; use a device with more memory"
             )
         )
     return found
@@ -246,24 +246,3 @@ def _best(case: Case, limit: Limit, *, layers: Sequence[Sequence[BlockSpec]]) ->
     least = fixed + sum(min(map(read_bytes, options)) for options in layers)
     of_parent = fixed + sum(map(read_bytes, parent.blocks))
     return (of_parent / least if limit.quantity in SPEEDS else least / of_parent), False
-
-
-def _remedy(part: str, *, on_all_ranks: bool, case: Case) -> str:
-    ranks, stage = case.execution.num_ranks, case.execution.zero_stage
-    if part == "teacher":
-        return (
-            "a teacher is split over the ranks at zero_stage 3 alone" if stage < 3 else f"raise num_ranks from {ranks}"
-        )
-    if part in ("weights", "gradients", "optimizer"):
-        if stage < 3:
-            return f"raise zero_stage from {stage}, or num_ranks from {ranks}"
-        return f"raise num_ranks from {ranks}"
-    if part in ("activations", "logits", "hidden states"):
-        if case.execution.micro_batch_size > 1:
-            return f"lower micro_batch_size from {case.execution.micro_batch_size}"
-        return "one window is too long for it: shorten sequence_length (windows are not split over ranks)"
-    if part == "blocks and their AdamW":
-        return f"raise num_ranks from {ranks} (ranks split the layers), or search fewer variants"
-    if on_all_ranks:
-        return f"raise num_ranks from {ranks}"
-    return "no setting spreads this stage over ranks; use a device with more memory"

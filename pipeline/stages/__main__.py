@@ -16,7 +16,6 @@ from pipeline.artifacts import PROGRESS, disk_error, write_atomically
 from pipeline.errors import RefitError
 from pipeline.processes import end_with_parent
 from pipeline.progress import JsonlReporter, SilentReporter
-from pipeline.stage import StageInputs
 from pipeline.stages.registry import get_stage
 from pipeline.stages.spec import RESULT_IN_WORK, StageSpec, leave_error
 
@@ -34,15 +33,8 @@ def main() -> None:
     stage = get_stage(arguments.stage)
     out_dir = Path(spec.out_dir)
     reporter = JsonlReporter(out_dir / PROGRESS, label=stage.name, echo=True) if rank == 0 else SilentReporter()
-    inputs = StageInputs(
-        artifacts={name: Path(path) for name, path in spec.artifacts.items()},
-        store_root=Path(spec.store_root),
-        downloads=Path(spec.downloads),
-        execution=spec.execution,
-        reporter=reporter,
-    )
     try:
-        result = stage.load()(spec.parse_config(), inputs, out_dir)
+        result = stage.load()(spec.parse_config(), spec.inputs(reporter), out_dir)
     except Exception as err:
         told = err if isinstance(err, RefitError) else disk_error(err, path=out_dir)
         if told is None:

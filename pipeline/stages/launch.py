@@ -9,7 +9,6 @@ Stages of one rank run here in any case, without srun: whoever starts them is on
 import os
 import socket
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.errors import StageError
@@ -35,7 +34,7 @@ def stage_command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -
     ranks = ["--nproc_per_node", str(execution.ranks_per_node)]
     if execution.launcher == "local":
         return [*torchrun, "--standalone", *ranks, *arguments]
-    told = missing_allocation(execution, environment=os.environ)
+    told = missing_allocation(execution)
     if told is not None:
         raise StageError(f"{stage.name}: {told}")
     # The torchruns meet at this node, which the job's script runs on.
@@ -46,14 +45,14 @@ def stage_command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -
     return [*_srun(execution), *torchrun, "--nnodes", str(execution.num_nodes), *ranks, *meeting, *arguments]
 
 
-def missing_allocation(execution: ExecutionSettings, *, environment: Mapping[str, str]) -> str | None:
+def missing_allocation(execution: ExecutionSettings) -> str | None:
     """Return why this process cannot start ranks under Slurm, and what to do; None where it can or need not."""
     if execution.launcher != "slurm":
         return None
     submit = f"submit the command by `sbatch --nodes={execution.num_nodes}`, see docs/cluster.md"
-    if not {"SLURM_JOB_ID", "SLURMD_NODENAME"} <= environment.keys():
+    if not {"SLURM_JOB_ID", "SLURMD_NODENAME"} <= os.environ.keys():
         return f"this is no node of a Slurm job (SLURM_JOB_ID and SLURMD_NODENAME are not both set): {submit}"
-    num_nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+    num_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if num_nodes < execution.num_nodes:
         return f"the Slurm job has {num_nodes} nodes, execution.num_nodes is {execution.num_nodes}: {submit}"
     return None

@@ -18,7 +18,7 @@ from pipeline.progress import JsonlReporter
 from pipeline.stage import WORK_DIR, StageInputs, StageResult
 from pipeline.stages.launch import child_environment, stage_command
 from pipeline.stages.registry import Stage
-from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, config_type_name, take_error
+from pipeline.stages.spec import RESULT_IN_WORK, SPEC_FILE, StageSpec, take_error
 
 _LONGEST_DELAY_S = 65.0  # NFS believes that a file is missing for a minute, if nothing else is set
 _NUM_TAIL_LINES = 25
@@ -40,19 +40,10 @@ def run_stage(
         result = stage.load()(config, replace(inputs, reporter=reporter), out_dir)
         tail.forward()
         return result
-    spec = StageSpec(
-        config_type=config_type_name(config),
-        config=config.model_dump(mode="json"),
-        artifacts={name: str(path.absolute()) for name, path in inputs.artifacts.items()},
-        store_root=str(inputs.store_root.absolute()),
-        downloads=str(inputs.downloads.absolute()),
-        out_dir=str(out_dir.absolute()),
-        execution=inputs.execution,
-    )
     spec_path = out_dir / WORK_DIR / SPEC_FILE
     result_path = out_dir / RESULT_IN_WORK
     result_path.unlink(missing_ok=True)
-    write_atomically(spec_path, spec.model_dump_json(indent=1).encode())
+    write_atomically(spec_path, StageSpec.of(config, inputs, out_dir).model_dump_json(indent=1).encode())
     take_error(out_dir)
     exit_code = run_group(
         stage_command(inputs.execution, stage, spec_path),

@@ -3,10 +3,11 @@
 import contextlib
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.architecture import Frozen
-from pipeline.stage import WORK_DIR, ExecutionSettings
+from pipeline.progress import Reporter
+from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs
 
 SPEC_FILE = "spec.json"
 RESULT_IN_WORK = f"{WORK_DIR}/result.json"
@@ -24,6 +25,29 @@ class StageSpec(Frozen):
     out_dir: str
     execution: ExecutionSettings
 
+    @classmethod
+    def of(cls, config: Frozen, inputs: StageInputs, out_dir: Path) -> Self:
+        """Describe what a stage would be given in this process."""
+        return cls(
+            config_type=f"{type(config).__module__}:{type(config).__name__}",
+            config=config.model_dump(mode="json"),
+            artifacts={name: str(path.absolute()) for name, path in inputs.artifacts.items()},
+            store_root=str(inputs.store_root.absolute()),
+            downloads=str(inputs.downloads.absolute()),
+            out_dir=str(out_dir.absolute()),
+            execution=inputs.execution,
+        )
+
+    def inputs(self, reporter: Reporter) -> StageInputs:
+        """Return what the stage is given, and who listens."""
+        return StageInputs(
+            artifacts={name: Path(path) for name, path in self.artifacts.items()},
+            store_root=Path(self.store_root),
+            downloads=Path(self.downloads),
+            execution=self.execution,
+            reporter=reporter,
+        )
+
     def parse_config(self) -> Frozen:
         """Return the stage's config as the type it was written from."""
         module, _, name = self.config_type.partition(":")
@@ -31,11 +55,6 @@ class StageSpec(Frozen):
             raise ValueError(f"config_type is {self.config_type!r}; a stage's config is a model of this project")
         config: Frozen = getattr(importlib.import_module(module), name).model_validate(self.config)
         return config
-
-
-def config_type_name(config: Frozen) -> str:
-    """Return how a spec names the type of a config."""
-    return f"{type(config).__module__}:{type(config).__name__}"
 
 
 def leave_error(out_dir: Path, error: Exception) -> None:

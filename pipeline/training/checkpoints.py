@@ -122,8 +122,10 @@ def _remove_all_but(directory: Path, kept: list[Path]) -> None:
 
 def _hash_together(path: Path) -> dict[str, str]:
     """Return the hash of every file; each rank reads its share, of those that rank 0 sees."""
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    names = json.loads(gather_across_ranks(json.dumps(names))[0])
+    seen: list[str] = []
+    if dist.get_rank() == 0:
+        seen = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = json.loads(gather_across_ranks(json.dumps(seen))[0])
     own = {name: sha256_file(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     return {name: found for told in gather_across_ranks(json.dumps(own)) for name, found in json.loads(told).items()}
 

@@ -152,7 +152,8 @@ class TrainEngine:
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model with gradients; what `backward` is given must come from here."""
-        self._engine.train()  # sampling and scoring leave it in evaluation, in which no layer is run again
+        if not self.model.training:
+            self.model.train()  # sampling and scoring leave it in evaluation, in which no layer is run again
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:

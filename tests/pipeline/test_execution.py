@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import RESULT, ArtifactStore, RunRecord
-from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, RecipeError, StageError
+from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, StageError
 from pipeline.execution import (
     Workspace,
     failed_blocking_check,
     find_artifact,
-    load_execution,
     materialize,
     open_workspace,
     stage_fingerprint,
@@ -319,22 +318,6 @@ def test_open_workspace_puts_all_state_below_refit_home(tmp_path: Path, monkeypa
     assert workspace.recipe == load_recipe("tiny")
     assert workspace.store.root == tmp_path / "store"
     assert workspace.downloads == tmp_path / "downloads"
-
-
-@pytest.mark.parametrize(
-    "text", ["launcher: rocket\n", "ranks: 2\n", "num_ranks: 0\n", "- a list\n", "zero_stage: [\n", ""]
-)
-def test_execution_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str):
-    path = tmp_path / "execution.yaml"
-    path.write_text(text)
-
-    with pytest.raises(RecipeError, match="REFIT_EXECUTION is"):
-        load_execution(str(path))
-
-
-def test_execution_settings_missing_are_refused(tmp_path: Path):
-    with pytest.raises(RecipeError, match="REFIT_EXECUTION is"):
-        load_execution(str(tmp_path / "nowhere.yaml"))
 
 
 def test_fan_in_takes_the_targets_that_are_there_and_changes_with_each(workspace: Workspace):

@@ -5,12 +5,12 @@ srun and to torchrun, each with a task of its own; they share what nodes of a cl
 """
 
 import os
+import pwd
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 NODES = ("n1", "n2")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
 
 _CONFIGURATION = """\
 ClusterName=tests
@@ -80,13 +80,16 @@ class Cluster:
         """Run one of Slurm's commands and return what it prints."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
 
+    def state(self, job: str) -> str:
+        """Return what Slurm calls the job's state: RUNNING, COMPLETED, FAILED."""
+        told = self.call("scontrol", "show", "job", job)
+        return next(word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
+
     def wait(self, job: str, *, timeout_s: float) -> str:
         """Wait until a job has ended, and return its state."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            told = self.call("scontrol", "show", "job", job)
-            state = next(word.removeprefix("JobState=") for word in told.split() if word.startswith("JobState="))
-            if state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
+            if (state := self.state(job)) not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
                 return state
             time.sleep(0.5)
         self.call("scancel", job)
@@ -107,7 +110,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     key.chmod(0o400)
     (root / "slurm.conf").write_text(
         _CONFIGURATION.format(
-            root=root, host=socket.gethostname(), user=_user_name(), ports=_free_ports(3), cpus=os.cpu_count()
+            root=root,
+            host=socket.gethostname(),
+            user=pwd.getpwuid(os.getuid()).pw_name,
+            ports=_free_ports(3),
+            cpus=os.cpu_count(),
         )
     )
     environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")}
@@ -135,11 +142,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 daemon.wait()
 
 
-def python(*arguments: str) -> list[str]:
-    """Return the command of a program of these tests."""
-    return [sys.executable, *arguments]
-
-
 def _wait_for_nodes(cluster: Cluster) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -161,9 +163,3 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def _user_name() -> str:
-    import pwd
-
-    return pwd.getpwuid(os.getuid()).pw_name

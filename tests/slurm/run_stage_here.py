@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pipeline.stage import StageInputs
+from pipeline.progress import SilentReporter
 from pipeline.stages.process import run_stage
 from pipeline.stages.registry import get_stage
 from pipeline.stages.spec import StageSpec
@@ -11,10 +11,5 @@ from pipeline.stages.spec import StageSpec
 if __name__ == "__main__":
     name, path = sys.argv[1:]
     spec = StageSpec.model_validate_json(Path(path).read_bytes())
-    inputs = StageInputs(
-        artifacts={asset: Path(artifact) for asset, artifact in spec.artifacts.items()},
-        store_root=Path(spec.store_root),
-        downloads=Path(spec.downloads),
-        execution=spec.execution,
-    )
+    inputs = spec.inputs(SilentReporter())
     run_stage(get_stage(name), spec.parse_config(), inputs, Path(spec.out_dir), on_progress=print)

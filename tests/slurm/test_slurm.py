@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,27 +14,19 @@ from pipeline.data.packed import save_packed
 from pipeline.recipe import DistillationConfig
 from pipeline.stage import ExecutionSettings, StageInputs
 from tests.pipeline.training.builders import (
-    OPTIMIZER,
+    KD,
     child_architecture,
     parent_architecture,
     text_windows,
     write_checkpoint,
     write_spec,
 )
-from tests.slurm.conftest import NODES, Cluster, python
+from tests.slurm.conftest import NODES, Cluster
 
-KD = DistillationConfig(
-    tokens=6 * 4 * 16,
-    global_batch_size=4,
-    long_context=(),
-    cosine_weight=1.0,
-    kl_weight=1.0,
-    optimizer=OPTIMIZER,
-    precision="bf16",
-)
+SHORT_KD = KD.model_copy(update={"tokens": 6 * 4 * 16, "precision": "bf16"})
 # Many minutes, were it not ended.
 NUM_LONG_STEPS = 20_000
-LONG_KD = KD.model_copy(update={"tokens": NUM_LONG_STEPS * 4 * 16})
+LONG_KD = SHORT_KD.model_copy(update={"tokens": NUM_LONG_STEPS * 4 * 16})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def submit_kd(
     inputs: StageInputs,
     out_dir: Path,
     *,
-    config: DistillationConfig = KD,
+    config: DistillationConfig = SHORT_KD,
     then: str | None = None,
     **execution: object,
 ) -> tuple[str, Path]:
@@ -66,7 +59,7 @@ def submit_kd(
     spec = write_spec(
         out_dir.with_suffix(".json"), config, dataclasses.replace(inputs, execution=settings), out_dir=out_dir
     )
-    command = python("-m", "tests.slurm.run_stage_here", "kd_checkpoint", str(spec))
+    command = [sys.executable, "-m", "tests.slurm.run_stage_here", "kd_checkpoint", str(spec)]
     return cluster.submit(command, num_nodes=settings.num_nodes, then=then)
 
 
@@ -92,14 +85,14 @@ def test_a_torchrun_that_dies_on_one_node_ends_the_stage_on_all(cluster: Cluster
     os.kill(parent_of(ranks[0]), 9)
     assert cluster.wait(job, timeout_s=90) == "FAILED"
     assert "kd_checkpoint ended with exit code" in output.read_text()
-    assert wait_until(lambda: not ranks_of(tmp_path / "out"))
+    assert wait_until(lambda: not processes_of(tmp_path / "out"))
 
 
 def test_a_cancelled_job_leaves_no_rank_on_any_node(cluster: Cluster, inputs: StageInputs, tmp_path: Path):
     job, _ = submit_kd(cluster, inputs, tmp_path / "out", config=LONG_KD, launcher="slurm", num_nodes=2, num_ranks=2)
     wait_for_ranks(tmp_path / "out")
     cluster.call("scancel", job)
-    assert wait_until(lambda: not ranks_of(tmp_path / "out"))
+    assert wait_until(lambda: not processes_of(tmp_path / "out"))
 
 
 def test_ranks_end_when_what_started_them_is_killed_and_the_job_goes_on(
@@ -111,8 +104,8 @@ def test_ranks_end_when_what_started_them_is_killed_and_the_job_goes_on(
     wait_for_ranks(tmp_path / "out")
     (starter,) = processes_with("tests.slurm.run_stage_here", str(tmp_path / "out.json"))
     os.kill(starter, 9)
-    assert wait_until(lambda: not ranks_of(tmp_path / "out"))
-    assert processes_with("sleep 300")
+    assert wait_until(lambda: not processes_of(tmp_path / "out"))
+    assert cluster.state(job) == "RUNNING"
     cluster.call("scancel", job)
 
 
@@ -131,10 +124,13 @@ def wait_for_ranks(out_dir: Path) -> list[int]:
     return ranks
 
 
+def processes_of(out_dir: Path) -> list[int]:
+    """Return the stage's processes: srun, a torchrun on each node, and the ranks."""
+    return processes_with("-m pipeline.stages kd_checkpoint", str(out_dir))
+
+
 def ranks_of(out_dir: Path) -> list[int]:
-    """Return the ranks of the stage that writes there; torchrun, which has the same words, is none."""
-    found = processes_with("-m pipeline.stages kd_checkpoint", str(out_dir))
-    return [pid for pid in found if "torch.distributed.run" not in command_of(pid)]
+    return [pid for pid in processes_of(out_dir) if "torch.distributed.run" not in command_of(pid)]
 
 
 def processes_with(*words: str) -> list[int]:

@@ -17,9 +17,10 @@ from pipeline.recipe import BlockScoresConfig, SearchSpaceConfig
 from pipeline.stage import ExecutionSettings
 from pipeline.stages import block_library, block_scores
 from pipeline.stages.configs import BlockLibraryStage, BlockScoresStage
-from pipeline.stages.spec import SPEC_FILE, StageSpec, config_type_name
+from pipeline.stages.spec import SPEC_FILE
 from tests.pipeline.puzzle.line import BLD as LINE_BLD
 from tests.pipeline.puzzle.workplace import Workplace, publish
+from tests.pipeline.training.builders import write_spec
 
 SPACE = SearchSpaceConfig(
     attention=("parent", 1, "linear", "no_op"), ffn=("parent", 32, 16, "linear", "no_op"), overrides=(), portable=False
@@ -47,18 +48,7 @@ def test_block_scores_killed_at_random_ends_with_the_table_of_an_undisturbed_run
     spent_s = time.monotonic() - began
 
     out_dir = tmp_path / "disturbed"
-    spec = StageSpec(
-        config_type=config_type_name(config),
-        config=config.model_dump(mode="json"),
-        artifacts={name: str(path) for name, path in inputs.artifacts.items()},
-        store_root=str(workplace.store_root),
-        downloads=str(inputs.downloads),
-        out_dir=str(out_dir),
-        execution=execution,
-    )
-    (out_dir / "_work").mkdir(parents=True)
-    spec_path = out_dir / "_work" / SPEC_FILE
-    spec_path.write_text(spec.model_dump_json())
+    spec_path = write_spec(out_dir / "_work" / SPEC_FILE, config, inputs, out_dir=out_dir)
     command = [sys.executable, "-m", "pipeline.stages", "block_scores", "--spec", str(spec_path)]
     rng, layers_left = random.Random(0), []
     for num_layers in (0, 1, 2):

@@ -32,9 +32,8 @@ from pipeline.recipe import (
 )
 from pipeline.stage import StageResult
 from pipeline.stages import rl_checkpoint
-from pipeline.stages.spec import StageSpec, config_type_name
 from tests.pipeline.reasoning.rl_builders import CONFIG, rl_artifacts, rl_inputs
-from tests.pipeline.training.builders import counted_layer_runs
+from tests.pipeline.training.builders import counted_layer_runs, write_spec
 
 OFFLINE_RPO = RPO(kind="rpo", divergence="squared", beta=0.1, reward_scale=3.0, online=False)
 DISTILLATION = OnPolicyDistillation(kind="on_policy_distillation", clip_low=0.2, clip_high=0.2)
@@ -344,17 +343,7 @@ def test_rl_checkpoint_stage_held_out_prompts_are_watched_and_not_trained_on(
 
 @pytest.mark.slow
 def test_rl_checkpoint_stage_two_ranks_share_the_prompts(artifacts: dict[str, Path], tmp_path: Path):
-    inputs = rl_inputs(artifacts)
-    spec = StageSpec(
-        config_type=config_type_name(CONFIG),
-        config=CONFIG.model_dump(mode="json"),
-        artifacts={name: str(path) for name, path in artifacts.items()},
-        store_root=str(inputs.store_root),
-        downloads=str(inputs.downloads),
-        out_dir=str(tmp_path),
-        execution=inputs.execution.model_copy(update={"num_threads": 1}),
-    )
-    (tmp_path / "spec.json").write_text(spec.model_dump_json(), encoding="utf-8")
+    write_spec(tmp_path / "spec.json", CONFIG, rl_inputs(artifacts), out_dir=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run_checked(
         [*launcher, "-m", "pipeline.stages", "rl_checkpoint", "--spec", str(tmp_path / "spec.json")],

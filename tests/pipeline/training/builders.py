@@ -14,9 +14,9 @@ from pipeline.data.packed import IGNORED_LABEL, PackedTokens
 from pipeline.model.checkpoint import save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer, build_model
 from pipeline.progress import SilentReporter
-from pipeline.recipe import OptimizerConfig
+from pipeline.recipe import DistillationConfig, OptimizerConfig
 from pipeline.stage import StageInputs
-from pipeline.stages.spec import StageSpec, config_type_name
+from pipeline.stages.spec import StageSpec
 
 VOCAB_SIZE = 96
 OPTIMIZER = OptimizerConfig(
@@ -27,6 +27,15 @@ OPTIMIZER = OptimizerConfig(
     weight_decay=0.1,
     betas=(0.9, 0.95),
     max_grad_norm=1.0,
+)
+KD = DistillationConfig(
+    tokens=20 * 4 * 16,
+    global_batch_size=4,
+    long_context=(),
+    cosine_weight=1.0,
+    kl_weight=1.0,
+    optimizer=OPTIMIZER,
+    precision="fp32",
 )
 
 
@@ -143,15 +152,6 @@ def counted_layer_runs() -> Iterator[Callable[[], int]]:
 
 def write_spec(path: Path, config: Frozen, inputs: StageInputs, *, out_dir: Path) -> Path:
     """Write what a stage is given to a file, for a process of its own."""
-    spec = StageSpec(
-        config_type=config_type_name(config),
-        config=config.model_dump(mode="json"),
-        artifacts={name: str(artifact) for name, artifact in inputs.artifacts.items()},
-        store_root=str(inputs.store_root),
-        downloads=str(inputs.downloads),
-        out_dir=str(out_dir),
-        execution=inputs.execution,
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(spec.model_dump_json(), encoding="utf-8")
+    path.write_text(StageSpec.of(config, inputs, out_dir).model_dump_json(), encoding="utf-8")
     return path

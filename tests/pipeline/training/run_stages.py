@@ -8,7 +8,7 @@ Each spec is named <stage>-<anything>.json.
 import sys
 from pathlib import Path
 
-from pipeline.stage import StageInputs
+from pipeline.progress import SilentReporter
 from pipeline.stages.registry import get_stage
 from pipeline.stages.spec import StageSpec
 
@@ -17,11 +17,6 @@ if __name__ == "__main__":
         spec = StageSpec.model_validate_json(Path(argument).read_bytes())
         get_stage(Path(argument).name.partition("-")[0]).load()(
             spec.parse_config(),
-            StageInputs(
-                artifacts={name: Path(path) for name, path in spec.artifacts.items()},
-                store_root=Path(spec.store_root),
-                downloads=Path(spec.downloads),
-                execution=spec.execution,
-            ),
+            spec.inputs(SilentReporter()),
             Path(spec.out_dir),
         )

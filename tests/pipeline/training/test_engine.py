@@ -80,6 +80,17 @@ def _train(
     return Trained(losses=losses, grad_norms=norms, weights=exported)
 
 
+def _engine_of_one_step(model: PreTrainedModel, execution: ExecutionSettings) -> TrainEngine:
+    return TrainEngine.create(
+        copy.deepcopy(model),
+        optimizer=OPTIMIZER,
+        total_steps=1,
+        precision="fp32",
+        execution=execution,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+    )
+
+
 def _train_plainly(model: nn.Module) -> Trained:
     model = copy.deepcopy(model)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
@@ -144,14 +155,7 @@ def test_activations_that_are_made_again_change_no_bit(
 
 
 def test_layers_run_again_after_the_model_was_evaluated(llama: LlamaForCausalLM):
-    engine = TrainEngine.create(
-        copy.deepcopy(llama),
-        optimizer=OPTIMIZER,
-        total_steps=1,
-        precision="fp32",
-        execution=ExecutionSettings(micro_batch_size=4, recompute_activations=True),
-        global_batch_size=4,
-    )
+    engine = _engine_of_one_step(llama, ExecutionSettings(micro_batch_size=4, recompute_activations=True))
     engine.model.eval()  # as sampling and scoring leave it
     num_runs = 0
 
@@ -181,14 +185,7 @@ def test_frozen_parameters_stay_and_are_exported(llama: LlamaForCausalLM, zero_s
 
 
 def test_step_before_all_micro_batches_is_refused(llama: LlamaForCausalLM):
-    engine = TrainEngine.create(
-        copy.deepcopy(llama),
-        optimizer=OPTIMIZER,
-        total_steps=1,
-        precision="fp32",
-        execution=ExecutionSettings(micro_batch_size=2),
-        global_batch_size=4,
-    )
+    engine = _engine_of_one_step(llama, ExecutionSettings(micro_batch_size=2))
     engine.backward(engine.forward(input_ids=TOKENS_NT[:2], labels=TOKENS_NT[:2], use_cache=False).loss)
     with pytest.raises(StageError, match="1 of 2 micro-batches"):
         engine.step()

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from pipeline.data.packed import blend_split, load_packed, long_context_split, save_packed
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.progress import SilentReporter
-from pipeline.recipe import DistillationConfig, LongContextPhase, PretrainingConfig, SFTConfig, SFTStage
+from pipeline.recipe import LongContextPhase, PretrainingConfig, SFTConfig, SFTStage
 from pipeline.stage import ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
 from pipeline.training.schedules import learning_rate_factor
 from pipeline.training.validation import mean_cross_entropy
 from tests.pipeline.training.builders import (
+    KD,
     OPTIMIZER,
     VOCAB_SIZE,
     Interrupted,
@@ -29,15 +30,6 @@ from tests.pipeline.training.builders import (
     write_checkpoint,
 )
 
-KD = DistillationConfig(
-    tokens=20 * 4 * 16,
-    global_batch_size=4,
-    long_context=(),
-    cosine_weight=1.0,
-    kl_weight=1.0,
-    optimizer=OPTIMIZER,
-    precision="fp32",
-)
 CPT = PretrainingConfig(tokens=20 * 4 * 16, global_batch_size=4, long_context=(), optimizer=OPTIMIZER, precision="bf16")
 SFT = SFTConfig(
     stages=(
