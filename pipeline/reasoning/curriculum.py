@@ -25,9 +25,13 @@ class Batch:
     aimed_pass_rate: float
 
 
-def hard_enough(pass_rates: Sequence[float], *, max_pass_rate: float) -> list[int]:
-    """Return the places of prompts below `max_pass_rate`: what a policy nearly always solves teaches it nothing."""
-    return [place for place, rate in enumerate(pass_rates) if rate < max_pass_rate]
+def worth_trying(pass_rates: Sequence[float], *, min_pass_rate: float, max_pass_rate: float) -> list[int]:
+    """Return the places of prompts from `min_pass_rate` up to below `max_pass_rate`.
+
+    Replies that are all wrong teach no more than replies that are all right: the paper, with samples to spare, drops
+    the latter alone.
+    """
+    return [place for place, rate in enumerate(pass_rates) if min_pass_rate <= rate < max_pass_rate]
 
 
 def plan_curriculum(

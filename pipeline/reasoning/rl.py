@@ -22,7 +22,7 @@ from pipeline.errors import CheckpointError, DivergedError, RecipeError
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.reasoning.algorithms import JudgedRow, make_units, unit_weight, units_loss
-from pipeline.reasoning.curriculum import Batch, hard_enough, plan_curriculum
+from pipeline.reasoning.curriculum import Batch, plan_curriculum, worth_trying
 from pipeline.reasoning.experience import (
     Prompt,
     Rollout,
@@ -121,8 +121,12 @@ def train_policy(
             path=work_dir / _PASS_RATES,
             reporter=reporter,
         )
-        kept = hard_enough(pass_rates, max_pass_rate=config.difficulty.max_pass_rate)
-        reporter.note(f"{len(kept)} of {len(trained_items)} prompts are hard enough to learn from")
+        kept = worth_trying(
+            pass_rates,
+            min_pass_rate=config.difficulty.min_pass_rate,
+            max_pass_rate=config.difficulty.max_pass_rate,
+        )
+        reporter.note(f"{len(kept)} of {len(trained_items)} prompts are neither too hard nor too easy to learn from")
         require_prompts(len(kept), config=config)
         trained_items = [trained_items[place] for place in kept]
         if config.difficulty.curriculum is not None:

@@ -137,14 +137,24 @@ class CurriculumConfig(Frozen):
 
 
 class DifficultyConfig(Frozen):
-    """Pass rates of the starting checkpoint, thinking on: `num_samples` a prompt; those at `max_pass_rate` are dropped.
+    """Pass rates of the starting checkpoint, thinking on, from `num_samples` replies to each prompt.
 
-    Without a curriculum the rest comes in random order.
+    Prompts below `min_pass_rate` are dropped, and those at `max_pass_rate` or above. Without a curriculum the rest
+    comes in random order.
     """
 
     num_samples: Positive
+    min_pass_rate: Annotated[float, Field(ge=0, lt=1)]
     max_pass_rate: Annotated[float, Field(gt=0, le=1)]
     curriculum: CurriculumConfig | None
+
+    @model_validator(mode="after")
+    def _rates_are_a_range(self) -> Self:
+        if self.min_pass_rate >= self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate is {self.min_pass_rate:g}, max_pass_rate {self.max_pass_rate:g}: no prompt is left"
+            )
+        return self
 
 
 class HeldOutRewardConfig(Frozen):

@@ -279,7 +279,7 @@ def test_tokens_of_lm_eval_are_those_of_its_tasks():
 
 def test_trial_of_prompts_counts():
     recipe = load_recipe("smol")
-    tried = DifficultyConfig(num_samples=8, max_pass_rate=0.75, curriculum=None)
+    tried = DifficultyConfig(num_samples=8, min_pass_rate=0.0, max_pass_rate=0.75, curriculum=None)
     without, with_trial = (
         estimate("rl_checkpoint", case(recipe.model_copy(update={"rl": recipe.rl.model_copy(update=update)})))
         for update in ({"difficulty": None}, {"difficulty": tried})

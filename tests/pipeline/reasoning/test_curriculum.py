@@ -6,16 +6,20 @@ from itertools import chain
 
 import pytest
 
-from pipeline.reasoning.curriculum import allocate, hard_enough, plan_curriculum
+from pipeline.reasoning.curriculum import allocate, plan_curriculum, worth_trying
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import CurriculumConfig, StopRulesConfig
 
 CONFIG = CurriculumConfig(start=0.75, end=0.0, sigma=0.2)
 
 
-def test_hard_enough_drops_the_published_bound_and_above():
-    # Of 8 samples, 6 right are 0.75: dropped; 5 are kept.
-    assert hard_enough([0.0, 5 / 8, 6 / 8, 1.0], max_pass_rate=0.75) == [0, 1]
+def test_worth_trying_drops_the_published_bound_and_above():
+    # Of 8 samples, 6 right are 0.75: dropped; 5 are kept, and so is what never was right.
+    assert worth_trying([0.0, 5 / 8, 6 / 8, 1.0], min_pass_rate=0.0, max_pass_rate=0.75) == [0, 1]
+
+
+def test_worth_trying_drops_what_was_never_right_where_asked():
+    assert worth_trying([0.0, 1 / 8, 2 / 8, 1.0], min_pass_rate=1 / 8, max_pass_rate=1.0) == [1, 2]
 
 
 def test_allocate_follows_the_gaussian():

@@ -259,7 +259,7 @@ def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measur
     artifacts: dict[str, Path], tmp_path: Path
 ):
     difficulty = DifficultyConfig(
-        num_samples=2, max_pass_rate=1.0, curriculum=CurriculumConfig(start=0.5, end=0.0, sigma=0.2)
+        num_samples=2, min_pass_rate=0.0, max_pass_rate=1.0, curriculum=CurriculumConfig(start=0.5, end=0.0, sigma=0.2)
     )
     config = CONFIG.model_copy(update={"difficulty": difficulty})
     with pytest.raises(Interrupted):
@@ -278,7 +278,7 @@ def test_rl_checkpoint_stage_by_difficulty_resumes_with_the_pass_rates_it_measur
 def test_rl_checkpoint_stage_killed_while_trying_prompts_goes_on_behind_those_it_tried(
     artifacts: dict[str, Path], tmp_path: Path
 ):
-    difficulty = DifficultyConfig(num_samples=8, max_pass_rate=1.0, curriculum=None)
+    difficulty = DifficultyConfig(num_samples=8, min_pass_rate=0.0, max_pass_rate=1.0, curriculum=None)
     config = CONFIG.model_copy(update={"difficulty": difficulty})
     files = [tmp_path / name / "_work" / "pass_rates.json" for name in ("whole", "killed")]
     rl_checkpoint.run(config, rl_inputs(artifacts), tmp_path / "whole")
@@ -306,7 +306,7 @@ def test_rl_checkpoint_stage_under_another_sampler_than_its_checkpoint_is_refuse
 def test_rl_checkpoint_stage_under_another_sampler_than_its_pass_rates_is_refused(
     artifacts: dict[str, Path], tmp_path: Path
 ):
-    difficulty = DifficultyConfig(num_samples=2, max_pass_rate=1.0, curriculum=None)
+    difficulty = DifficultyConfig(num_samples=2, min_pass_rate=0.0, max_pass_rate=1.0, curriculum=None)
     (tmp_path / "_work").mkdir()
     (tmp_path / "_work" / "pass_rates.json").write_text(json.dumps({"sampler": "vllm", "rates": [0.0] * 8}))
     with pytest.raises(CheckpointError, match=r"pass_rates\.json was made with the sampler vllm"):
