@@ -6,6 +6,8 @@ from pipeline.stage import Table
 
 CARD_FILE = "README.md"
 
+_NAME = "reasoning-toggle"
+
 _HEADINGS = {
     "samples_per_category": "Samples per category and mode",
     "generators": "Who wrote them, and under which licence",
@@ -15,19 +17,19 @@ _HEADINGS = {
 }
 
 
-def render_dataset_card(*, name: str, languages: Sequence[str], tables: Mapping[str, Table]) -> str:
+def render_dataset_card(*, languages: Sequence[str], tables: Mapping[str, Table]) -> str:
     """Return the card with its front matter; licences are those of the rows that are left."""
     licences = sorted({str(row[2]).lower() for row in tables["generators"].rows})
     lines = [
         "---",
-        f"pretty_name: {name}",
+        f"pretty_name: {_NAME}",
         f"language: [{', '.join(languages)}]",
         f"license: {licences[0] if len(licences) == 1 else 'other'}",
         *([] if len(licences) == 1 else [f"license_name: {' and '.join(licences)}"]),
         "task_categories: [text-generation]",
         "tags: [reasoning]",
         "---",
-        f"# {name}",
+        f"# {_NAME}",
         "",
         "Conversations whose system prompt is `detailed thinking on` or `detailed thinking off`: with it on, the reply",
         "thinks between `<think>` and `</think>` before it answers; with it off, it answers. `samples.parquet` holds",

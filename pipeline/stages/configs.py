@@ -156,9 +156,8 @@ class TracesStage(Frozen):
 
 
 class ToggleDatasetStage(Frozen):
-    """reasoning_toggle_dataset."""
+    """reasoning_toggle_dataset; not the recipe's name, or a copied recipe would train on the same rows anew."""
 
-    recipe_name: str
     dataset: ToggleDatasetConfig
     ngram_tokens: int
 

@@ -96,7 +96,6 @@ def run(config: ToggleDatasetStage, inputs: StageInputs, out_dir: Path) -> Stage
     }
     card = render_dataset_card(
         languages=dataset.filters.languages,
-        name=f"{config.recipe_name}-reasoning-toggle",
         tables={name: tables[name] for name in tables if name != "samples"},
     )
     write_atomically(out_dir / CARD_FILE, card.encode())

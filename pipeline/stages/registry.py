@@ -290,7 +290,6 @@ STAGES: tuple[Stage, ...] = (
         version=3,
         inputs=("parent_checkpoint", "evaluation_sets", "reasoning_traces"),
         config=lambda recipe, _: configs.ToggleDatasetStage(
-            recipe_name=recipe.name,
             dataset=recipe.reasoning_toggle_dataset,
             ngram_tokens=recipe.evaluation_sets.ngram_tokens,
         ),

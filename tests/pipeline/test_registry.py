@@ -181,3 +181,11 @@ def _hash_of(text: str, root: Path, monkeypatch: pytest.MonkeyPatch, *, inner: s
     finally:
         code_record._imports.cache_clear()
         code_record._code.cache_clear()
+
+
+def test_a_renamed_recipe_changes_what_prints_its_name_and_nothing_else():
+    recipe = load_recipe("tiny")
+    renamed = recipe.model_copy(update={"name": "mine", "description": "Mine."})
+    target = recipe.default_target
+    changed = [stage.name for stage in STAGES if stage.config(recipe, target) != stage.config(renamed, target)]
+    assert changed == ["model_card", "report"]

@@ -181,7 +181,7 @@ def _run_both(root: Path, stage: TracesStage, *, parent_dir: Path, evaluation_di
     traces = reasoning_traces.run(stage, inputs, root / "traces")
     # Whether the random model's bytes count as language or repeat is not what this is about.
     filters = FILTERS.model_copy(update={"vote": FILTERS.vote.model_copy(update={"min_samples": 2})})
-    toggle_stage = ToggleDatasetStage(recipe_name="test", dataset=toggle_config(filters), ngram_tokens=13)
+    toggle_stage = ToggleDatasetStage(dataset=toggle_config(filters), ngram_tokens=13)
     toggle = reasoning_toggle_dataset.run(toggle_stage, inputs, root / "toggle")
     return {"traces": traces, "toggle": toggle}
 

@@ -252,7 +252,7 @@ def _traces_stage(num_chat: int) -> TracesStage:
     )
 
 
-TOGGLE_STAGE = ToggleDatasetStage(recipe_name="test", dataset=toggle_config(FILTERS), ngram_tokens=13)
+TOGGLE_STAGE = ToggleDatasetStage(dataset=toggle_config(FILTERS), ngram_tokens=13)
 
 
 def test_stages_toggle_dataset_and_prompts_are_verified_paired_and_disjoint(
