@@ -81,7 +81,7 @@ $(INSTALLED): pyproject.toml
 	fi
 	@if ! $(PYTHON) -c 'import torch' >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && [ -z "$$(ls /dev/nvidia* /dev/kfd 2>/dev/null)" ]; then \
 		if $(PYTHON) -c 'import urllib.request; urllib.request.urlopen("$(PYTORCH_CPU_INDEX)/torch/", timeout=5)' >/dev/null 2>&1; then \
-			echo "==> No GPU here: installing the CPU build of PyTorch from $(PYTORCH_CPU_INDEX)"; \
+			echo "==> No GPU here: installing the CPU build of PyTorch from $(PYTORCH_CPU_INDEX); where this environment will meet one: make install PYTORCH_CPU_INDEX=none"; \
 			torch=$$($(PYTHON) -c 'import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("torch>")))'); \
 			$(PYTHON) -m pip install --quiet --index-url $(PYTORCH_CPU_INDEX) "$$torch" || echo "==> That did not work; PyTorch will come from the default index"; \
 		else \

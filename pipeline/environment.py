@@ -30,38 +30,58 @@ def environment_of(config: Frozen, *, home: Path) -> dict[str, str]:
     return found
 
 
+def missing_paths(config: Frozen) -> list[str]:
+    """Return the keys of the recipe, with their values, that name files which a stage of this config would not find."""
+    return [key for key, files in _files_by_key(config).items() if not files]
+
+
 def local_files(config: Frozen) -> list[Path]:
     """Return the files outside the store that a stage of this config reads and that are there."""
+    return [file for files in _files_by_key(config).values() for file in files]
+
+
+def _files_by_key(config: Frozen) -> dict[str, list[Path]]:
+    """Return what is there of every path that a stage of this config is given, by its key and value."""
     if isinstance(config, ParentStage) and isinstance(config.parent, LocalParent):
         directory = Path(config.parent.path).expanduser()
-        return _below(directory, "*") + _below(directory / SUBBLOCKS_DIR, "*")
+        return {f"parent.path {config.parent.path}": _below(directory, "*") + _below(directory / SUBBLOCKS_DIR, "*")}
     if isinstance(config, RLConfig) and config.reward_model is not None:
-        return _below(Path(config.reward_model.path).expanduser(), "*")
+        path = config.reward_model.path
+        return {f"rl.reward_model.path {path}": _below(Path(path).expanduser(), "*")}
     if isinstance(config, EvaluationStage) and config.evaluation.lm_eval is not None:
-        return _task_files(config.evaluation.lm_eval.include_path)
+        include_path = config.evaluation.lm_eval.include_path
+        key = f"evaluation.lm_eval.include_path {include_path}"
+        return {} if include_path is None else {key: _task_files(include_path)}
     if isinstance(config, CorporaStage):
-        return [file for source in config.corpora.sources for file in _source_files(source)]
+        return {
+            f"corpora.sources {source.name}, path {source.path}": _source_files(source)
+            for source in config.corpora.sources
+            if isinstance(source, FileSource) or (isinstance(source, DatasetSource) and source.revision is None)
+        }
     if isinstance(config, TracesStage):
-        prompts = (endpoint.prompts for endpoint in config.traces.endpoints)
-        questions = [Path(one.path) for one in prompts if isinstance(one, FilePrompts)]
-        imported = [file for rows in config.traces.imports for file in _matching(rows.path)]
-        return imported + [file for file in questions if file.is_file()]
-    return []
+        asked = {endpoint.name: endpoint.prompts for endpoint in config.traces.endpoints}
+        return {
+            f"reasoning_traces.imports {rows.name}, path {rows.path}": _matching(rows.path)
+            for rows in config.traces.imports
+        } | {
+            f"reasoning_traces.endpoints {name}, prompts.path {prompts.path}": _below(
+                Path(prompts.path).parent, Path(prompts.path).name
+            )
+            for name, prompts in asked.items()
+            if isinstance(prompts, FilePrompts)
+        }
+    return {}
 
 
-def _source_files(source: SourceConfig) -> list[Path]:
-    if isinstance(source, DatasetSource):
-        return _below(Path(source.path), "**/*")
-    return _matching(source.path) if isinstance(source, FileSource) else []
+def _source_files(source: FileSource | DatasetSource) -> list[Path]:
+    return _matching(source.path) if isinstance(source, FileSource) else _below(Path(source.path), "**/*")
 
 
 def _is_library(source: SourceConfig) -> bool:
     return source.kind == "embedded" and source.name == "python-stdlib"
 
 
-def _task_files(include_path: str | None) -> list[Path]:
-    if include_path is None:
-        return []
+def _task_files(include_path: str) -> list[Path]:
     try:
         return files_read_by(include_path)
     except DataError:  # the stage says what is wrong with them

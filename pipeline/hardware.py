@@ -5,6 +5,8 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
 
 def hardware_id() -> dict[str, str | int]:
     """Return processor, cores, accelerators and torch version: a timing taken under one is not valid under another."""
@@ -28,6 +30,20 @@ def describe_hardware() -> str:
     return f"{found['cpu']}, {found['num_cpus']} cores{gpus}, torch {found['torch']}"
 
 
+def idle_gpus() -> str | None:
+    """Return why stages would leave this machine's GPUs alone, and what to do; None where they would not.
+
+    An environment that was installed where no GPU was seen, on a login node or in an image, has PyTorch's CPU build.
+    """
+    models, torch = _nvidia_models(), version("torch")
+    if not models or not torch.endswith("+cpu"):
+        return None
+    return (
+        f"this machine has {models[0]}, and torch {torch} is a CPU build, installed where no GPU was seen: run "
+        "`.venv/bin/python -m pip uninstall --yes torch` and `make --always-make install` here"
+    )
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -42,9 +58,13 @@ def _gpu_models() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return []
-    found = [] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("Model:"):
-                found.append(line.partition(":")[2].strip())
-    return found
+    return [*([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]), *_nvidia_models()]
+
+
+def _nvidia_models() -> list[str]:
+    lines = (
+        line
+        for information in sorted(_NVIDIA_GPUS.glob("*/information"))
+        for line in information.read_text(encoding="utf-8").splitlines()
+    )
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]

@@ -3,7 +3,9 @@
 import shutil
 from dataclasses import dataclass
 
+from pipeline.environment import missing_paths
 from pipeline.execution import Workspace, find_artifact, require_searchable
+from pipeline.hardware import idle_gpus
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.planning import devices
 from pipeline.planning.case import Case, Estimate
@@ -107,7 +109,9 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         *(memory_warnings(estimates, device=device, case=case) if device is not None else []),
         *disk_warnings(estimates, finished=finished, free_bytes=shutil.disk_usage(existing).free, root=str(existing)),
         *data_warnings(case),
+        *_path_warnings(workspace, target_name=target_name, finished=finished),
         *_runtime_warnings(workspace),
+        *(f"device: {told}" for told in (idle_gpus(),) if told is not None),
         *(
             f"stage: {name} has no estimate and counts as nothing: add one to pipeline/planning/estimates.py"
             for name in estimates
@@ -123,6 +127,19 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         stages=stages,
         warnings=tuple(warnings),
     )
+
+
+def _path_warnings(workspace: Workspace, *, target_name: str, finished: set[str]) -> list[str]:
+    """Return the paths of the recipe behind which a stage that is still to run finds nothing, each once."""
+    found: dict[str, str] = {}
+    for stage in STAGES:
+        if stage.name not in finished:
+            for told in missing_paths(stage.config(workspace.recipe, target_name)):
+                found.setdefault(told, stage.name)
+    return [
+        f"data: {told} names no file that is there, and {name} reads it: correct it, or put the files there first"
+        for told, name in found.items()
+    ]
 
 
 def _runtime_warnings(workspace: Workspace) -> list[str]:

@@ -1,0 +1,29 @@
+"""What this machine is: the GPU that an environment installed elsewhere would leave alone."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import hardware
+from pipeline.hardware import idle_gpus
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(hardware, "_NVIDIA_GPUS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("torch", "is_told"), [("2.13.0+cpu", True), ("2.13.0+cu130", False), ("2.13.0", False)])
+def test_a_gpu_beside_a_cpu_build_is_told_with_the_way_out(
+    torch: str, is_told: bool, gpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hardware, "version", lambda _: torch)
+    assert idle_gpus() is None
+    (gpus / "0000:01:00.0").mkdir()
+    (gpus / "0000:01:00.0" / "information").write_text("Model: \t NVIDIA H100 80GB HBM3\nIRQ: \t 16\n")
+    told = idle_gpus()
+    assert (told is not None) == is_told
+    if told is not None:
+        assert told.startswith("this machine has NVIDIA H100 80GB HBM3, and torch 2.13.0+cpu is a CPU build")
+        assert told.endswith("`make --always-make install` here")
