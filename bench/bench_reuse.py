@@ -24,6 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="refit-bench-") as directory:
         workspace = Workspace(
             recipe=load_recipe("tiny"),
+            recipe_given="tiny",
             store=ArtifactStore(Path(directory) / "store"),
             downloads=Path(directory) / "downloads",
             execution=ExecutionSettings(),

@@ -59,6 +59,7 @@ def main() -> None:
     recipe = load_recipe(given.recipe)
     workspace = Workspace(
         recipe=recipe,
+        recipe_given=recipe.name,
         store=ArtifactStore(refit_home() / "store"),
         downloads=refit_home() / "downloads",
         execution=ExecutionSettings(num_threads=given.threads),

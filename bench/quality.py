@@ -133,6 +133,7 @@ def make_workspace(given: argparse.Namespace, *, target: str, speedup: float) ->
     )
     return Workspace(
         recipe=recipe,
+        recipe_given=recipe.name,
         store=ArtifactStore(refit_home() / "store"),
         downloads=refit_home() / "downloads",
         execution=ExecutionSettings(),

@@ -8,7 +8,7 @@
     python -m pipeline export CHECKPOINT DIRECTORY
     python -m pipeline serve [--port N] [--runtime llama.cpp|vllm]
     python -m pipeline push --repo OWNER/NAME [--public]
-    python -m pipeline doctor [--verify] [--fix] [--remove-garbage]
+    python -m pipeline doctor [--verify] [--fix] [--remove-garbage] [--keep RECIPE]
     python -m pipeline collect [--remove]
 
 Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
@@ -16,6 +16,7 @@ Each takes --recipe (RECIPE, as everywhere) and --target (the recipe's default).
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -101,14 +102,15 @@ def examine(workspace: Workspace, *, given: argparse.Namespace) -> tuple[str, in
     """Return what is wrong with the store and Dagster's home, and the exit code: 1 when something is."""
     from pipeline.inspection.findings import render_findings
     from pipeline.inspection.garbage import remove_garbage
+    from pipeline.inspection.machine_health import examine_machine
     from pipeline.inspection.store_health import examine_store
     from resources.dagster_health import examine_dagster  # dagster takes seconds to import
 
-    recipes = known_recipes(workspace.recipe)
+    recipes = known_recipes(workspace.recipe, *map(load_recipe, given.keep))
     if given.remove_garbage:
         findings = remove_garbage(workspace, recipes=recipes)
     else:
-        findings = examine_store(workspace, recipes=recipes, verify=given.verify)
+        findings = (*examine_machine(), *examine_store(workspace, recipes=recipes, verify=given.verify))
         findings += examine_dagster(dagster_home(workspace), fix=given.fix)
     return render_findings(findings), int(any(finding.severity == "problem" for finding in findings))
 
@@ -121,16 +123,16 @@ def collect(workspace: Workspace, *, remove: bool) -> str:
     return render_findings(collect_blocks(workspace.store, remove=remove))
 
 
-def known_recipes(current: Recipe) -> tuple[Recipe, ...]:
-    """Return the given recipe and every shipped one: whose artifacts are not garbage."""
+def known_recipes(*given: Recipe) -> tuple[Recipe, ...]:
+    """Return the given recipes and every shipped one: whose artifacts are not garbage."""
     shipped = [load_recipe(path.stem) for path in sorted(RECIPES_DIR.glob("*.yaml"))]
-    return (current, *(recipe for recipe in shipped if recipe != current))
+    return (*given, *(recipe for recipe in shipped if recipe not in given))
 
 
 def dagster_home(workspace: Workspace) -> Path:
-    """Return DAGSTER_HOME, or where the Makefile puts the home of this recipe."""
+    """Return DAGSTER_HOME, or where the Makefile puts the home of a recipe: below the name of its file."""
     given = os.environ.get("DAGSTER_HOME")
-    return Path(given) if given else refit_home() / "dagster" / workspace.recipe.name
+    return Path(given) if given else refit_home() / "dagster" / Path(workspace.recipe_given).name.removesuffix(".yaml")
 
 
 def make(workspace: Workspace, stage_name: str, *, target: str) -> str:
@@ -286,9 +288,10 @@ def _sound_artifact(workspace: Workspace, stage_name: str, *, target: str) -> Ar
 
 
 def _not_materialized(workspace: Workspace, stage_name: str, *, target: str) -> MissingInputError:
-    recipe = workspace.recipe.name
+    given = shlex.quote(workspace.recipe_given)
     return MissingInputError(
-        f"recipe {recipe}, target {target}, has no {stage_name} yet: run `make demo RECIPE={recipe} TARGET={target}`"
+        f"recipe {workspace.recipe.name}, target {target}, has no {stage_name} yet: run "
+        f"`make demo RECIPE={given} TARGET={target}`"
     )
 
 
@@ -305,6 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--verify", action="store_true", help="read every byte again and compare its hash")
     doctor.add_argument("--fix", action="store_true", help="end dead runs and free the pool slots they hold")
     doctor.add_argument("--remove-garbage", action="store_true", help="delete what no recipe refers to")
+    doctor.add_argument(
+        "--keep", action="append", default=[], metavar="RECIPE", help="one more recipe to keep what is made for; repeat"
+    )
     gone = commands.add_parser("collect", help="say which trained blocks no solution uses, and delete them if asked")
     gone.add_argument("--remove", action="store_true", help="delete them; without it nothing is changed")
     one = commands.add_parser("materialize", help="make one stage's artifact, or find it, without Dagster")

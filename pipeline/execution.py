@@ -53,6 +53,7 @@ class Workspace:
     """One recipe, the store its artifacts live in, and how stages run here."""
 
     recipe: Recipe
+    recipe_given: str
     store: ArtifactStore
     downloads: Path
     execution: ExecutionSettings
@@ -78,8 +79,10 @@ def open_workspace(recipe_name_or_path: str | None = None) -> Workspace:
         RecipeError: when the recipe or the execution settings cannot be read.
     """
     home = refit_home()
+    given = recipe_name_or_path or os.environ.get("RECIPE", "smol")
     return Workspace(
-        recipe=load_recipe(recipe_name_or_path or os.environ.get("RECIPE", "smol")),
+        recipe=load_recipe(given),
+        recipe_given=given,
         store=ArtifactStore(home / "store"),
         downloads=home / "downloads",
         execution=load_execution(os.environ.get("REFIT_EXECUTION")),

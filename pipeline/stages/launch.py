@@ -68,7 +68,8 @@ def child_environment(execution: ExecutionSettings) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(2**30),
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # what a stage process reads is in the store; nothing is looked up behind its back
+        # What a stage process reads is in the store; nothing is looked up behind its back, unless it is told to.
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     }
     num_threads = execution.num_threads
     if num_threads is None and execution.num_ranks > 1:

@@ -22,6 +22,7 @@ def open_tiny(home: Path, *, recipe: Recipe | None = None) -> Workspace:
     """Return the tiny recipe's workspace below `home`, as REFIT_HOME=home would."""
     return Workspace(
         recipe=recipe or load_recipe("tiny"),
+        recipe_given=recipe.name if recipe else "tiny",
         store=ArtifactStore(home / "store"),
         downloads=home / "downloads",
         execution=ExecutionSettings(),

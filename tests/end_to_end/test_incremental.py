@@ -37,6 +37,7 @@ def edited(edit: Edit) -> Recipe:
 def workspace(store: ArtifactStore, recipe: Recipe) -> Workspace:
     return Workspace(
         recipe=recipe,
+        recipe_given=recipe.name,
         store=store,
         downloads=store.root.parent / "downloads",
         execution=ExecutionSettings(num_threads=1),

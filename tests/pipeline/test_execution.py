@@ -164,7 +164,11 @@ def test_execution_settings_are_not_part_of_identity(workspace: Workspace, tmp_p
     publish_all(workspace, target="fused")
     settings = ExecutionSettings(num_ranks=8, zero_stage=3, num_threads=2)
     elsewhere = Workspace(
-        recipe=workspace.recipe, store=workspace.store, downloads=tmp_path / "other", execution=settings
+        recipe=workspace.recipe,
+        recipe_given="tiny",
+        store=workspace.store,
+        downloads=tmp_path / "other",
+        execution=settings,
     )
 
     for stage in STAGES:

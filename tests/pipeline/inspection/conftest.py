@@ -20,6 +20,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     home = tmp_path_factory.mktemp("inspected")
     workspace = Workspace(
         recipe=load_recipe("tiny"),
+        recipe_given="tiny",
         store=ArtifactStore(home / "store"),
         downloads=home / "downloads",
         execution=ExecutionSettings(launcher="in_process"),

@@ -15,6 +15,7 @@ from pipeline.stage import ExecutionSettings
 def workspace(tmp_path: Path, recipe: Recipe, **execution: Any) -> Workspace:
     return Workspace(
         recipe=recipe,
+        recipe_given=recipe.name,
         store=ArtifactStore(tmp_path / "store"),
         downloads=tmp_path / "downloads",
         execution=ExecutionSettings(**execution),

@@ -32,6 +32,7 @@ MEASURED_S = {
 def planned_s(device: Device) -> dict[tuple[str, ...], Range]:
     workspace = Workspace(
         recipe=load_recipe("smol"),
+        recipe_given="smol",
         store=ArtifactStore(Path("/nonexistent")),
         downloads=Path("/nonexistent"),
         execution=ExecutionSettings(),
