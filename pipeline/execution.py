@@ -36,7 +36,7 @@ from pipeline.hardware import hardware_id
 from pipeline.home import refit_home
 from pipeline.model.architecture_files import parent_architecture
 from pipeline.prerequisites import missing_nodes, missing_runtimes, refused_settings
-from pipeline.puzzle.search_space import pinned_blocks, resolve
+from pipeline.puzzle.search_space import pinned_blocks, require_timeable, resolve
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError, runtime_ids
@@ -282,9 +282,11 @@ def require_searchable(recipe: Recipe) -> None:
 
     Raises:
         CheckpointError: when the layers of its parent differ; see also parent_architecture.
-        RecipeError: when its search space does not fit the parent, or a target's pins do not fit the search space.
+        RecipeError: when its search space does not fit the parent or the runtime that times it, or a target's pins do
+            not fit the search space.
     """
     space = resolve(recipe.search_space, parent_architecture(recipe.parent))
+    require_timeable(space, backend=recipe.block_profile.backend)
     for name, target in recipe.targets.items():
         try:
             pinned_blocks(space, target.pins)

@@ -7,15 +7,14 @@ same. A roofline is computed for a device that need not be there; what is measur
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, Architecture
-from pipeline.errors import RecipeError
+from pipeline.architecture import Architecture
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle.differences import profile_by_differences
 from pipeline.puzzle.llama_cpp import measure_in_llama_cpp
 from pipeline.puzzle.measure import Measurements, measure_models
 from pipeline.puzzle.profiling import Profile
-from pipeline.puzzle.search_space import SearchSpace
+from pipeline.puzzle.search_space import SearchSpace, require_timeable
 from pipeline.puzzle.vllm_timing import measure_in_vllm
 from pipeline.recipe import Backend, MeasurementConfig, ProfileConfig, Scenario
 
@@ -96,7 +95,7 @@ def profile_outside(
         RuntimeMissingError: when it is not installed.
     """
     assert profile.backend in ("llama_cpp", "vllm")
-    _require_known(space, backend=profile.backend)
+    require_timeable(space, backend=profile.backend)
     measure = _OUTSIDE[profile.backend]
 
     def measure_all(models: Mapping[str, Architecture]) -> Measurements:
@@ -110,16 +109,3 @@ def profile_outside(
         )
 
     return profile_by_differences(architecture, space, profile=profile, measure=measure_all)
-
-
-def _require_known(space: SearchSpace, *, backend: Backend) -> None:
-    """Refuse linear variants: llama.cpp has no linear FFN, vLLM neither that nor linear attention."""
-    found = [("ffn", spec) for spec in space.distinct_ffn if spec == LINEAR_FFN]
-    if backend == "vllm":
-        found += [("attention", spec) for spec in space.distinct_attention if spec == LINEAR_ATTENTION]
-    if found:
-        name = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}[backend]
-        raise RecipeError(
-            f"search_space.{found[0][0]} lists 'linear', which {name} does not have: take it out, or set "
-            "block_profile.backend: torch"
-        )

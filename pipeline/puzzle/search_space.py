@@ -207,6 +207,25 @@ def ffn_from_key(key: str) -> FFNSpec:
     return swiglu(int(key[3:])) if key.startswith("ffn") else FFNSpec.model_validate({"kind": key})
 
 
+def require_timeable(space: SearchSpace, *, backend: str) -> None:
+    """Refuse variants that a runtime does not have: llama.cpp no linear FFN, vLLM neither that nor linear attention.
+
+    Raises:
+        RecipeError: naming the variant.
+    """
+    found = []
+    if backend in ("llama_cpp", "vllm"):
+        found += [("ffn", spec) for spec in space.distinct_ffn if spec == LINEAR_FFN]
+    if backend == "vllm":
+        found += [("attention", spec) for spec in space.distinct_attention if spec == LINEAR_ATTENTION]
+    if found:
+        name = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}[backend]
+        raise RecipeError(
+            f"search_space.{found[0][0]} lists 'linear', which {name} does not have: take it out, or set "
+            "block_profile.backend: torch"
+        )
+
+
 def _layer_options(
     *,
     layer: int,

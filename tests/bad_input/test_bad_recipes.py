@@ -237,6 +237,11 @@ FIT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["target light", "pins of layer 2", "add the option to search_space"],
     ),
     "space that is not portable": ("plan", {"search_space.portable": True}, ["layer 0", "portable: false"]),
+    "space that its runtime does not have": (
+        "plan",
+        {"block_profile.backend": "llama_cpp", "speed_report.backends": ["torch", "llama_cpp"]},
+        ["search_space.ffn", "'linear'", "llama.cpp does not have"],
+    ),
     "parent whose heads do not fit": (
         "plan",
         {"parent.num_attention_heads": 5},
