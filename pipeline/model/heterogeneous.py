@@ -139,22 +139,36 @@ class HeterogeneousDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = _ffn(config, block.ffn)
 
-    def attend(self, hidden_BTD: Tensor, **attention_kwargs: Any) -> Tensor:
-        """Return x + attention(norm(x)); `attention_kwargs` are those of `attention_inputs`."""
+    def attend(self, hidden_BTD: Tensor, *, unit_BTD: Tensor | None = None, **attention_kwargs: Any) -> Tensor:
+        """Return x + attention(norm(x)); `attention_kwargs` are those of `attention_inputs`.
+
+        `unit_BTD` is `unit_rms` of x where that is there already, as for many blocks on the same x.
+        """
         if self.block.attention.kind == "no_op":
             return hidden_BTD
-        update_BTD, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **attention_kwargs)
+        normed_BTD = _normed(self.input_layernorm, hidden_BTD, unit_BTD)
+        update_BTD, _ = self.self_attn(hidden_states=normed_BTD, **attention_kwargs)
         return hidden_BTD + update_BTD
 
-    def feed_forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Return x + ffn(norm(x))."""
+    def feed_forward(self, hidden_BTD: Tensor, *, unit_BTD: Tensor | None = None) -> Tensor:
+        """Return x + ffn(norm(x)); `unit_BTD` as for `attend`."""
         if self.block.ffn.kind == "no_op":
             return hidden_BTD
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD + self.mlp(_normed(self.post_attention_layernorm, hidden_BTD, unit_BTD))
 
     def forward(self, hidden_BTD: Tensor, **attention_kwargs: Any) -> Tensor:
         """Return the layer's output."""
         return self.feed_forward(self.attend(hidden_BTD, **attention_kwargs))
+
+
+def unit_rms(hidden_BTD: Tensor, *, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps), which a norm multiplies by its weight; the bits of LlamaRMSNorm's."""
+    exact_BTD = hidden_BTD.float()
+    return (exact_BTD * torch.rsqrt(exact_BTD.square().mean(dim=-1, keepdim=True) + eps)).to(hidden_BTD.dtype)
+
+
+def _normed(norm: LlamaRMSNorm, hidden_BTD: Tensor, unit_BTD: Tensor | None) -> Tensor:
+    return norm(hidden_BTD) if unit_BTD is None else norm.weight * unit_BTD
 
 
 def _attention(config: HeterogeneousLlamaConfig, spec: AttentionSpec, *, cache_index: int) -> nn.Module:

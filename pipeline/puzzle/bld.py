@@ -28,10 +28,11 @@ from torch import Tensor
 from pipeline.data.packed import PackedTokens
 from pipeline.errors import MissingInputError
 from pipeline.model.checkpoint import TensorReader
+from pipeline.model.heterogeneous import unit_rms
 from pipeline.progress import Reporter
 from pipeline.puzzle.bld_state import Trainee, load_progress, save_progress, saved_step
 from pipeline.puzzle.block_keys import BlockKey
-from pipeline.puzzle.block_loss import block_loss
+from pipeline.puzzle.block_loss import BlockTarget, block_target
 from pipeline.puzzle.devices import autocast
 from pipeline.puzzle.importance import Importance
 from pipeline.puzzle.initial import build_variant
@@ -180,9 +181,10 @@ class _Teaching:
         by_layer = _by_layer(trainees)
         losses = []
         for activations in self._activations(train, rows):
-            for trainee in by_layer.get(activations.layer, ()):
+            taught = by_layer.get(activations.layer, ())
+            for trainee, prediction_BTD, target in self._lessons(taught, activations):
                 factor = learning_rate_factor(step, total_steps=total_steps, optimizer=trainee.settings)
-                value = trainee.update(self._loss(trainee, activations), factor=factor, step=step + 1)
+                value = trainee.update(prediction_BTD, target, factor=factor, step=step + 1)
                 if value is not None:
                     trainee.curve.append(LossPoint(step=step + 1, loss=value))
                     losses.append(value)
@@ -193,28 +195,42 @@ class _Teaching:
         """Return the loss of every block that has not failed on the first validation rows."""
         by_layer = _by_layer(trainees)
         return [
-            (trainee, float(self._loss(trainee, activations)))
+            (trainee, target.loss(prediction_BTD))
             for activations in self._activations(validation, slice(0, self.settings.batch_size))
-            for trainee in by_layer.get(activations.layer, ())
+            for trainee, prediction_BTD, target in self._lessons(by_layer.get(activations.layer, ()), activations)
         ]
 
     def _activations(self, packed: PackedTokens, rows: slice) -> Iterator[LayerActivations]:
         return self.parent.activations(packed.tokens_NT[rows], packed.position_ids_NT[rows], stop=self.stop)
 
-    def _loss(self, trainee: Trainee, activations: LayerActivations) -> Tensor:
+    def _lessons(
+        self, taught: Sequence[Trainee], activations: LayerActivations
+    ) -> Iterator[tuple[Trainee, Tensor, BlockTarget]]:
+        """Give what each of a layer's blocks makes of the activations, and what it is held against."""
+        if not taught:
+            return
         own = self.parent.layer(activations.layer)
-        with autocast(self.parent.device, self.settings.precision):
-            if trainee.key.subblock == "ffn":
-                prediction_BTD = trainee.module.feed_forward(activations.middle_BTD)
-            else:
-                attended_BTD = trainee.module.attend(activations.input_BTD, **activations.attention_kwargs)
-                behind = own if trainee.key.subblock == "attention" else trainee.module
-                prediction_BTD = behind.feed_forward(attended_BTD)
         curvature_D = None
         if self.settings.loss == "kl":
             assert self.importance.output_curvature is not None
             curvature_D = self.importance.output_curvature[activations.layer].to(self.parent.device)
-        return block_loss(prediction_BTD, activations.output_BTD, kind=self.settings.loss, curvature_D=curvature_D)
+        target = block_target(activations.output_BTD, kind=self.settings.loss, curvature_D=curvature_D)
+        # All blocks of a layer are given the same: what their norms do before their weights is done once.
+        eps = self.parent.model.config.rms_norm_eps
+        unit_input_BTD, unit_middle_BTD = (
+            unit_rms(hidden_BTD, eps=eps) for hidden_BTD in (activations.input_BTD, activations.middle_BTD)
+        )
+        for trainee in taught:
+            with autocast(self.parent.device, self.settings.precision):
+                if trainee.key.subblock == "ffn":
+                    prediction_BTD = trainee.module.feed_forward(activations.middle_BTD, unit_BTD=unit_middle_BTD)
+                else:
+                    attended_BTD = trainee.module.attend(
+                        activations.input_BTD, unit_BTD=unit_input_BTD, **activations.attention_kwargs
+                    )
+                    behind = own if trainee.key.subblock == "attention" else trainee.module
+                    prediction_BTD = behind.feed_forward(attended_BTD)
+            yield trainee, prediction_BTD, target
 
 
 def _finite_or_fail(trainee: Trainee, loss: float, *, when: str) -> float | None:

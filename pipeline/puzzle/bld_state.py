@@ -21,6 +21,7 @@ from pipeline.architecture import Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.model.heterogeneous import HeterogeneousDecoderLayer
 from pipeline.puzzle.block_keys import BlockKey
+from pipeline.puzzle.block_loss import BlockTarget
 from pipeline.puzzle.library import LossPoint
 from pipeline.recipe import OptimizerConfig
 
@@ -52,16 +53,16 @@ class Trainee:
             fused=True,
         )
 
-    def update(self, loss: Tensor, *, factor: float, step: int) -> float | None:
+    def update(self, prediction_BTD: Tensor, target: BlockTarget, *, factor: float, step: int) -> float | None:
         """Take one optimiser step at `factor` of the learning rate and return the loss.
 
         None, and `failure`, when the loss or its gradient is not finite.
         """
-        value = loss.item()
+        value, gradient_BTD = target.loss_and_gradient(prediction_BTD)
         if not math.isfinite(value):
             self.failure = f"its loss is {value} at step {step}"
             return None
-        loss.backward()
+        prediction_BTD.backward(gradient_BTD)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.max_grad_norm).item()
         if not math.isfinite(norm):
             self.failure = f"its gradient norm is {norm} at step {step}"

@@ -1,10 +1,15 @@
 """How far a block's output is from the parent's: three measures, each a number that its gradient makes smaller.
 
-With y_t the parent's output at token t, e_t what the block misses it by, and rms(y)^2 the mean square over channels:
+With y_t the parent's output at token t of N, e_t what the block misses it by, and rms(y)^2 the mean square over
+channels:
 
     tensor    sum_t |e_t|^2 / sum_t |y_t|^2                the paper's (Puzzle, section 3)
     token     mean_t |e_t|^2 / |y_t|^2                     no token counts for more than another
     kl        mean_t 1/2 sum_d c_d e_td^2 / rms(y_t)^2     an estimate of the final KL, in nats per token
+
+Each is a sum of weighed squares, sum_td w_td e_td^2, whose gradient to the block's output is 2 w e:
+
+    tensor    w = 1 / sum_t |y_t|^2        token    w = 1 / (N |y_t|^2)        kl    w = c_d / (2 N rms(y_t)^2)
 
 Where `kl` comes from. Let P be the parent's distributions and P(e) those of the parent with e added to this output.
 KL(P || P(e)) is zero at e = 0 and never negative, so its gradient vanishes there and it begins with its curvature,
@@ -22,6 +27,7 @@ serves all tokens, and a label that happened to be rare weighs no single token d
 Letters: B batch, T tokens, D hidden_size, V vocab_size.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,21 +42,47 @@ from pipeline.recipe import BlockLoss
 LABEL_SEED = 0
 
 
-def block_loss(
-    prediction_BTD: Tensor, target_BTD: Tensor, *, kind: BlockLoss, curvature_D: Tensor | None = None
-) -> Tensor:
-    """Return how far a block's output is from the parent's, in float32; `kl` needs the layer's `curvature_D`."""
-    # bf16 squares of massive activations would round away everything else.
-    prediction_BTD, target_BTD = prediction_BTD.float(), target_BTD.float()
-    squares_BTD = (prediction_BTD - target_BTD).square()
-    size_BT = target_BTD.square().mean(dim=-1)
-    if kind == "kl":
-        assert curvature_D is not None
-        return 0.5 * ((squares_BTD @ curvature_D) / size_BT).mean()
-    error_BT = squares_BTD.mean(dim=-1)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTarget:
+    """A parent layer's output on one batch, which all blocks of the layer are held against.
+
+    `output_BTD` is float32, and `weight` is w, [], [B, T, 1] or [B, T, D].
+    """
+
+    output_BTD: Tensor
+    weight: Tensor
+
+    def loss(self, prediction_BTD: Tensor) -> float:
+        """Return how far a block's output is from the parent's."""
+        value, _ = self.loss_and_gradient(prediction_BTD)
+        return value
+
+    def loss_and_gradient(self, prediction_BTD: Tensor) -> tuple[float, Tensor]:
+        """Return the loss, and its gradient to the block's output, 2 w e, in the output's precision.
+
+        Written out, it passes over the tensors three times where autograd does twelve: on CPUs whose matrix products
+        are fast, passes are what block distillation waits for.
+        """
+        prediction_BTD = prediction_BTD.detach()
+        error_BTD = prediction_BTD - self.output_BTD  # bf16 is widened here: its squares would round all else away
+        gradient_BTD = error_BTD * (2 * self.weight)
+        value = torch.dot(error_BTD.flatten(), gradient_BTD.flatten()).item() / 2
+        return value, gradient_BTD.to(prediction_BTD.dtype)
+
+
+def block_target(output_BTD: Tensor, *, kind: BlockLoss, curvature_D: Tensor | None = None) -> BlockTarget:
+    """Return what blocks are held against; `kl` needs the layer's `curvature_D`."""
+    output_BTD = output_BTD.float()
+    size_BT1 = output_BTD.square().mean(dim=-1, keepdim=True)
+    num_tokens, num_channels = size_BT1.numel(), output_BTD.shape[-1]
     if kind == "tensor":
-        return error_BT.mean() / size_BT.mean()
-    return (error_BT / size_BT).mean()
+        weight = 1 / (num_tokens * num_channels * size_BT1.mean())
+    elif kind == "token":
+        weight = 1 / (num_tokens * num_channels * size_BT1)
+    else:
+        assert curvature_D is not None
+        weight = curvature_D / (2 * num_tokens * size_BT1)
+    return BlockTarget(output_BTD=output_BTD, weight=weight)
 
 
 def output_curvature(

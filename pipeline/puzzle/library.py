@@ -34,7 +34,7 @@ BLOCK_RECORD = "block.json"
 INDEX = "index.json"
 
 # Raised by hand when block distillation computes something else for the same inputs.
-BLD_VERSION = 1
+BLD_VERSION = 2
 
 
 class LossPoint(Frozen):

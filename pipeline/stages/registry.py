@@ -230,7 +230,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_library",
         group="puzzle",
         module="pipeline.stages.block_library",
-        version=1,
+        version=2,
         inputs=("parent_checkpoint", "distillation_mix", "channel_importance"),
         config=lambda recipe, _: configs.BlockLibraryStage(
             search_space=recipe.search_space, block_library=recipe.block_library

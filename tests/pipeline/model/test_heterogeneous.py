@@ -23,6 +23,7 @@ from pipeline.model.heterogeneous import (
     build_model,
     build_subblock_attention,
     build_subblock_ffn,
+    unit_rms,
 )
 from tests.pipeline.model.builders import (
     LLAMA3_ROPE,
@@ -211,6 +212,19 @@ def test_ffn_subblock_alone_equals_the_layers_feed_forward():
     subblock = build_subblock_ffn(architecture, swiglu(48), dtype=torch.float32)
     subblock.load_state_dict({name: layer_tensors(model, 0)[name] for name in subblock.state_dict()}, strict=True)
     assert torch.equal(subblock(hidden_BTD), model.model.layers[0].feed_forward(hidden_BTD))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_subblocks_given_what_their_norms_begin_with_compute_the_same_bits(dtype: torch.dtype):
+    architecture = make_architecture()
+    model = make_model(architecture).to(dtype)
+    kwargs = attention_inputs(model, batch_size=2, num_tokens=6, device="cpu", dtype=dtype)
+    hidden_BTD = 30 * torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    unit_BTD = unit_rms(hidden_BTD, eps=architecture.rms_norm_eps)
+    layer = model.model.layers[0]
+    assert torch.equal(layer.attend(hidden_BTD, unit_BTD=unit_BTD, **kwargs), layer.attend(hidden_BTD, **kwargs))
+    assert torch.equal(layer.feed_forward(hidden_BTD, unit_BTD=unit_BTD), layer.feed_forward(hidden_BTD))
 
 
 @pytest.mark.parametrize(("attention_bias", "mlp_bias"), list(itertools.product([True, False], repeat=2)))

@@ -9,7 +9,7 @@ from pipeline.model.checkpoint import TensorReader
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.puzzle.bld import FailedBlock, TrainedBlock, train_blocks
-from pipeline.puzzle.block_loss import block_loss
+from pipeline.puzzle.block_loss import block_target
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.initial import build_variant
 from pipeline.puzzle.library import BlockKey
@@ -92,19 +92,6 @@ def assert_bitwise_equal(one: TrainedBlock | FailedBlock, other: TrainedBlock | 
         assert torch.equal(tensor, other.tensors[name]), name
 
 
-def test_block_loss_equals_the_ratio_of_sums_over_the_batch_or_over_each_token():
-    generator = torch.Generator().manual_seed(0)
-    prediction, target = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    target[0, 1] *= 1000  # a massive activation
-    error, size = (prediction - target).square(), target.square()
-    by_token = [error[row, token].sum() / size[row, token].sum() for row in range(2) for token in range(3)]
-    expected = {"tensor": error.sum() / size.sum(), "token": torch.stack(by_token).mean()}
-    for kind, value in expected.items():
-        found = block_loss(prediction, target, kind=kind)  # pyright: ignore[reportArgumentType]
-        torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=0)
-        assert block_loss(target, target, kind=kind).item() == 0.0  # pyright: ignore[reportArgumentType]
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_blocks_lowers_validation_loss_of_every_block(workplace: Workplace, tmp_path: Path, precision: str):
     settings = BlockLibraryConfig.model_validate(SETTINGS.model_dump() | {"precision": precision})
@@ -137,7 +124,7 @@ def test_initial_loss_equals_the_swapped_layer_computed_whole(workplace: Workpla
                 activations.input_BTD, **activations.attention_kwargs
             )
             swapped = (variant if key.subblock == "ffn" else layer).feed_forward(middle)
-            expected = block_loss(swapped, whole, kind="tensor").item()
+            expected = block_target(whole, kind="tensor").loss(swapped)
             assert outcomes[key].record.initial_loss == pytest.approx(expected, rel=1e-5)
 
 

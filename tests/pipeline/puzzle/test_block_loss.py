@@ -11,29 +11,50 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import SilentReporter
 from pipeline.puzzle import block_loss as subject
 from pipeline.puzzle.bld import TrainedBlock, train_blocks
-from pipeline.puzzle.block_loss import block_loss, output_curvature, output_gradients
+from pipeline.puzzle.block_loss import block_target, output_curvature, output_gradients
 from pipeline.puzzle.importance import load_importance
 from pipeline.puzzle.parent_layers import ParentLayers
+from pipeline.recipe import BlockLoss
 from tests.pipeline.puzzle.test_bld import ALL, SETTINGS, train
 from tests.pipeline.puzzle.workplace import Workplace
 
 LAYER = 1
 
 
-def test_kl_loss_is_half_the_curvature_of_the_error_relative_to_each_token():
+def written_out(prediction: Tensor, target: Tensor, curvature: Tensor) -> dict[BlockLoss, Tensor]:
+    """The three losses as the paper and the module's docstring have them."""
+    error, size = (prediction - target).square(), target.square()
+    return {
+        "tensor": error.sum() / size.sum(),
+        "token": (error.sum(dim=-1) / size.sum(dim=-1)).mean(),
+        "kl": (0.5 * (error * curvature).sum(dim=-1) / size.mean(dim=-1)).mean(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tensor", "token", "kl"])
+def test_losses_and_gradients_are_those_of_autograd_in_float64(kind: BlockLoss):
     generator = torch.Generator().manual_seed(0)
     prediction, target = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    target[0, 1] *= 1000  # a massive activation
     curvature = torch.rand(5, generator=generator)
-    expected = sum(
-        0.5
-        * (curvature[channel] * (prediction - target)[row, token, channel] ** 2)
-        / target[row, token].square().mean()
-        for row in range(2)
-        for token in range(3)
-        for channel in range(5)
-    )
-    found = block_loss(prediction, target, kind="kl", curvature_D=curvature)
-    torch.testing.assert_close(found.double(), expected / 6, rtol=1e-6, atol=0)  # pyright: ignore[reportArgumentType]
+    expected = written_out(prediction.requires_grad_(), target, curvature.double())[kind]
+    (expected_gradient,) = torch.autograd.grad(expected, prediction)
+    held = block_target(target, kind=kind, curvature_D=curvature)
+
+    value, gradient = held.loss_and_gradient(prediction)
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-12)
+    assert held.loss(target.float()) == 0.0
+
+
+def test_the_gradient_has_the_precision_of_what_it_is_given_and_its_squares_do_not():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 3, 64, generator=generator)
+    prediction = (target + 1e-2 * torch.randn(2, 3, 64, generator=generator)).bfloat16()
+    value, gradient = block_target(target, kind="token").loss_and_gradient(prediction)
+    assert gradient.dtype == torch.bfloat16
+    expected = written_out(prediction.double(), target.double(), torch.ones(64, dtype=torch.float64))["token"]
+    assert value == pytest.approx(expected.item(), rel=1e-5)
 
 
 def log_probabilities(model: HeterogeneousLlamaForCausalLM, tokens_BT: Tensor, output_BTD: Tensor) -> Tensor:
