@@ -179,7 +179,7 @@ lint: $(INSTALLED) ## Formatting, lint, types and import contracts
 	@$(BIN)/pyright --pythonpath $(PYTHON)
 	@$(BIN)/lint-imports
 
-check: lint test ## Everything that CI checks
+check: lint test ## Formatting, lint, types, import contracts, tests
 
 bench: $(INSTALLED) ## Run every benchmark of bench/; each prints a ratio
 	@set -e; for file in bench/bench_*.py; do echo "==> $$file"; $(PYTHON) $$file; done

@@ -130,7 +130,7 @@ def known_recipes(*given: Recipe) -> tuple[Recipe, ...]:
 
 
 def dagster_home(workspace: Workspace) -> Path:
-    """Return DAGSTER_HOME, or where the Makefile puts the home of a recipe: below the name of its file."""
+    """Return DAGSTER_HOME, which make sets, or else the home that make gives a recipe: below the name of its file."""
     given = os.environ.get("DAGSTER_HOME")
     return Path(given) if given else refit_home() / "dagster" / Path(workspace.recipe_given).name.removesuffix(".yaml")
 

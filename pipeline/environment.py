@@ -64,9 +64,9 @@ def _files_by_key(config: Frozen) -> dict[str, list[Path]]:
             f"reasoning_traces.imports {rows.name}, path {rows.path}": _matching(rows.path)
             for rows in config.traces.imports
         } | {
-            f"reasoning_traces.endpoints {name}, prompts.path {prompts.path}": _below(
-                Path(prompts.path).parent, Path(prompts.path).name
-            )
+            f"reasoning_traces.endpoints {name}, prompts.path {prompts.path}": [
+                file for file in (Path(prompts.path),) if file.is_file()
+            ]
             for name, prompts in asked.items()
             if isinstance(prompts, FilePrompts)
         }

@@ -12,6 +12,7 @@ asking which event came last; so a result can be reused after a scheduler's data
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -256,9 +257,10 @@ class _Resolver:
             key = self.fingerprint(upstream)
             found = store.find(name, key)
             if found is None:
+                given = shlex.quote(self._workspace.recipe_given)
                 raise MissingInputError(
                     f"{reader.name} reads {name}, which is not materialized for recipe {self._workspace.recipe.name} "
-                    f"({name}/{key} is not in {store.root}): run `make materialize SELECT='*{name}'"
+                    f"({name}/{key} is not in {store.root}): run `make materialize RECIPE={given} SELECT='*{name}'"
                     + (f" TARGET={self._target}`" if upstream.per_target else "`")
                     + " first"
                 )

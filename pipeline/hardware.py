@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+_DEVICES = Path("/dev")
 
 
 def hardware_id() -> dict[str, str | int]:
@@ -36,7 +37,8 @@ def idle_gpus() -> str | None:
     An environment that was installed where no GPU was seen, on a login node or in an image, has PyTorch's CPU build.
     """
     models, torch = _nvidia_models(), version("torch")
-    if not models or not torch.endswith("+cpu"):
+    # A container may see the host's /proc and no device.
+    if not models or not any(_DEVICES.glob("nvidia[0-9]*")) or _are_hidden() or not torch.endswith("+cpu"):
         return None
     return (
         f"this machine has {models[0]}, and torch {torch} is a CPU build, installed where no GPU was seen: run "
@@ -56,9 +58,13 @@ def _cpu_model() -> str:
 def _gpu_models() -> list[str]:
     """Return the accelerators that this process may use; CUDA_VISIBLE_DEVICES may hide some or all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
+    if _are_hidden():
         return []
     return [*([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]), *_nvidia_models()]
+
+
+def _are_hidden() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
 
 
 def _nvidia_models() -> list[str]:

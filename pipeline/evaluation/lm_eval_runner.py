@@ -143,8 +143,8 @@ def _load(manager: Any, what: str | dict[str, Any], *, origin: str | None) -> di
         step = (
             "mend the task file or its data"
             if origin is None
-            else f"it reads the data set {origin} of the Hugging Face hub: connect to it, or fill the cache (HF_HOME) "
-            "where there is a network and set HF_HUB_OFFLINE=1 here, or write a task file over local files"
+            else f"it reads the data set {origin} of the Hugging Face hub: set HF_HUB_OFFLINE=0 where there is a "
+            "network, or fill the cache (HF_HOME) there, or write a task file over local files"
         )
         raise DataError(f"lm-eval cannot load task {name} ({type(err).__name__}: {err}); {step}") from err
     return loaded

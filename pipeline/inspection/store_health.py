@@ -117,5 +117,6 @@ def _examine_garbage(workspace: Workspace, *, recipes: Sequence[Recipe]) -> Iter
         severity="note",
         subject="garbage",
         detail=f"{len(garbage)} artifacts, {size / MIB:,.1f} MiB, belong to no recipe of {names}: {listed}",
-        next_step="`python -m pipeline doctor --remove-garbage` deletes them; name a recipe of your own with --recipe",
+        next_step="`python -m pipeline doctor --remove-garbage` deletes them; name recipes of your own with --recipe "
+        "and --keep",
     )

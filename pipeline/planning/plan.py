@@ -21,6 +21,7 @@ from pipeline.planning.warnings import (
     target_warnings,
 )
 from pipeline.prerequisites import missing_runtimes
+from pipeline.recipe import Recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.registry import STAGES
 
@@ -109,7 +110,7 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
         *(memory_warnings(estimates, device=device, case=case) if device is not None else []),
         *disk_warnings(estimates, finished=finished, free_bytes=shutil.disk_usage(existing).free, root=str(existing)),
         *data_warnings(case),
-        *_path_warnings(workspace, target_name=target_name, finished=finished),
+        *_path_warnings(recipe, target_name=target_name),
         *_runtime_warnings(workspace),
         *(f"device: {told}" for told in (idle_gpus(),) if told is not None),
         *(
@@ -129,13 +130,15 @@ def make_plan(workspace: Workspace, *, target_name: str, device: Device | None) 
     )
 
 
-def _path_warnings(workspace: Workspace, *, target_name: str, finished: set[str]) -> list[str]:
-    """Return the paths of the recipe behind which a stage that is still to run finds nothing, each once."""
+def _path_warnings(recipe: Recipe, *, target_name: str) -> list[str]:
+    """Return the paths of the recipe behind which its stages find nothing, each once.
+
+    Of stages that are done, too: what they read is part of what their artifacts are found by.
+    """
     found: dict[str, str] = {}
     for stage in STAGES:
-        if stage.name not in finished:
-            for told in missing_paths(stage.config(workspace.recipe, target_name)):
-                found.setdefault(told, stage.name)
+        for told in missing_paths(stage.config(recipe, target_name)):
+            found.setdefault(told, stage.name)
     return [
         f"data: {told} names no file that is there, and {name} reads it: correct it, or put the files there first"
         for told, name in found.items()

@@ -90,8 +90,10 @@ def block_library(case: Case) -> Estimate:
     num_tokens = config.batch_size * length
     one_layer = parent.with_blocks([space.parent])
     batch = activation_bytes(one_layer, num_tokens=num_tokens, precision=config.precision)
-    # The parent's three hidden states, and fp32 copies of prediction, target, error and its square for the loss.
-    batch += num_tokens * parent.hidden_size * (3 * BYTES_PER_PARAMETER[config.precision] + 16.0)
+    # The parent's three hidden states, two of them over their root mean square, a block's output and its gradient; fp32
+    # target, error and gradient, and for the loss "kl" a slope for each value.
+    exact = 16.0 if config.loss == "kl" else 12.0
+    batch += num_tokens * parent.hidden_size * (7 * BYTES_PER_PARAMETER[config.precision] + exact)
     # States of the closed-form start in files, gone before progress is saved: of the rank that sends and its next.
     spilled = (states - kept) * min(2, len(stretches))
     return Estimate(

@@ -217,16 +217,16 @@ class _Teaching:
         target = block_target(activations.output_BTD, kind=self.settings.loss, curvature_D=curvature_D)
         # All blocks of a layer are given the same: what their norms do before their weights is done once.
         eps = self.parent.model.config.rms_norm_eps
-        unit_input_BTD, unit_middle_BTD = (
-            unit_rms(hidden_BTD, eps=eps) for hidden_BTD in (activations.input_BTD, activations.middle_BTD)
-        )
+        given = {"ffn": activations.middle_BTD, "attention": activations.input_BTD, "pair": activations.input_BTD}
+        units = {kind: unit_rms(given[kind], eps=eps) for kind in {trainee.key.subblock for trainee in taught}}
         for trainee in taught:
+            kind = trainee.key.subblock
             with autocast(self.parent.device, self.settings.precision):
-                if trainee.key.subblock == "ffn":
-                    prediction_BTD = trainee.module.feed_forward(activations.middle_BTD, unit_BTD=unit_middle_BTD)
+                if kind == "ffn":
+                    prediction_BTD = trainee.module.feed_forward(given[kind], unit_BTD=units[kind])
                 else:
                     attended_BTD = trainee.module.attend(
-                        activations.input_BTD, unit_BTD=unit_input_BTD, **activations.attention_kwargs
+                        given[kind], unit_BTD=units[kind], **activations.attention_kwargs
                     )
                     behind = own if trainee.key.subblock == "attention" else trainee.module
                     prediction_BTD = behind.feed_forward(attended_BTD)

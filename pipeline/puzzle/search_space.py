@@ -6,7 +6,7 @@ parent's own, then by falling size, linear, no-op), so the order of a recipe's l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pipeline.architecture import (
     LINEAR_ATTENTION,
@@ -21,7 +21,7 @@ from pipeline.architecture import (
     swiglu,
 )
 from pipeline.errors import RecipeError
-from pipeline.recipe import AttentionOption, FFNOption, Pin, SearchSpaceConfig
+from pipeline.recipe import AttentionOption, Backend, FFNOption, Pin, SearchSpaceConfig
 
 PORTABLE_WIDTH_MULTIPLE = 256
 NARROW_WIDTH_MULTIPLE = 8
@@ -207,7 +207,7 @@ def ffn_from_key(key: str) -> FFNSpec:
     return swiglu(int(key[3:])) if key.startswith("ffn") else FFNSpec.model_validate({"kind": key})
 
 
-def require_timeable(space: SearchSpace, *, backend: str) -> None:
+def require_timeable(space: SearchSpace, *, backend: Backend | Literal["roofline"]) -> None:
     """Refuse variants that a runtime does not have: llama.cpp no linear FFN, vLLM neither that nor linear attention.
 
     Raises:

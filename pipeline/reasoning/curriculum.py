@@ -28,8 +28,8 @@ class Batch:
 def worth_trying(pass_rates: Sequence[float], *, min_pass_rate: float, max_pass_rate: float) -> list[int]:
     """Return the places of prompts from `min_pass_rate` up to below `max_pass_rate`.
 
-    Replies that are all wrong teach no more than replies that are all right: the paper, with samples to spare, drops
-    the latter alone.
+    Of replies none of which is right, or all, only form and instructions followed in part are left to learn from. The
+    paper, with samples to spare, drops the easy prompts alone.
     """
     return [place for place, rate in enumerate(pass_rates) if min_pass_rate <= rate < max_pass_rate]
 

@@ -53,8 +53,8 @@ def require_prompts(num_prompts: int, *, config: RLConfig) -> None:
     if num_prompts < config.prompts_per_step:
         raise DataError(
             f"{num_prompts} prompts are left for reinforcement learning, a step takes {config.prompts_per_step}: raise "
-            "rl_prompts.items_per_task or rl_prompts.instructions.num_prompts, or keep more of them with another "
-            "rl.difficulty.min_pass_rate and max_pass_rate"
+            "rl_prompts.items_per_task or rl_prompts.instructions.num_prompts"
+            + (", or let rl.difficulty keep more of them" if config.difficulty is not None else "")
         )
 
 

@@ -6,11 +6,14 @@ import pytest
 
 from pipeline import hardware
 from pipeline.hardware import idle_gpus
+from pipeline.inspection.machine_health import examine_machine
 
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(hardware, "_NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
 
@@ -22,8 +25,14 @@ def test_a_gpu_beside_a_cpu_build_is_told_with_the_way_out(
     assert idle_gpus() is None
     (gpus / "0000:01:00.0").mkdir()
     (gpus / "0000:01:00.0" / "information").write_text("Model: \t NVIDIA H100 80GB HBM3\nIRQ: \t 16\n")
+    assert idle_gpus() is None  # a container without the device
+    (gpus / "nvidia0").touch()
     told = idle_gpus()
     assert (told is not None) == is_told
     if told is not None:
         assert told.startswith("this machine has NVIDIA H100 80GB HBM3, and torch 2.13.0+cpu is a CPU build")
         assert told.endswith("`make --always-make install` here")
+        (finding,) = examine_machine()
+        assert (finding.severity, f"{finding.detail}: {finding.next_step}") == ("problem", told)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert idle_gpus() is None

@@ -242,7 +242,7 @@ def test_task_of_the_hub_offline_says_what_it_needs(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     _write_task(tmp_path / "tasks", dataset_path="nobody/nothing", dataset_kwargs={})
-    with pytest.raises(DataError, match=r"data set nobody/nothing of the Hugging Face hub: connect to it, or fill"):
+    with pytest.raises(DataError, match=r"data set nobody/nothing of the Hugging Face hub: set HF_HUB_OFFLINE=0"):
         load_task(_task("mine"), include_path=str(tmp_path / "tasks"))
 
 

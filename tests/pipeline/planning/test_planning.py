@@ -331,7 +331,7 @@ def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):
     assert header.endswith("disk taken")
 
 
-def test_paths_with_nothing_behind_them_are_told_once_until_their_stage_is_done(tmp_path: Path):
+def test_paths_with_nothing_behind_them_are_told_once(tmp_path: Path):
     recipe = load_recipe("smol-full")
     reward_model = RewardModelConfig(
         path=str(tmp_path / "judge"), weight=1, min_score=-1, max_score=1, precision="fp32"

@@ -85,3 +85,13 @@ def test_other_launchers_need_no_job(monkeypatch: pytest.MonkeyPatch):
     for name in IN_A_JOB:
         monkeypatch.delenv(name, raising=False)
     assert missing_allocation(ExecutionSettings(num_ranks=8)) is None
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("0", "0")])
+def test_stage_processes_fetch_nothing_unless_they_are_told_to(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, found: str
+):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", given)
+    assert child_environment(ExecutionSettings())["HF_HUB_OFFLINE"] == found
