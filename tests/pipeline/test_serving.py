@@ -54,6 +54,13 @@ def test_servers_listen_on_loopback_alone(runtimes: Path, export_dir: Path, runt
     assert command[command.index("--port") + 1] == "8123"
 
 
+def test_servers_answer_no_page_of_another_site(runtimes: Path, export_dir: Path):
+    install(runtimes, "llama.cpp/bin/llama-server", "vllm/bin/python")
+    llama_cpp, vllm = (find_server(export_dir, port=8080, runtime=runtime) for runtime in ("llama.cpp", "vllm"))
+    assert llama_cpp.env == {"LLAMA_ARG_CORS_ORIGINS": "localhost"}
+    assert vllm.command[vllm.command.index("--allowed-origins") + 1] == "[]"
+
+
 def test_vllm_on_a_cpu_takes_the_cache_of_two_sequences_and_not_the_machine(runtimes: Path, export_dir: Path):
     install(runtimes, "vllm/bin/python")
     architecture = make_architecture(blocks=make_blocks((gqa(2), swiglu(256)), (gqa(1), swiglu(256))))
