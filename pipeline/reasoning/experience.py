@@ -130,7 +130,10 @@ def sample_judged(
     model_rewards = [0.0] * len(prompted)
     if reward_model is not None:
         model_rewards = reward_model.rewards(
-            [(prompt.item.question, verdict.answer) for (prompt, *_), verdict in zip(prompted, verdicts, strict=True)]
+            [
+                (prompt.item.question, verdict.answer if verdict.is_well_formed else "")
+                for (prompt, *_), verdict in zip(prompted, verdicts, strict=True)
+            ]
         )
     judged = [
         Judged(

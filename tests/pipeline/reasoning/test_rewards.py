@@ -36,12 +36,12 @@ def item() -> ReasoningItem:
         (False, "", False, False),
     ],
 )
-def test_judge_replies_earn_accuracy_and_form_apart(
+def test_judge_replies_earn_in_the_form_of_their_mode_alone(
     item: ReasoningItem, thinking: bool, template: str, is_right: bool, is_well_formed: bool
 ):
     verdict = _judge(template.format(answer=item.answer), item=item, thinking=thinking)
     assert (verdict.is_right, verdict.is_well_formed) == (is_right, is_well_formed)
-    assert verdict.reward(accuracy_reward=1.0, format_reward=0.25) == is_right + 0.25 * is_well_formed
+    assert verdict.reward(accuracy_reward=1.0, format_reward=0.25) == (is_right + 0.25) * is_well_formed
     assert not verdict.has_verifier_failed
 
 
@@ -85,7 +85,7 @@ def test_judge_instructions_are_those_that_the_answer_follows(
 ):
     in_part = _judge(text, item=INSTRUCTED, thinking=thinking)
     in_all = judge(text, item=INSTRUCTED, thinking=thinking, is_terminated=True, instruction_reward="all")
-    assert in_part.reward(accuracy_reward=2.0, format_reward=0.25) == 2.0 * share + 0.25 * is_well_formed
+    assert in_part.reward(accuracy_reward=2.0, format_reward=0.25) == (2.0 * share + 0.25) * is_well_formed
     assert in_all.accuracy == float(share == 1.0)
     assert in_part.is_right == in_all.is_right == (share == 1.0)
 
