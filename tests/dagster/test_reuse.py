@@ -106,7 +106,7 @@ def test_missing_input_is_one_clear_failure(tmp_path: Path):
 
     assert done.returncode != 0
     assert "Failure: kd_checkpoint: " in done.stderr
-    advice = re.search(r"run `make materialize SELECT='([^']+)'", done.stderr)
+    advice = re.search(r"run `make materialize RECIPE=tiny SELECT='([^']+)'", done.stderr)
     assert advice is not None, done.stderr
     # What is advised makes the missing artifact from nothing.
     graph = build_defs(workspace=open_tiny(tmp_path / "other")).resolve_asset_graph()
