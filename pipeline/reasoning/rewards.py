@@ -40,7 +40,7 @@ class Verdict:
 
     def reward(self, *, accuracy_reward: float, format_reward: float) -> float:
         """Return the weighted sum, or 0 for a reply that was cut off or has not the form of its mode."""
-        if not self.is_terminated or not self.is_well_formed:
+        if not self.is_well_formed:
             return 0.0
         return accuracy_reward * self.accuracy + format_reward
 

@@ -26,7 +26,6 @@ from pipeline.recipe import (
     CorporaConfig,
     EndpointTraces,
     FilePrompts,
-    FileSource,
     ImportedTraces,
     LmEvalConfig,
     LmEvalTask,
@@ -39,6 +38,7 @@ from pipeline.runtimes import RuntimeMissingError
 from pipeline.stage import ExecutionSettings, StageResult
 from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish, publish_all
+from tests.pipeline.data.builders import file_source
 
 PARENT = get_stage("parent_checkpoint")
 
@@ -185,15 +185,7 @@ def test_fingerprint_of_shared_stages_is_the_same_for_every_target(workspace: Wo
 
 def test_fingerprint_of_corpora_follows_the_bytes_of_local_files(workspace: Workspace, tmp_path: Path):
     file = tmp_path / "documents.jsonl"
-    source = FileSource(
-        kind="jsonl",
-        name="mine",
-        domain="web",
-        licence="mine",
-        path=str(tmp_path / "*.jsonl"),
-        text_field="text",
-        max_documents=5,
-    )
+    source = file_source(tmp_path / "*.jsonl")
     mine = open_tiny(tmp_path, recipe=workspace.recipe.model_copy(update={"corpora": CorporaConfig(sources=(source,))}))
     corpora = get_stage("corpora")
 

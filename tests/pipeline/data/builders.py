@@ -9,6 +9,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.documents import Document, SourceRecord, SourceRecords, select_documents, write_documents
+from pipeline.recipe import FileSource
 
 CHATML_WITH_DEFAULT_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -98,3 +99,16 @@ def write_corpora(
     contents = SourceRecords(sources=tuple(records))
     (directory / "sources.json").write_text(contents.model_dump_json(), encoding="utf-8")
     return directory
+
+
+def file_source(path: Path, *, text_field: str = "text", max_documents: int = 5) -> FileSource:
+    """A source of a recipe over JSONL files of one's own."""
+    return FileSource(
+        kind="jsonl",
+        name="own",
+        domain="notes",
+        licence="CC-BY-4.0",
+        path=str(path),
+        text_field=text_field,
+        max_documents=max_documents,
+    )

@@ -20,7 +20,6 @@ from pipeline.model.random_parent import make_random_parent
 from pipeline.recipe import (
     CorporaConfig,
     EvaluationSetsConfig,
-    FileSource,
     HeldOutText,
     InstructionsConfig,
     LongContextTokens,
@@ -32,7 +31,7 @@ from pipeline.recipe import (
 from pipeline.stage import StageInputs
 from pipeline.stages import corpora, distillation_mix, evaluation_sets, pretraining_mix
 from pipeline.stages.configs import CorporaStage, EvaluationSetsStage, MixtureStage
-from tests.pipeline.data.builders import make_documents, write_corpora
+from tests.pipeline.data.builders import file_source, make_documents, write_corpora
 
 PARENT = RandomParent(
     kind="random",
@@ -78,15 +77,7 @@ def test_corpora_writes_documents_licences_and_counts(tmp_path: Path):
     (tmp_path / "own.jsonl").write_text(
         "".join(json.dumps({"body": item.text}) + "\n" for item in documents), encoding="utf-8"
     )
-    source = FileSource(
-        kind="jsonl",
-        name="own",
-        domain="notes",
-        licence="CC-BY-4.0",
-        path=str(tmp_path / "own.jsonl"),
-        text_field="body",
-        max_documents=10,
-    )
+    source = file_source(tmp_path / "own.jsonl", text_field="body", max_documents=10)
     config = CorporaStage(corpora=CorporaConfig(sources=(source,)))
     outs = [tmp_path / "first", tmp_path / "second"]
     result, again = (corpora.run(config, stage_inputs(tmp_path), out) for out in outs)

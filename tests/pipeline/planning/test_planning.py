@@ -20,12 +20,7 @@ from pipeline.planning.ranges import Range
 from pipeline.planning.render import binary, seconds, short
 from pipeline.planning.training_estimates import micro_batch_rows
 from pipeline.planning.warnings import fitting_settings
-from pipeline.recipe import (
-    CorporaConfig,
-    DifficultyConfig,
-    FileSource,
-    RewardModelConfig,
-)
+from pipeline.recipe import DifficultyConfig
 from pipeline.recipe_file import load_recipe
 from pipeline.stages.registry import STAGES
 from pipeline.training.engine import choose_micro_batch_size
@@ -329,46 +324,6 @@ def test_after_a_run_the_plan_stands_beside_what_happened(tmp_path: Path):
     text = plan_text(place, target=recipe.default_target, device=None, peak_tflops=0.1, measure=False)
     header = next(line for line in text.splitlines() if line.startswith("stage"))
     assert header.endswith("disk taken")
-
-
-def test_paths_with_nothing_behind_them_are_told_once(tmp_path: Path):
-    recipe = load_recipe("smol-full")
-    reward_model = RewardModelConfig(
-        path=str(tmp_path / "judge"), weight=1, min_score=-1, max_score=1, precision="fp32"
-    )
-    assert recipe.evaluation.lm_eval is not None
-    tasks = recipe.evaluation.lm_eval.model_copy(update={"include_path": str(tmp_path / "tasks")})
-    documents = FileSource(
-        kind="jsonl",
-        name="mine",
-        domain="web",
-        licence="mine",
-        path=str(tmp_path / "*.jsonl"),
-        text_field="text",
-        max_documents=5,
-    )
-    place = workspace(
-        tmp_path,
-        recipe.model_copy(
-            update={
-                "corpora": CorporaConfig(sources=(documents, *recipe.corpora.sources)),
-                "rl": recipe.rl.model_copy(update={"reward_model": reward_model}),
-                "evaluation": recipe.evaluation.model_copy(update={"lm_eval": tasks}),
-            }
-        ),
-    )
-
-    def told() -> list[str]:
-        plan = make_plan(place, target_name=recipe.default_target, device=None)
-        return [line.split(" names no file")[0] for line in plan.warnings if "names no file" in line]
-
-    missing = [
-        f"data: evaluation.lm_eval.include_path {tmp_path}/tasks",
-        f"data: rl.reward_model.path {tmp_path}/judge",
-    ]
-    assert told() == [f"data: corpora.sources mine, path {tmp_path}/*.jsonl", *missing]
-    (tmp_path / "documents.jsonl").write_text('{"text": "one"}\n')
-    assert told() == missing
 
 
 def test_unknown_device_lists_the_known_ones(tmp_path: Path):

@@ -9,8 +9,9 @@ import pytest
 from pipeline.errors import RecipeError
 from pipeline.planning.devices import find_device
 from pipeline.planning.plan import make_plan
-from pipeline.recipe import Limit, Pin
+from pipeline.recipe import CorporaConfig, Limit, Pin, RewardModelConfig
 from pipeline.recipe_file import load_recipe
+from tests.pipeline.data.builders import file_source
 from tests.pipeline.planning.builders import with_target, workspace
 
 
@@ -160,3 +161,35 @@ def test_what_a_training_would_refuse_is_told(changes: Any, execution: Any, said
     assert any(said in warning for warning in warnings)
     fine = make_plan(workspace(tmp_path, shipped), target_name=recipe.default_target, device=None).warnings
     assert not any(said in warning for warning in fine)
+
+
+def test_paths_with_nothing_behind_them_are_told_once(tmp_path: Path):
+    recipe = load_recipe("smol-full")
+    reward_model = RewardModelConfig(
+        path=str(tmp_path / "judge"), weight=1, min_score=-1, max_score=1, precision="fp32"
+    )
+    assert recipe.evaluation.lm_eval is not None
+    tasks = recipe.evaluation.lm_eval.model_copy(update={"include_path": str(tmp_path / "tasks")})
+    documents = file_source(tmp_path / "*.jsonl")
+    place = workspace(
+        tmp_path,
+        recipe.model_copy(
+            update={
+                "corpora": CorporaConfig(sources=(documents, *recipe.corpora.sources)),
+                "rl": recipe.rl.model_copy(update={"reward_model": reward_model}),
+                "evaluation": recipe.evaluation.model_copy(update={"lm_eval": tasks}),
+            }
+        ),
+    )
+
+    def told() -> list[str]:
+        plan = make_plan(place, target_name=recipe.default_target, device=None)
+        return [line.split(" names no file")[0] for line in plan.warnings if "names no file" in line]
+
+    missing = [
+        f"data: evaluation.lm_eval.include_path {tmp_path}/tasks",
+        f"data: rl.reward_model.path {tmp_path}/judge",
+    ]
+    assert told() == [f"data: corpora.sources own, path {tmp_path}/*.jsonl", *missing]
+    (tmp_path / "documents.jsonl").write_text('{"text": "one"}\n')
+    assert told() == missing
