@@ -23,6 +23,7 @@ from pipeline.puzzle.programme import (
     Programme,
     Row,
     Values,
+    least_of_row,
     least_overrun,
     solve_diverse,
     solve_programme,
@@ -203,14 +204,27 @@ def _require_each_limit_reachable(problem: Problem, programme: Programme) -> Non
 
 
 def _jointly_infeasible(problem: Problem, programme: Programme, *, time_limit_s: float) -> InfeasibleError:
-    """Return the error for limits that can each be met but not together: the least total overrun, limit by limit."""
+    """Return the error for limits that can each be met but not together, with how far each must move to be met."""
     blocks = [candidate.block for candidate in problem.choose(least_overrun(programme, time_limit_s=time_limit_s))]
     missed = violated_limits(blocks, problem.limits)
     nearest = "; ".join(f"{limit.name} reaches {limit.reached(blocks):,.4g}" for limit in missed)
     return InfeasibleError(
-        f"the limits can each be met but not together: in the nearest choice of blocks {nearest}, all others met. "
-        f"{_reachable_alone(problem)} Loosen one of them{_or_untie(problem)}, or add variants to search_space"
+        f"the limits can each be met but not together. {_reachable_beside(problem, programme, time_limit_s)} "
+        f"In the nearest choice of blocks {nearest}, all others met. {_reachable_alone(problem)} "
+        f"Loosen one of them{_or_untie(problem)}, or add variants to search_space"
     )
+
+
+def _reachable_beside(problem: Problem, programme: Programme, time_limit_s: float) -> str:
+    reach: list[str] = []
+    for index, limit in enumerate(problem.limits):
+        chosen = least_of_row(programme, index, time_limit_s=time_limit_s)
+        if chosen is None:
+            reach.append(f"{limit.name}: nothing, for the others exclude each other")
+        else:
+            reached = limit.reached([candidate.block for candidate in problem.choose(chosen)])
+            reach.append(f"{limit.name}: {reached:,.4g}")
+    return f"Best reachable for each limit while all others are met: {', '.join(reach)}."
 
 
 def _reachable_alone(problem: Problem) -> str:

@@ -201,6 +201,27 @@ def least_overrun(programme: Programme, *, time_limit_s: float) -> tuple[int, ..
     return _read_choice(variables)
 
 
+def least_of_row(programme: Programme, index: int, *, time_limit_s: float) -> tuple[int, ...] | None:
+    """Return the choice that needs least of one row while it meets all others; None when none meets those.
+
+    Raises:
+        StageError: when the solver ends without an answer.
+    """
+    model = pulp.LpProblem("least_of_row", pulp.LpMinimize)
+    variables = _add_choices(model, _undominated(programme), programme)
+    for place, row in enumerate(programme.rows):
+        used = _used(model, row, variables, name=f"row_{place}")
+        if place == index:
+            model.setObjective(used)
+        else:
+            model.addConstraint(used <= 1 - row.fixed / row.upper, f"row_{place}")
+    _run_solver(model, time_limit_s=time_limit_s, relative_gap=0.0)
+    if model.status == pulp.LpStatusInfeasible:
+        return None
+    _read_status(model, time_limit_s=time_limit_s)
+    return _read_choice(variables)
+
+
 def _undominated(programme: Programme) -> list[list[int]]:
     """Return, layer by layer, the candidates that no other of their family beats or equals in score and every row."""
     kept: list[list[int]] = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InfeasibleError, RecipeError, RefitError
-from pipeline.puzzle.programme import Programme, Row, least_overrun, solve_diverse
+from pipeline.puzzle.programme import Programme, Row, least_of_row, least_overrun, solve_diverse
 
 TIME_LIMIT_S = 60.0
 KINDS = ("metrics", "stats")
@@ -167,14 +167,20 @@ def _solution(table: LibraryTable, programme: Programme, chosen: Sequence[int]) 
 
 
 def _infeasible(programme: Programme) -> InfeasibleError:
-    least = ", ".join(f"{row.name}: {programme.least(row):,.6g} of {row.upper:,.6g}" for row in programme.rows)
+    alone = ", ".join(f"{row.name}: {programme.least(row):,.6g} of {row.upper:,.6g}" for row in programme.rows)
+    beside: list[str] = []
+    for index, row in enumerate(programme.rows):
+        chosen = least_of_row(programme, index, time_limit_s=TIME_LIMIT_S)
+        if chosen is not None:
+            beside.append(f"{row.name}: {row.total(chosen):,.6g}")
     nearest = least_overrun(programme, time_limit_s=TIME_LIMIT_S)
     missed = "; ".join(
         f"{row.name} needs {row.total(nearest):,.6g} of {row.upper:,.6g}" for row in programme.broken_rows(nearest)
     )
     return InfeasibleError(
-        f"no choice of blocks meets every limit. The least that each can reach alone: {least}. In the nearest choice "
-        f"{missed}. Raise those limits"
+        f"no choice of blocks meets every limit. The least that each can reach alone: {alone}; while all others are "
+        f"met: {', '.join(beside) or 'no limit can make up for the others'}. In the nearest choice {missed}. "
+        "Raise those limits"
     )
 
 

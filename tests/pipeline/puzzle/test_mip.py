@@ -18,6 +18,17 @@ from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
 VARIANTS = ((gqa(2), swiglu(64)), (gqa(1), swiglu(16)), (NO_ATTENTION, NO_FFN))
 
+# A made-up second resource that the small blocks are expensive in.
+OPPOSED = LinearLimit(
+    limit=limit("kv_bytes_per_token", 0.5),
+    name="opposed",
+    fixed=0.0,
+    upper=1.0,
+    reference=1.0,
+    work=0.0,
+    cost={"kv2+ffn64": 0.1, "kv1+ffn16": 2.0, "no_op+no_op": 2.0},
+)
+
 
 def make_problem(limits: list[Limit], *, seed: int, num_layers: int = 3) -> Problem:
     rng = random.Random(seed)
@@ -110,24 +121,25 @@ def test_solve_impossible_limit_names_it_and_the_best_reachable():
     assert f"{problem.limits[0].reference / least:,.4g}" in str(caught.value)
 
 
-def test_solve_limits_that_exclude_each_other_says_so():
-    tight = make_problem([limit("num_parameters", 0.99)], seed=3, num_layers=2)
-    # A made-up second resource that the small blocks are expensive in.
-    opposed = LinearLimit(
-        limit=limit("kv_bytes_per_token", 0.5),
-        name="opposed",
-        fixed=0.0,
-        upper=1.0,
-        reference=1.0,
-        work=0.0,
-        cost={"kv2+ffn64": 0.1, "kv1+ffn16": 2.0, "no_op+no_op": 2.0},
-    )
-    with pytest.raises(InfeasibleError, match="can each be met but not together"):
-        solve(
-            Problem(layers=tight.layers, limits=(*tight.limits, opposed)),
-            time_limit_s=10,
-            relative_gap=0.0,
-        )
+@pytest.mark.parametrize("seed", range(4))
+def test_limits_that_exclude_each_other_name_the_best_of_each_beside_the_others(seed: int):
+    tight = make_problem([limit("num_parameters", 0.99)], seed=seed, num_layers=3)
+    problem = Problem(layers=tight.layers, limits=(*tight.limits, OPPOSED))
+    with pytest.raises(InfeasibleError, match="can each be met but not together") as caught:
+        solve(problem, time_limit_s=10, relative_gap=0.0)
+    choices = [[candidate.block for candidate in choice] for choice in itertools.product(*problem.layers)]
+    best = {
+        one.name: min(one.reached(blocks) for blocks in choices if not violated_limits(blocks, [other]))
+        for one, other in itertools.permutations(problem.limits)
+    }
+    expected = ", ".join(f"{name}: {value:,.4g}" for name, value in best.items())
+    assert f"Best reachable for each limit while all others are met: {expected}." in str(caught.value)
+
+
+def test_limits_that_are_impossible_without_a_third_say_so_of_the_third():
+    tight = make_problem([limit("num_parameters", 0.99), limit("kv_bytes_per_token", 1.0)], seed=3, num_layers=2)
+    with pytest.raises(InfeasibleError, match=r"kv_bytes_per_token .*: nothing, for the others exclude each other"):
+        solve(Problem(layers=tight.layers, limits=(*tight.limits, OPPOSED)), time_limit_s=10, relative_gap=0.0)
 
 
 def test_solve_equal_candidates_takes_the_first():
