@@ -19,7 +19,7 @@ from pipeline.puzzle.batches import at_batch, swept_scenarios
 from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
 from pipeline.puzzle.patterns import free_choices
 from pipeline.puzzle.search_space import pinned_blocks
-from pipeline.recipe import Limit, Recipe, Target
+from pipeline.recipe import Limit, RandomParent, Recipe, Target
 from pipeline.stages.registry import STAGES
 
 GIB = 2**30
@@ -153,7 +153,7 @@ def execution_warnings(case: Case) -> list[str]:
 
 
 def data_warnings(case: Case) -> list[str]:
-    """Return trainings whose tokens their data can hardly hold."""
+    """Return trainings whose tokens their data can hardly hold, and rows that a filter would drop by their licence."""
     recipe = case.recipe
     found = []
     traces = recipe.reasoning_traces
@@ -166,6 +166,16 @@ def data_warnings(case: Case) -> list[str]:
                 f"data: sft.stages[{index}].tokens is {part.tokens:,}, the toggle dataset of {num_items:,} pairs holds "
                 f"about {most_tokens:,} at most, which makes {part.tokens / most_tokens:.0f} epochs: raise "
                 "reasoning_traces.items_per_task, import a set, or lower the tokens"
+            )
+    allowed = recipe.reasoning_toggle_dataset.filters.licences
+    licences = {f"reasoning_traces.endpoints {one.name}": one.licence for one in traces.endpoints}
+    if traces.chat.num_samples and not isinstance(recipe.parent, RandomParent):
+        licences["parent, whose chat is trained on,"] = recipe.parent.licence
+    for whose, licence in licences.items():
+        if licence.strip().casefold() not in {one.strip().casefold() for one in allowed}:
+            found.append(
+                f"data: {whose} has the licence {licence}, which reasoning_toggle_dataset.filters.licences does not "
+                "list, so all of its rows would be dropped: add it there if you may train on them"
             )
     for name in ("distillation_mix", "pretraining_mix"):
         mixture = getattr(recipe, name)

@@ -163,6 +163,22 @@ def test_what_a_training_would_refuse_is_told(changes: Any, execution: Any, said
     assert not any(said in warning for warning in fine)
 
 
+@pytest.mark.parametrize(
+    ("licence", "num_samples", "is_told"), [("llama3.2", 192, False), ("mine", 192, True), ("mine", 0, False)]
+)
+def test_a_parent_whose_licence_the_filter_drops_is_told(licence: str, num_samples: int, is_told: bool, tmp_path: Path):
+    recipe = load_recipe("smol")
+    chat = recipe.reasoning_traces.chat.model_copy(update={"num_samples": num_samples})
+    changes = {
+        "parent": recipe.parent.model_copy(update={"licence": licence}),
+        "reasoning_traces": recipe.reasoning_traces.model_copy(update={"chat": chat}),
+    }
+    place = workspace(tmp_path, recipe.model_copy(update=changes))
+    warnings = make_plan(place, target_name=recipe.default_target, device=None).warnings
+    said = "data: parent, whose chat is trained on, has the licence mine"
+    assert any(warning.startswith(said) for warning in warnings) is is_told
+
+
 def test_paths_with_nothing_behind_them_are_told_once(tmp_path: Path):
     recipe = load_recipe("smol-full")
     reward_model = RewardModelConfig(
