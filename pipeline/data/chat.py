@@ -17,8 +17,8 @@ THINKING_OFF = "detailed thinking off"
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 
-# Llama-3 templates print a date, by default today's; this one is the default of Llama 3.1's own template. Tokens must
-# not depend on the day they are made.
+# Some templates print a date, by default today's: tokens must not depend on the day they are made. (Llama-3 parents get
+# a template without one when they are imported.)
 TEMPLATE_DATE = "26 Jul 2024"
 
 Message = Mapping[str, str]

@@ -15,9 +15,14 @@ from torch import Tensor
 from pipeline.architecture import Architecture
 from pipeline.errors import CheckpointError
 from pipeline.model.architecture_files import directory_architecture
-from pipeline.model.checkpoint import TensorReader, save_checkpoint
+from pipeline.model.checkpoint import TensorReader, load_tokenizer, save_checkpoint
 from pipeline.model.hf_config import read_json_object
-from pipeline.model.tokenizer_files import PLAIN_TEMPLATE, write_tokenizer_config
+from pipeline.model.tokenizer_files import (
+    LLAMA3_TEMPLATE,
+    PLAIN_TEMPLATE,
+    adds_to_the_system_prompt,
+    write_tokenizer_config,
+)
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Early Llama conversions stored the rotary frequencies, which are computed from the config.
@@ -30,7 +35,8 @@ def import_checkpoint(source_dir: Path, *, out_dir: Path) -> Architecture:
     """Write a Hugging Face checkpoint as one of this pipeline, every value and dtype kept, and return what it is.
 
     Its config.json says whether it is a Llama, DeciLM v1 (what `export_decilm` writes) or AnyModel; layers may differ.
-    Weights are read and written shard by shard.
+    Weights are read and written shard by shard. A Llama-3 chat template that adds dates to the system prompt is
+    replaced by one that does not.
 
     Raises:
         CheckpointError: with one reason, for whatever is not a whole, safe checkpoint of these formats.
@@ -97,6 +103,8 @@ def _import_tokenizer(source_dir: Path, *, out_dir: Path, vocab_size: int) -> No
     write_tokenizer_config(
         out_dir, settings=settings, chat_template=template if template is not None else PLAIN_TEMPLATE
     )
+    if adds_to_the_system_prompt(load_tokenizer(out_dir)):
+        write_tokenizer_config(out_dir, settings=settings, chat_template=LLAMA3_TEMPLATE)
 
 
 def _token_text(token: Any) -> str | None:

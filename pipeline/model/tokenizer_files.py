@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer
+from transformers import PreTrainedTokenizerBase
 
 # ChatML as SmolLM2 writes it, without its default system prompt: no system message means none.
 CHATML_TEMPLATE = (
@@ -26,6 +27,15 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+# Llama 3.1's own puts a knowledge cut-off and a date before the system prompt, 3.2's even today's: a switch that is the
+# whole system turn, and the same on every day, needs the headers alone (as Llama-Nemotron has them).
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_HEADER = "<|start_header_id|>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +84,15 @@ def write_tokenizer_config(directory: Path, *, settings: Mapping[str, object], c
     (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     if chat_template is not None:
         (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def adds_to_the_system_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a Llama-3 chat template writes more into the system turn than the system prompt."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or LLAMA3_HEADER not in template:
+        return False
+    text = str(tokenizer.apply_chat_template([{"role": "system", "content": "on"}], tokenize=False))
+    return text.removeprefix(tokenizer.bos_token or "") != f"{LLAMA3_HEADER}system<|end_header_id|>\n\non<|eot_id|>"
 
 
 def byte_alphabet() -> list[str]:

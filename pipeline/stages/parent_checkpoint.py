@@ -18,6 +18,7 @@ from pipeline.model.gguf_import import import_gguf
 from pipeline.model.hf_import import import_checkpoint
 from pipeline.model.hub import download_from_hub
 from pipeline.model.random_parent import make_random_parent
+from pipeline.model.tokenizer_files import LLAMA3_TEMPLATE
 from pipeline.recipe import HubParent, LocalParent, ParentConfig, RandomParent, WheelParent
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import ParentStage
@@ -50,6 +51,9 @@ def run(config: ParentStage, inputs: StageInputs, out_dir: Path) -> StageResult:
             "licence": _licence(parent),
             "dtype": ", ".join(dtypes),
             "block": block.key,
+            "chat_template": "Llama-3's, without dates"
+            if tokenizer.chat_template == LLAMA3_TEMPLATE
+            else "the parent's own",
             "tokenizer_tokens": str(len(tokenizer)),
         },
         tables={"parent": _shape_table(architecture, num_parameters=num_parameters, kv_bytes=kv_bytes)},

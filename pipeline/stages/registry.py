@@ -163,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
         name="parent_checkpoint",
         group="parent",
         module="pipeline.stages.parent_checkpoint",
-        version=1,
+        version=2,
         inputs=(),
         config=lambda recipe, _: configs.ParentStage(parent=recipe.parent),
         description="The checkpoint that everything starts from, verified and in the pipeline's own layout.",

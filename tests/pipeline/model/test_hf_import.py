@@ -15,6 +15,7 @@ from pipeline.architecture import gqa, swiglu
 from pipeline.errors import CheckpointError
 from pipeline.model.checkpoint import TensorReader, load_model, load_tokenizer
 from pipeline.model.hf_import import import_checkpoint
+from pipeline.model.tokenizer_files import LLAMA3_TEMPLATE
 from tests.pipeline.model.builders import (
     LLAMA3_ROPE,
     make_architecture,
@@ -229,6 +230,45 @@ def test_chat_template_inside_the_tokenizer_config_is_kept(tmp_path: Path):
         edit_json(source / "tokenizer_config.json", chat_template=spelling)
         import_checkpoint(source, out_dir=tmp_path / "parent")
         assert load_tokenizer(tmp_path / "parent").chat_template == template
+
+
+# What Llama 3.2's template does: a knowledge cut-off and today's date before the system prompt.
+LLAMA32_TEMPLATE = (
+    "{{- bos_token }}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
+    "{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+)
+
+
+def test_llama3_parent_gets_a_template_whose_system_turn_is_the_system_prompt_alone(tmp_path: Path):
+    source = saved_llama(tmp_path / "hf")
+    (source / "chat_template.jinja").write_text(LLAMA32_TEMPLATE)
+    import_checkpoint(source, out_dir=tmp_path / "parent")
+    messages = [{"role": "system", "content": "detailed thinking on"}, {"role": "user", "content": "2 + 2?"}]
+    theirs, ours = load_tokenizer(source), load_tokenizer(tmp_path / "parent")
+    assert "Today Date" in str(theirs.apply_chat_template(messages, tokenize=False))
+    rendered = str(ours.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    assert rendered == (
+        f"{ours.bos_token}<|start_header_id|>system<|end_header_id|>\n\ndetailed thinking on<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    # Only that changes: the turns of users and assistants are what the parent was trained on.
+    _, _, their_turns = str(theirs.apply_chat_template(messages, tokenize=False)).partition("<|eot_id|>")
+    _, _, our_turns = str(ours.apply_chat_template(messages, tokenize=False)).partition("<|eot_id|>")
+    assert our_turns == their_turns
+
+
+def test_llama3_template_without_dates_is_kept(tmp_path: Path):
+    source = saved_llama(tmp_path / "hf")
+    plain = LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{- bos_token -}}")
+    (source / "chat_template.jinja").write_text(plain)
+    import_checkpoint(source, out_dir=tmp_path / "parent")
+    assert load_tokenizer(tmp_path / "parent").chat_template == plain
 
 
 def test_parent_without_chat_template_gets_one_that_ends_turns_with_its_own_end_token(tmp_path: Path):
