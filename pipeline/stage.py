@@ -27,30 +27,69 @@ Number = int | float
 class ExecutionSettings(Frozen):
     """Where and how a stage runs: nothing here changes what an artifact means, so nothing here is fingerprinted."""
 
-    launcher: Literal["in_process", "local", "slurm"] = "local"
-    num_nodes: int = Field(default=1, ge=1, description="of the Slurm job that ranks are spread over")
-    srun_options: tuple[str, ...] = Field(default=(), description="more of them: --network=..., --mpi=none")
-    num_ranks: int = Field(default=1, ge=1, description="of all nodes together")
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    micro_batch_size: int = Field(default=4, ge=1)
-    recompute_activations: bool = Field(
-        default=False, description="trainings keep each layer's input alone and run it again for its gradient"
+    launcher: Literal["in_process", "local", "slurm"] = Field(
+        default="local",
+        description="`in_process` runs every stage in the process that materializes it, whatever num_ranks is; `local` "
+        "starts ranks by torchrun on this machine; `slurm` starts them by srun on the nodes of a job",
     )
-    num_threads: int | None = Field(default=None, ge=1, description="torch threads per rank; None: the machine's cores")
-    checkpoint_interval_steps: int = Field(default=10, ge=1)
+    num_nodes: int = Field(default=1, ge=1, description="nodes of the Slurm job, over which ranks are spread evenly")
+    srun_options: tuple[str, ...] = Field(
+        default=(), description="further options of srun, such as --network=... or --mpi=none"
+    )
+    num_ranks: int = Field(
+        default=1,
+        ge=1,
+        description="processes of a stage on all ranks, of all nodes together; every other stage runs in one",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="DeepSpeed ZeRO of every training but block distillation: 0 splits nothing over the ranks, 1 the "
+        "optimizer, 2 gradients too, 3 weights too; 0 is refused with bf16, 3 by rl_checkpoint",
+    )
+    micro_batch_size: int = Field(
+        default=4,
+        ge=1,
+        description="most windows (in reinforcement learning, replies or pairs of them) that a rank of every training "
+        "but block distillation takes at once; lowered to what divides its share of a batch, and for longer windows",
+    )
+    recompute_activations: bool = Field(
+        default=False,
+        description="trainings but block distillation keep each layer's input alone and run the layer again for its "
+        "gradient",
+    )
+    num_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="torch threads per rank; null: the machine's cores, shared out where a node has several ranks",
+    )
+    checkpoint_interval_steps: int = Field(
+        default=10, ge=1, description="optimizer steps between two checkpoints to resume from"
+    )
     block_memory_gib: float | None = Field(
-        default=None, gt=0, description="GiB per rank for blocks in distillation; more are trained in rounds; None: all"
+        default=None,
+        gt=0,
+        description="GiB per rank for blocks in distillation and the sums of their closed-form start; more are trained "
+        "in rounds; null: all at once",
     )
     sampler: Literal["torch", "vllm"] = Field(
-        default="torch", description="what reinforcement learning samples with; vllm: make install-vllm"
+        default="torch",
+        description="what reinforcement learning samples with; another one gives other replies; vllm needs make "
+        "install-vllm",
     )
-    sample_interval_steps: int = Field(default=10, ge=1, description="between completions shown while sampling trains")
-    grace_seconds: float = Field(default=15.0, gt=0)
-    requests_per_minute: float | None = Field(default=None, gt=0, description="to each endpoint; None: no limit")
-    requests_in_flight: int = Field(default=8, ge=1, description="to an endpoint at once")
-    request_timeout_s: float = Field(default=600.0, gt=0)
+    sample_interval_steps: int = Field(
+        default=10, ge=1, description="steps of reinforcement learning between two completions that the log shows"
+    )
+    grace_seconds: float = Field(default=15.0, gt=0, description="seconds between asking a stage to stop and making it")
+    requests_per_minute: float | None = Field(
+        default=None, gt=0, description="requests to each endpoint; null: no limit"
+    )
+    requests_in_flight: int = Field(default=8, ge=1, description="requests to an endpoint at once")
+    request_timeout_s: float = Field(default=600.0, gt=0, description="seconds that an endpoint may take to answer")
     max_activation_mib: int = Field(
-        default=4096, ge=0, description="hidden states that a pass over all windows keeps in memory"
+        default=4096,
+        ge=0,
+        description="MiB of hidden states that scoring, layer influence and, on every rank, the closed-form start keep "
+        "in memory; the rest lies in files meanwhile",
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ in ExecutionSettings. Budgets are tokens, never seconds.
 
 from pipeline.recipe.data import (
     REFUSED_TASKS,
+    TRACED_TASKS,
     CorporaConfig,
     DatasetSource,
     EmbeddedSource,
@@ -125,6 +126,7 @@ __all__ = [
     "REFUSED_TASKS",
     "RLOO",
     "RPO",
+    "TRACED_TASKS",
     "AttentionOption",
     "Backend",
     "BaselinesConfig",

@@ -10,43 +10,48 @@ from pipeline.recipe.types import InstructionKind, Name, Positive, PositiveFloat
 
 
 class EmbeddedSource(Frozen):
-    """A text that comes with a registry package or the interpreter; `name` is one of pipeline.data.embedded."""
+    """A text that comes with a package of the Python index, pinned by its hash, or with the interpreter."""
 
     kind: Literal["embedded"]
-    name: Name
-    domain: str
-    max_documents: Positive
+    name: Name = Field(description="of the text, and of the source wherever the recipe refers to it")
+    domain: str = Field(description="any word; tables count documents and tokens by it")
+    max_documents: Positive = Field(
+        description="most documents that are kept, those of the smallest sha1; equal and very short texts are left out"
+    )
 
 
 class FileSource(Frozen):
-    """Documents in JSONL or Parquet files (`path` may be a glob); the text stands in `text_field`."""
+    """Documents in JSONL or Parquet files on this machine."""
 
-    kind: Literal["jsonl", "parquet"]
-    name: Name
-    domain: str
-    licence: str
-    path: str
-    text_field: str
-    max_documents: Positive
+    kind: Literal["jsonl", "parquet"] = Field(description="format of the files")
+    name: Name = Field(description="of the source wherever the recipe refers to it")
+    domain: str = Field(description="any word; tables count documents and tokens by it")
+    licence: str = Field(description="of the documents, for records and the model card")
+    path: str = Field(description="a file, or a glob")
+    text_field: str = Field(description="key of a JSONL line, or column of a Parquet file")
+    max_documents: Positive = Field(
+        description="most documents that are kept, those of the smallest sha1; equal and very short texts are left out"
+    )
 
 
 class DatasetSource(Frozen):
-    """A Hugging Face dataset: a hub id at one commit, or a directory written by save_to_disk.
-
-    Of a hub id `revision` gives the commit and `config_name` the subset (null: the default one), and its first
-    `max_documents` documents are read; a directory takes null for both.
-    """
+    """A Hugging Face dataset: a hub id at one commit, or a directory written by save_to_disk."""
 
     kind: Literal["datasets"]
-    name: Name
-    domain: str
-    licence: str
-    path: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
-    config_name: str | None
-    split: str
-    text_field: str
-    max_documents: Positive
+    name: Name = Field(description="of the source wherever the recipe refers to it")
+    domain: str = Field(description="any word; tables count documents and tokens by it")
+    licence: str = Field(description="of the documents, for records and the model card")
+    path: str = Field(description="hub id (`owner/name`), or directory")
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        description="commit of a hub id, 40 hex digits; null for a directory"
+    )
+    config_name: str | None = Field(description="subset of a hub id, null for the default one; null for a directory")
+    split: str = Field(description="the split that is read, such as `train`")
+    text_field: str = Field(description="column that holds the text")
+    max_documents: Positive = Field(
+        description="most documents that are kept: the first of a hub id, those of the smallest sha1 in a directory; "
+        "equal and very short texts are left out"
+    )
 
 
 SourceConfig = Annotated[EmbeddedSource | FileSource | DatasetSource, Field(discriminator="kind")]
@@ -101,12 +106,34 @@ REFUSED_TASKS = {
     ),
 }
 
+# The tasks that pipeline.reasoning.traces can solve in steps: what a recipe may train on.
+TRACED_TASKS = frozenset(
+    {
+        "chain_sum",
+        "count_bits",
+        "gcd",
+        "lcm",
+        "leg_counting",
+        "letter_counting",
+        "number_filtering",
+        "number_sorting",
+        "prime_factorization",
+        "products",
+        "simple_equations",
+        "spell_backward",
+        "word_sequence_reversal",
+        "word_sorting",
+    }
+)
+
 
 class ReasoningTask(Frozen):
-    """One reasoning-gym dataset and its difficulty; a task of REFUSED_TASKS cannot be named."""
+    """One reasoning-gym dataset and its difficulty; one whose answers cannot be judged is refused."""
 
-    name: Name
-    config: dict[str, int | float | str | bool]
+    name: Name = Field(description="of the reasoning-gym dataset")
+    config: dict[str, int | float | str | bool] = Field(
+        description="that dataset's own settings; those that are left out keep reasoning-gym's defaults"
+    )
 
     @field_validator("name")
     @classmethod
@@ -118,15 +145,18 @@ class ReasoningTask(Frozen):
 
 
 class InstructionsConfig(Frozen):
-    """Requests with one to `max_instructions` verifiable instructions each; 0 prompts: none.
+    """Requests with instructions of which a program can tell whether a reply follows them."""
 
-    `max_words` is the most words that an instruction asks for: what the replies' token limit has room for.
-    """
-
-    num_prompts: Annotated[int, Field(ge=0)]
-    kinds: Literal["all"] | Annotated[tuple[InstructionKind, ...], Field(min_length=1)]
-    max_instructions: Annotated[int, Field(ge=1, le=10)]
-    max_words: Positive
+    num_prompts: Annotated[int, Field(ge=0)] = Field(description="requests that are drawn; 0: none")
+    kinds: Literal["all"] | Annotated[tuple[InstructionKind, ...], Field(min_length=1)] = Field(
+        description="instructions to draw from"
+    )
+    max_instructions: Annotated[int, Field(ge=1, le=10)] = Field(
+        description="most instructions of one request, all of different kinds; every request has at least one"
+    )
+    max_words: Positive = Field(
+        description="most words that an instruction asks for; the replies' token limit must have room for them"
+    )
 
     @property
     def allowed_kinds(self) -> tuple[InstructionKind, ...]:
@@ -137,15 +167,15 @@ class InstructionsConfig(Frozen):
 class HeldOutText(Frozen):
     """Documents of one source that no training may see; perplexity is measured on them."""
 
-    source: Name
-    num_documents: Positive
+    source: Name = Field(description="name of a source of corpora")
+    num_documents: Positive = Field(description="documents that are held out, those of the smallest sha1")
 
 
 class MultipleChoiceSet(Frozen):
-    """Items of one embedded benchmark, drawn with `seed`; `name` is one of pipeline.data.benchmarks."""
+    """Items of one multiple-choice benchmark, drawn with the seed of evaluation_sets."""
 
-    name: Name
-    num_items: Positive
+    name: Name = Field(description="of the benchmark")
+    num_items: Positive = Field(description="items that are drawn")
 
 
 class EvaluationSetsConfig(Frozen):
@@ -153,25 +183,32 @@ class EvaluationSetsConfig(Frozen):
 
     held_out: Annotated[tuple[HeldOutText, ...], Field(min_length=1)]
     multiple_choice: tuple[MultipleChoiceSet, ...]
-    reasoning_items_per_task: Positive
+    reasoning_items_per_task: Positive = Field(
+        description="questions drawn of each of reasoning_tasks and of held_out_tasks"
+    )
     held_out_tasks: tuple[ReasoningTask, ...] = Field(description="families and difficulties that nothing trains on")
     instructions: InstructionsConfig
-    ngram_tokens: Positive
-    seed: int
+    ngram_tokens: Positive = Field(
+        description="words (not tokens) in a row that a training text may not share with anything that is measured"
+    )
+    seed: int = Field(description="of all that is drawn")
 
 
 class MixtureEntry(Frozen):
-    """How much of a mixture one source makes up; weights are relative."""
+    """How much of a mixture one source makes up."""
 
-    source: Name
-    weight: PositiveFloat
+    source: Name = Field(description="name of a source of corpora")
+    weight: PositiveFloat = Field(
+        description="share of the tokens, relative to the other entries; others fill the place of a source that runs "
+        "dry"
+    )
 
 
 class LongContextTokens(Frozen):
     """Further training tokens of a mixture, of the same sources, in longer windows."""
 
-    sequence_length: Positive
-    tokens: Positive
+    sequence_length: Positive = Field(description="tokens of a window; more than in any set before it")
+    tokens: Positive = Field(description="training tokens, rounded up to whole windows")
 
 
 class MixtureConfig(Frozen):
@@ -180,15 +217,15 @@ class MixtureConfig(Frozen):
     `long_context` adds sets of longer windows, shortest first, for trainings that extend the context at their end.
 
     Which of the two a document serves depends on its text alone: one in sixteen, by its sha1, is only ever validation,
-    whatever the mixture and its seed (pipeline.data.documents.is_validation_document).
+    whatever the mixture and its seed.
     """
 
-    sequence_length: Positive
-    tokens: Positive
-    validation_tokens: Positive
+    sequence_length: Positive = Field(description="tokens of a window")
+    tokens: Positive = Field(description="training tokens, rounded up to whole windows")
+    validation_tokens: Positive = Field(description="tokens that no mixture trains on, rounded up to whole windows")
     long_context: tuple[LongContextTokens, ...]
     entries: Annotated[tuple[MixtureEntry, ...], Field(min_length=1)]
-    seed: int
+    seed: int = Field(description="of the order of documents and windows")
 
     @model_validator(mode="after")
     def _windows_grow(self) -> Self:

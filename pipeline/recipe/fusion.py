@@ -15,25 +15,33 @@ from pipeline.recipe.types import (
 class DependencyConfig(Frozen):
     """The dependency matrix of a child, on the mixture's validation tokens (FFN Fusion, section 3)."""
 
-    tokens: Positive
-    precision: Precision
+    tokens: Positive = Field(description="validation tokens of distillation_mix")
+    precision: Precision = Field(description="of the child's weights and arithmetic")
 
 
 class FusionConfig(Frozen):
-    """FFN fusion of attention-free runs (FFN Fusion, section 3).
+    """FFN fusion of attention-free runs (FFN Fusion, section 3)."""
 
-    No two blocks of a run depend on each other by more than `max_dependency`, a cosine distance of the dependency
-    matrix; a fused FFN's weights in the served precision, split over the tensor-parallel devices, take at most
-    `max_ffn_gb_per_device`; a run that alone moves the child by more than `max_run_kl` nats per token stays unfused.
-    Errors are measured in `precision` on `calibration_tokens`.
-    """
-
-    min_run_layers: Annotated[int, Field(ge=2)]
-    max_run_layers: Annotated[int, Field(ge=2)]
-    max_dependency: Annotated[float, Field(gt=0, le=2)]
-    max_ffn_gb_per_device: PositiveFloat
-    max_run_kl: PositiveFloat
-    keep_last_ffn: bool
-    norm_rule: Literal["fold_each", "last"]
-    calibration_tokens: Positive
-    precision: Precision
+    min_run_layers: Annotated[int, Field(ge=2)] = Field(description="fewest FFNs that are joined into one")
+    max_run_layers: Annotated[int, Field(ge=2)] = Field(description="most FFNs that are joined into one")
+    max_dependency: Annotated[float, Field(gt=0, le=2)] = Field(
+        description="largest entry of the dependency matrix, a cosine distance, between any two FFNs of a run"
+    )
+    max_ffn_gb_per_device: PositiveFloat = Field(
+        description="10^9 bytes that a fused FFN's weights may take on one device, in block_profile.served_precision "
+        "and split over block_profile.tensor_parallel_size devices"
+    )
+    max_run_kl: PositiveFloat = Field(
+        description="nats per token; a run that alone moves the child by more stays unfused"
+    )
+    keep_last_ffn: bool = Field(
+        description="leave the last FFN of each stretch of attention-free layers as it is (FFN Fusion, table 5)"
+    )
+    norm_rule: Literal["fold_each", "last"] = Field(
+        description="`fold_each` multiplies each FFN's norm scale into its matrices; `last` takes the last one's for "
+        "all"
+    )
+    calibration_tokens: Positive = Field(
+        description="validation tokens of distillation_mix on which errors are measured"
+    )
+    precision: Precision = Field(description="of the models whose errors are measured")

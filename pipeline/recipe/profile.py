@@ -22,11 +22,13 @@ class Scenario(Frozen):
     `batch_size` in a recipe stands for one scenario each, which `sweep` names after the one that was written.
     """
 
-    name: Name
-    batch_size: Positive
-    prompt_tokens: Positive
-    generation_tokens: Positive
-    sweep: Name | None = None
+    name: Name = Field(description="by which limits refer to it")
+    batch_size: Positive = Field(description="sequences at once; in a recipe also a list of two and more")
+    prompt_tokens: Positive = Field(description="tokens of each prompt")
+    generation_tokens: Positive = Field(description="tokens of each reply")
+    sweep: Name | None = Field(
+        default=None, description="what a list of batch sizes was named; filled in when the recipe is read"
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -35,25 +37,30 @@ class Scenario(Frozen):
 
 
 class ProfileConfig(Frozen):
-    """What blocks cost in time, by `backend`.
+    """What blocks cost in time.
 
-    `torch`, `llama_cpp` and `vllm` measure where the stage runs; `roofline` computes for a named device.
-
-    Times are measured in `precision`, the median over `repeats` kept and `warmups` runs thrown away; whole models are
-    always measured so, in the backend itself or, beside a roofline, in torch. Weights and cached values are counted,
-    and a roofline computes, in `served_precision`, the one the child will be deployed in. A roofline may split the
-    model over `tensor_parallel_size` such devices.
+    `torch`, `llama_cpp` and `vllm` measure where the stage runs; `roofline` computes for a named device. Whole models
+    are always measured, in the backend itself or, beside a roofline, in torch.
     """
 
-    backend: Literal["torch", "llama_cpp", "vllm", "roofline"]
-    device: Name | None = None
-    tensor_parallel_size: Positive | None = None
+    backend: Literal["torch", "llama_cpp", "vllm", "roofline"] = Field(
+        description="where block times come from: measured in torch, llama.cpp or vLLM, or computed by a roofline"
+    )
+    device: Name | None = Field(
+        default=None, description="whose data sheet a roofline computes with; null for the others"
+    )
+    tensor_parallel_size: Positive | None = Field(
+        default=None, description="devices that hold the model together, for a roofline; null: one"
+    )
     scenarios: Annotated[tuple[Scenario, ...], Field(min_length=1)]
-    precision: Precision
-    served_precision: ServedPrecision
-    num_threads: Positive
-    warmups: Positive
-    repeats: Positive
+    precision: Precision = Field(description="in which models are timed")
+    served_precision: ServedPrecision = Field(
+        description="in which the child will be deployed: weights and cached values are counted, and a roofline "
+        "computes, in it"
+    )
+    num_threads: Positive = Field(description="CPU threads of every timing, whatever the execution settings say")
+    warmups: Positive = Field(description="rounds in front of those that count, thrown away")
+    repeats: Positive = Field(description="rounds that count; each time's median is kept")
 
     @model_validator(mode="before")
     @classmethod

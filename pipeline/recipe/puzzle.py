@@ -34,25 +34,31 @@ PRESETS: dict[str, dict[str, tuple[str | float, ...]]] = {
 
 
 class LayerOverride(Frozen):
-    """Other options for some layers; None keeps the space's own list."""
+    """Other options for some layers."""
 
-    layers: Annotated[tuple[int, ...], Field(min_length=1)]
-    attention: tuple[AttentionOption, ...] | None = None
-    ffn: tuple[FFNOption, ...] | None = None
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = Field(description="numbers of layers, from 0")
+    attention: tuple[AttentionOption, ...] | None = Field(default=None, description="null: the space's own list")
+    ffn: tuple[FFNOption, ...] | None = Field(default=None, description="null: the space's own list")
 
 
 class SearchSpaceConfig(Frozen):
-    """The variants of each layer: key/value heads, FFN widths, shares of the parent's, `parent`, `linear`, `no_op`.
+    """The variants of each layer.
 
-    `preset: super` or `preset: paper` in a recipe stands for both lists.
+    `parent` leaves a subblock as it is, `linear` makes it one matrix, and `no_op` leaves it out. A whole number is that
+    many key/value heads, which must divide the parent's, or that many FFN channels. A number between 0 and 1 is a share
+    of the parent's heads or channels. In a recipe `preset: super` or `preset: paper` stands for both lists.
     `portable` keeps to what stock vLLM and llama.cpp run: real attention in layer 0, FFN widths that are multiples of
     256, no linear subblocks.
     """
 
-    attention: Annotated[tuple[AttentionOption, ...], Field(min_length=1)]
-    ffn: Annotated[tuple[FFNOption, ...], Field(min_length=1)]
+    attention: Annotated[tuple[AttentionOption, ...], Field(min_length=1)] = Field(
+        description="attention variants of every layer; must list `parent`"
+    )
+    ffn: Annotated[tuple[FFNOption, ...], Field(min_length=1)] = Field(
+        description="FFN variants of every layer; must list `parent`"
+    )
     overrides: tuple[LayerOverride, ...]
-    portable: bool
+    portable: bool = Field(description="keep to what stock vLLM and llama.cpp run")
 
     @model_validator(mode="before")
     @classmethod
@@ -91,19 +97,19 @@ KVHeadMode = Literal["mean", "contribution"]
 
 
 class ImportanceConfig(Frozen):
-    """Calibration, and how variants are cut by it.
+    """Calibration, and how variants are cut by it."""
 
-    The channels of narrower FFNs are removed in `channel_rounds` steps, each measured with those already removed left
-    out; 1 is the paper's independent contribution. `kv_heads` gives fewer key/value heads the `mean` of a group's
-    (Puzzle, appendix A), or keeps the heads of the largest `contribution` and lets the queries of the others, their
-    output zeroed, learn again.
-    """
-
-    tokens: Positive
-    batch_size: Positive
-    channel_rounds: Positive
-    kv_heads: KVHeadMode
-    precision: Precision
+    tokens: Positive = Field(description="training tokens of distillation_mix that are read")
+    batch_size: Positive = Field(description="windows per pass; the stage runs on one rank")
+    channel_rounds: Positive = Field(
+        description="steps in which the channels of narrower FFNs are removed, each measured with those already "
+        "removed left out; 1 is Puzzle's independent contribution"
+    )
+    kv_heads: KVHeadMode = Field(
+        description="fewer key/value heads are each the `mean` of a group (Puzzle, appendix A), or those of the "
+        "largest `contribution`, and the queries of the others, their output zeroed, learn again"
+    )
+    precision: Precision = Field(description="of the parent's weights and arithmetic")
 
 
 BlockLoss = Literal["tensor", "token", "kl"]
@@ -112,47 +118,57 @@ Subblock = Literal["attention", "ffn", "pair"]
 
 
 class VariantOverride(Frozen):
-    """Other training settings for some variants: `kv1`, `ffn256`, `linear`, a pair as `kv1+ffn256`; None keeps them."""
+    """Other training settings for some variants."""
 
-    subblock: Subblock
-    variants: Annotated[tuple[str, ...], Field(min_length=1)]
-    learning_rate: PositiveFloat | None = None
-    warmup_ratio: Ratio | None = None
-    max_grad_norm: PositiveFloat | None = None
+    subblock: Subblock = Field(description="what the variants are of")
+    variants: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="`kv1`, `ffn256`, `linear`, or a pair such as `kv1+ffn256`"
+    )
+    learning_rate: PositiveFloat | None = Field(default=None, description="null: block_library's own")
+    warmup_ratio: Ratio | None = Field(default=None, description="null: block_library's own")
+    max_grad_norm: PositiveFloat | None = Field(default=None, description="null: block_library's own")
 
 
 class CoupledSpace(Frozen):
-    """The options whose pairs the hybrid trains together."""
+    """The options whose pairs mode `hybrid` trains together; they are written as those of the search space."""
 
-    attention: Annotated[tuple[AttentionOption, ...], Field(min_length=1)]
-    ffn: Annotated[tuple[FFNOption, ...], Field(min_length=1)]
+    attention: Annotated[tuple[AttentionOption, ...], Field(min_length=1)] = Field(
+        description="attention halves of the pairs"
+    )
+    ffn: Annotated[tuple[FFNOption, ...], Field(min_length=1)] = Field(description="FFN halves of the pairs")
 
 
 class BlockLibraryConfig(Frozen):
-    """Block-wise local distillation (Puzzle, section 3).
+    """Block-wise local distillation (Puzzle, section 3)."""
 
-    `mode` trains every variant beside the parent's other subblock (`decoupled`), every attention x FFN pair of a layer
-    as one block (`coupled`), or every variant and the pairs of `coupled_space` besides (`hybrid`). `loss` divides the
-    squared error by the squared output of the whole batch (`tensor`, the paper's) or token by token, or estimates the
-    final KL from the gradient of the parent's log-probabilities (`kl`). The first `closed_form_tokens` of `tokens` give
-    each variant's last matrix a least-squares start; 0: the paper's.
-    """
-
-    mode: Literal["decoupled", "coupled", "hybrid"]
-    coupled_space: CoupledSpace | None
-    tokens: Positive
-    closed_form_tokens: Annotated[int, Field(ge=0)]
-    loss: BlockLoss
-    batch_size: Positive
-    learning_rate: PositiveFloat
-    min_learning_rate_ratio: Ratio
-    warmup_ratio: Ratio
-    schedule: Literal["cosine", "constant"]
-    weight_decay: NonNegativeFloat
-    betas: tuple[Ratio, Ratio]
-    max_grad_norm: PositiveFloat
+    mode: Literal["decoupled", "coupled", "hybrid"] = Field(
+        description="`decoupled` trains every variant beside the parent's other subblock, `coupled` every attention x "
+        "FFN pair of a layer as one block, `hybrid` every variant and the pairs of coupled_space besides"
+    )
+    coupled_space: CoupledSpace | None = Field(description="for mode hybrid; null for the others")
+    tokens: Positive = Field(description="training tokens of distillation_mix, each read once")
+    closed_form_tokens: Annotated[int, Field(ge=0)] = Field(
+        description="of these, the first, from which each variant's last matrix gets a least-squares start; 0: none, "
+        "as in Puzzle"
+    )
+    loss: BlockLoss = Field(
+        description="error of a block's output: squared over the squared output of the whole batch (`tensor`, "
+        "Puzzle's) or of each token (`token`), or an estimate of the final KL, nats per token (`kl`)"
+    )
+    batch_size: Positive = Field(
+        description="windows per step, whatever the number of ranks: they share out the layers"
+    )
+    learning_rate: PositiveFloat = Field(description="peak of the schedule")
+    min_learning_rate_ratio: Ratio = Field(description="what a cosine schedule ends at, as a share of the peak")
+    warmup_ratio: Ratio = Field(
+        description="share of the steps over which the learning rate rises linearly to its peak"
+    )
+    schedule: Literal["cosine", "constant"] = Field(description="of the learning rate behind the warm-up")
+    weight_decay: NonNegativeFloat = Field(description="AdamW's, of matrices; norms and biases have none")
+    betas: tuple[Ratio, Ratio] = Field(description="AdamW's, of the first and the second moment")
+    max_grad_norm: PositiveFloat = Field(description="each block's gradient is scaled down to this norm")
     overrides: tuple[VariantOverride, ...]
-    precision: Precision
+    precision: Precision = Field(description="of the parent and of the arithmetic; blocks are trained in fp32")
 
     @model_validator(mode="after")
     def _closed_form_reads_tokens_of_the_training(self) -> Self:
@@ -188,6 +204,6 @@ class BlockScoresConfig(Frozen):
     `task` adds the error on multiple-choice items that evaluation never asks (Puzzle, appendix F.1.4); null: no task.
     """
 
-    tokens: Positive
-    task: MultipleChoiceSet | None
-    precision: Precision
+    tokens: Positive = Field(description="validation tokens of distillation_mix")
+    task: MultipleChoiceSet | None = Field(description="null: no task")
+    precision: Precision = Field(description="of weights and arithmetic")

@@ -22,13 +22,10 @@ LayerPattern = Literal["heterogeneous", "homogeneous", "homogeneous_attention", 
 
 
 class PoolConfig(Frozen):
-    """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it.
+    """Different answers to one programme: each shares at most `max_overlap` of its layers with any before it."""
 
-    (Puzzle, appendix B: alpha.)
-    """
-
-    num_solutions: Positive
-    max_overlap: Annotated[float, Field(ge=0, lt=1)]
+    num_solutions: Positive = Field(description="most answers")
+    max_overlap: Annotated[float, Field(ge=0, lt=1)] = Field(description="share of layers (Puzzle, appendix B: alpha)")
 
 
 BatchChoice = Literal["lowest_loss", "highest_throughput"]
@@ -42,9 +39,11 @@ class RefinementConfig(Frozen):
     the programme with at most `max_changed_layers` layers changed. It ends when no answer is better as a whole model.
     """
 
-    tokens: Positive
-    rounds: Annotated[int, Field(ge=0)]
-    max_changed_layers: Positive
+    tokens: Positive = Field(description="validation tokens of distillation_mix on which whole children are scored")
+    rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none")
+    max_changed_layers: Positive = Field(
+        description="most layers in which an answer may differ from the child that it starts from"
+    )
 
 
 class SearchConfig(Frozen):
@@ -52,22 +51,32 @@ class SearchConfig(Frozen):
 
     `layers` says what a child's layers have in common. `heterogeneous`: nothing. `homogeneous`: all are the same block.
     `homogeneous_attention` and `homogeneous_ffn`: all have the same attention, or the same FFN. `depth_only`: each is
-    the parent's or is left out whole. Of a scenario with several batch sizes, `batch_choice` keeps the one with the
-    `lowest_loss` or the `highest_throughput`.
-    Predicted times must beat their bounds by the share `speed_margin`; measured ones may miss theirs by the share
-    `speed_tolerance`.
+    the parent's or is left out whole.
     """
 
-    objective: Objective
-    layers: LayerPattern
+    objective: Objective = Field(
+        description="score to minimise: KL to the parent or LM loss, nats per token; cosine distance to the parent's "
+        "last hidden states; share of tokens with another likeliest next token than the parent's; share of wrong "
+        "answers to block_scores.task"
+    )
+    layers: LayerPattern = Field(description="what a child's layers have in common")
     pool: PoolConfig
     refinement: RefinementConfig
-    batch_choice: BatchChoice
-    time_limit_s: PositiveFloat
-    relative_gap: NonNegativeFloat
-    max_recalibrations: Annotated[int, Field(ge=0)]
-    speed_margin: Annotated[float, Field(ge=0, lt=1)]
-    speed_tolerance: Ratio
+    batch_choice: BatchChoice = Field(description="which batch size of a swept scenario is kept")
+    time_limit_s: PositiveFloat = Field(
+        description="seconds that one programme may take; the best answer by then is taken"
+    )
+    relative_gap: NonNegativeFloat = Field(
+        description="share by which an answer may exceed the solver's lower bound; 0: proven optimal"
+    )
+    max_recalibrations: Annotated[int, Field(ge=0)] = Field(
+        description="times that the search is repeated with what the measured child says of speed, when it misses a "
+        "limit; never with a roofline"
+    )
+    speed_margin: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="share by which predicted times must beat their bounds"
+    )
+    speed_tolerance: Ratio = Field(description="share by which measured times may miss their bounds")
 
     def most_rounds(self, *, num_layers: int) -> int:
         """Return how many rounds of refinement there can be: none where all layers only change together and may not."""
@@ -102,11 +111,17 @@ class Limit(Frozen):
     and cached tokens are lower bounds, everything else upper bounds.
     """
 
-    quantity: Quantity
-    scenario: Name | None
-    bound: PositiveFloat
-    relative_to: Literal["parent", "absolute"]
-    device_memory_gb: PositiveFloat | None = None
+    quantity: Quantity = Field(description="what is limited")
+    scenario: Name | None = Field(
+        description="of block_profile; null for cached_tokens, num_parameters and kv_bytes_per_token"
+    )
+    bound: PositiveFloat = Field(description="in the quantity's unit, or a multiple of the parent's value")
+    relative_to: Literal["parent", "absolute"] = Field(
+        description="`parent` makes the bound a multiple of the parent's value"
+    )
+    device_memory_gb: PositiveFloat | None = Field(
+        default=None, description="10^9 bytes of all devices that hold the model together; for cached_tokens alone"
+    )
 
     @model_validator(mode="after")
     def _measured_quantities_name_a_scenario(self) -> Self:
@@ -136,9 +151,9 @@ class Limit(Frozen):
 class Pin(Frozen):
     """Options that a target allows in some layers, to force an architecture through the search."""
 
-    layers: Annotated[tuple[int, ...], Field(min_length=1)]
-    attention: AttentionOption | None = None
-    ffn: FFNOption | None = None
+    layers: Annotated[tuple[int, ...], Field(min_length=1)] = Field(description="numbers of layers, from 0")
+    attention: AttentionOption | None = Field(default=None, description="the one attention that is left; null: any")
+    ffn: FFNOption | None = Field(default=None, description="the one FFN that is left; null: any")
 
 
 class Requirements(Frozen):
@@ -151,7 +166,7 @@ class Requirements(Frozen):
 class Target(Requirements):
     """Requirements under a name; targets are the partitions of the graph."""
 
-    description: str
+    description: str = Field(description="in words, for reports")
 
     @property
     def requirements(self) -> Requirements:

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
-from pipeline.recipe.data import CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
+from pipeline.recipe.data import TRACED_TASKS, CorporaConfig, EvaluationSetsConfig, MixtureConfig, ReasoningTask
 from pipeline.recipe.delivery import ExportConfig
 from pipeline.recipe.fusion import (
     DependencyConfig,
@@ -47,8 +47,10 @@ from pipeline.recipe.types import Name
 class Recipe(Frozen):
     """One experiment: parent in, one child per target out."""
 
-    name: Name
-    description: str
+    name: Name = Field(
+        description="by which what is made for it is known; a recipe of your own needs another than the shipped ones"
+    )
+    description: str = Field(description="in words, for reports")
     parent: ParentConfig
     corpora: CorporaConfig
     reasoning_tasks: Annotated[tuple[ReasoningTask, ...], Field(min_length=1)]
@@ -62,7 +64,7 @@ class Recipe(Frozen):
     block_profile: ProfileConfig
     search: SearchConfig
     targets: Annotated[dict[Name, Target], Field(min_length=1)]
-    default_target: Name
+    default_target: Name = Field(description="the target that is made where none is named")
     baselines: BaselinesConfig
     dependency_matrix: DependencyConfig
     fusion: FusionConfig
@@ -119,6 +121,12 @@ class Recipe(Frozen):
         ):
             if tokens > available:
                 raise ValueError(f"{stage} is {tokens:,} tokens, its mixture holds {available:,}: enlarge the mixture")
+        for task in self.reasoning_tasks:
+            if task.name not in TRACED_TASKS:
+                raise ValueError(
+                    f"reasoning_tasks names {task.name}, whose steps nothing can write; what can be trained on: "
+                    f"{', '.join(sorted(TRACED_TASKS))}; evaluation_sets.held_out_tasks takes any"
+                )
         for task in self.evaluation_sets.held_out_tasks:
             if task in self.reasoning_tasks:
                 raise ValueError(

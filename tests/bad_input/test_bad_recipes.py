@@ -37,6 +37,10 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"search.layers": "depth_only", "search_space.attention": ["parent", 1]},
         ["search.layers is depth_only", "so no layer can be left out: add it to both"],
     ),
+    "task that no solver writes steps for": (
+        {"reasoning_tasks.0": {"name": "mini_sudoku", "config": {}}},
+        ["reasoning_tasks names mini_sudoku, whose steps nothing can write", "gcd", "held_out_tasks takes any"],
+    ),
     "limit without its scenario": (
         {"targets.light.limits": [{"quantity": "decode_speed", "scenario": None, "bound": 2, "relative_to": "parent"}]},
         ["limit decode_speed", "needs one"],

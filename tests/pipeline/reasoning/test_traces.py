@@ -8,7 +8,7 @@ from pipeline.data.reasoning_items import ReasoningItem, generate_items
 from pipeline.errors import RecipeError
 from pipeline.reasoning.solvers import arithmetic, lists, words
 from pipeline.reasoning.traces import SOLVERS, verifies, write_trace
-from pipeline.recipe import ReasoningTask
+from pipeline.recipe import TRACED_TASKS, ReasoningTask
 
 CONFIGS = {
     "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 3, "allow_negation": True},
@@ -65,6 +65,10 @@ def test_write_trace_wrong_answer_does_not_verify():
     assert trace is not None
     assert trace.answer != item.answer
     assert not verifies(trace, item)
+
+
+def test_recipes_may_train_on_every_task_that_has_a_solver_and_on_no_other():
+    assert frozenset(SOLVERS) == TRACED_TASKS
 
 
 def test_write_trace_task_without_solver_is_an_error():
