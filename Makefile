@@ -190,7 +190,7 @@ screenshots: $(INSTALLED) ## Write docs/images/ui-*.png from a real Chromium (fi
 graph: $(INSTALLED) ## Draw docs/images/graph.svg from the registry
 	@$(PYTHON) docs/make_graph.py
 
-reference: $(INSTALLED) ## Write docs/recipe.md, every key of a recipe, from the models that read recipes
+reference: $(INSTALLED) ## Write docs/recipe.md, execution.md and stages.md from the models and the registry
 	@$(PYTHON) -m docs.make_recipe_reference
 
 clean: ## Say what to delete by hand; nothing is deleted for you

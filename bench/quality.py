@@ -2,8 +2,8 @@
 
 For each decode speed-up the recipe's whole search is run (store, library and profile are those of any other run), every
 baseline is scored as a whole model, and the refined solution, its twin without block distillation and the best two
-baselines are distilled from the parent on the same tokens. Every finished figure is kept in the results file, so a
-sitting may be shorter than the bench: start it again, and it goes on.
+baselines are distilled from the parent on the same tokens. Every finished figure is kept in the results file: start it
+again after an interruption, and it goes on.
 """
 
 import argparse
