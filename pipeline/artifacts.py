@@ -171,7 +171,7 @@ class ArtifactStore:
         """
         path = self.directory(asset, artifact_fingerprint)
         files = {
-            file.relative_to(path).as_posix(): FileEntry(size_bytes=file.stat().st_size, sha256=sha256_file(file))
+            file.relative_to(path).as_posix(): FileEntry(size_bytes=file.stat().st_size, sha256=sha256_on_disk(file))
             for file in sorted(path.rglob("*"))
             if file.is_file() and _is_published(file.relative_to(path))
         }
@@ -213,6 +213,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _DISK_ERRORS = {
@@ -250,6 +260,15 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_on_disk(path: Path) -> str:
+    """Return the sha256 of a file once its bytes are on the disk, for a manifest that may outlive a power cut.
+
+    Writers of safetensors, parquet and pickles leave them to the system, which may take half a minute.
+    """
+    _sync(path)
+    return sha256_file(path)
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -210,6 +210,17 @@ def load_model(directory: Path, *, dtype: torch.dtype) -> HeterogeneousLlamaForC
     return model_from_tensors(architecture, checked, dtype=dtype)
 
 
+def unread_model(directory: Path, *, dtype: torch.dtype) -> HeterogeneousLlamaForCausalLM:
+    """Return the checkpoint's model on the CPU without its weights: tensors of its shapes that nothing was written to.
+
+    Raises:
+        CheckpointError: when there is no architecture.
+    """
+    architecture = read_architecture(directory)
+    shapes = checkpoint_shapes(architecture)
+    return model_from_tensors(architecture, ((n, torch.empty(s, dtype=dtype)) for n, s in shapes.items()), dtype=dtype)
+
+
 def load_layers(
     directory: Path, layers: range, *, dtype: torch.dtype, device: torch.device
 ) -> HeterogeneousLlamaForCausalLM:

@@ -40,7 +40,7 @@ from pipeline.reasoning.reward_model import RewardModel
 from pipeline.reasoning.samplers import Sampler
 from pipeline.reasoning.stop_rules import reason_to_stop
 from pipeline.recipe import GRPO, RLOO, RPO, OnPolicyDistillation, RLConfig
-from pipeline.training.distributed import barrier, sum_across_ranks
+from pipeline.training.distributed import barrier, sum_across_ranks, told_by_rank_0
 from pipeline.training.engine import TrainEngine
 
 _PASS_RATES = "pass_rates.json"
@@ -138,7 +138,11 @@ def train_policy(
                 seed=config.seed,
             )
     checkpoints_dir = work_dir / "checkpoints"
-    state = engine.load_latest(checkpoints_dir) or {"sampler": sampler.name, "curve": [], "samples": []}
+    state = engine.load_latest(checkpoints_dir, reporter=reporter) or {
+        "sampler": sampler.name,
+        "curve": [],
+        "samples": [],
+    }
     _require_sampler(state["sampler"], now=sampler.name, path=checkpoints_dir)
     sampler.refresh()
     curve: list[dict[str, float]] = state["curve"]
@@ -229,8 +233,9 @@ def load_or_measure_pass_rates(
     """
     assert config.difficulty is not None
     rates: list[float] = []
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    saved = told_by_rank_0(path.read_text(encoding="utf-8") if path.is_file() else "")
+    if saved:
+        found = json.loads(saved)
         _require_sampler(found["sampler"], now=sampler.name, path=path)
         rates = [float(rate) for rate in found["rates"]]
     size = config.prompts_per_step

@@ -8,6 +8,7 @@ weights are the same however it came about, and rank 0 writes the index.
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore
 from pipeline.costs import MIB
 from pipeline.data.packed import load_packed
+from pipeline.errors import StageError
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_layers, read_architecture
 from pipeline.puzzle.bld import FailedBlock, TrainedBlock, train_blocks
 from pipeline.puzzle.bld_cost import (
@@ -27,6 +29,7 @@ from pipeline.puzzle.bld_cost import (
     split_layers,
     training_flops_per_token,
 )
+from pipeline.puzzle.bld_state import saved_step
 from pipeline.puzzle.block_keys import BlockKey, library_keys
 from pipeline.puzzle.devices import Ranks, matmul_peak, num_threads
 from pipeline.puzzle.importance import load_importance
@@ -47,7 +50,7 @@ from pipeline.puzzle.tables import LOSSES, SCHEMAS, write_table
 from pipeline.report.drawings import draw_library, save_figures
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockLibraryStage
-from pipeline.training.distributed import barrier, gather_across_ranks
+from pipeline.training.distributed import LONGEST_CACHE_S, barrier, gather_across_ranks
 
 UPSTREAM = ("parent_checkpoint", "distillation_mix", "channel_importance")
 
@@ -103,10 +106,24 @@ def run(config: BlockLibraryStage, inputs: StageInputs, out_dir: Path) -> StageR
 
 def _missing(wanted: Mapping[BlockKey, str], store: ArtifactStore, ranks: Ranks) -> dict[BlockKey, str]:
     """Return the blocks that the store does not hold, as rank 0 finds it: others might look a moment later."""
-    held = {block_id for block_id in wanted.values() if store.find(BLOCK_ASSET, block_id) is not None}
-    if ranks.size > 1:
-        held = set(json.loads(gather_across_ranks(json.dumps(sorted(held)))[0]))
+    held = sorted(block_id for block_id in wanted.values() if store.find(BLOCK_ASSET, block_id) is not None)
+    held = set(json.loads(ranks.told_by_first(json.dumps(held))))
     return {key: block_id for key, block_id in wanted.items() if block_id not in held}
+
+
+def _wait_for_one_view(directory: Path, fingerprints: Sequence[str], ranks: Ranks) -> None:
+    """Wait until all ranks see the same progress on disk: a disk of the network shows nodes new files one by one."""
+    ends_at = time.monotonic() + LONGEST_CACHE_S
+    while ranks.size > 1:
+        views = gather_across_ranks(str(saved_step(directory, fingerprints)))
+        if len(set(views)) == 1:
+            return
+        if time.monotonic() > ends_at:
+            raise StageError(
+                f"ranks see different progress in {directory}; the last step saved, rank by rank: {', '.join(views)}: "
+                "put the store on a disk that all nodes share"
+            )
+        time.sleep(1.0)
 
 
 class _Training:
@@ -155,6 +172,7 @@ class _Training:
             if len(rounds) > 1:
                 self._inputs.reporter.note(f"round {number} of {len(rounds)}: {len(keys)} blocks")
             directory = work_dir / f"bld-{number}"
+            _wait_for_one_view(directory, [missing[key] for key in keys], self._ranks)
             if parent is not None:
                 self._train_round(parent, {key: missing[key] for key in keys}, directory)
             if self._ranks.size > 1:

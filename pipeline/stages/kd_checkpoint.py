@@ -8,12 +8,11 @@ Leaves out: the ordinary language-model loss, which the paper found not to help.
 from pathlib import Path
 
 from pipeline.data.packed import load_packed
-from pipeline.model.checkpoint import TORCH_DTYPES, load_model
 from pipeline.recipe import DistillationConfig
 from pipeline.stage import StageInputs, StageResult
 from pipeline.stages.training_figures import with_curve
 from pipeline.training.fitting import fit_checkpoint, fitting_result, plan_phases, prepare_process
-from pipeline.training.frozen import placed_frozen
+from pipeline.training.frozen import load_for_training, placed_frozen
 from pipeline.training.objectives import DistillationObjective
 from pipeline.training.validation import mean_kl, validation_rows
 
@@ -34,7 +33,7 @@ def run(config: DistillationConfig, inputs: StageInputs, out_dir: Path) -> Stage
         what="kd",
     )
     validation = validation_rows(load_packed(mixture_dir, "validation"), max_rows=_NUM_VALIDATION_ROWS)
-    teacher = load_model(inputs["parent_checkpoint"], dtype=TORCH_DTYPES[config.precision])
+    teacher = load_for_training(inputs["parent_checkpoint"], precision=config.precision, execution=inputs.execution)
     with placed_frozen(teacher, precision=config.precision, execution=inputs.execution):
         fitted = fit_checkpoint(
             start_dir=inputs["fused_checkpoint"],

@@ -9,6 +9,7 @@ those of the manifest.
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.architecture import Frozen
-from pipeline.artifacts import sha256_file, write_atomically
+from pipeline.artifacts import sha256_file, sha256_on_disk, write_atomically
 from pipeline.errors import ArtifactError, CheckpointError
-from pipeline.training.distributed import barrier, gather_across_ranks
+from pipeline.training.distributed import LONGEST_CACHE_S, barrier, gather_across_ranks, told_by_rank_0
 
 TAG = "state"
 _MANIFEST = "manifest.json"
@@ -47,10 +48,11 @@ class CheckpointManifest(Frozen):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundCheckpoint:
-    """A complete checkpoint whose bytes have been checked."""
+    """A complete checkpoint whose bytes have been checked, and why newer ones were passed over."""
 
     path: Path
     manifest: CheckpointManifest
+    passed_over: tuple[str, ...]
 
 
 def save(
@@ -84,22 +86,34 @@ def save(
 
 
 def newest(directory: Path, *, layout: Layout) -> FoundCheckpoint | None:
-    """Return the newest complete checkpoint, its bytes checked; half-written ones are removed.
+    """Return the newest complete checkpoint whose bytes are those of its manifest; half-written ones are removed.
+
+    One that is not whole, as a power cut may leave it, is removed where there is an older one to go on from.
 
     Raises:
-        CheckpointError: when its bytes changed, or it was written under another layout.
+        CheckpointError: when it was written under another layout, or when none is whole.
     """
     if dist.get_rank() == 0 and directory.is_dir():
         _remove_all_but(directory, _complete(directory))
     barrier()
-    complete = _complete(directory)
-    if not complete:
-        return None
-    path = complete[-1]
-    manifest = CheckpointManifest.model_validate_json((path / _MANIFEST).read_bytes())
-    _require_same_layout(path, got=layout, written=manifest.layout)
-    _verify(path, manifest=manifest)
-    return FoundCheckpoint(path=path, manifest=manifest)
+    names: list[str] = json.loads(told_by_rank_0(json.dumps([path.name for path in _complete(directory)])))
+    passed_over: list[str] = []
+    while names:
+        path = directory / names.pop()
+        manifest = CheckpointManifest.model_validate_json(_read_manifest(path))
+        _require_same_layout(path, got=layout, written=manifest.layout)
+        differing = _differing_files(path, manifest=manifest)
+        if not differing:
+            return FoundCheckpoint(path=path, manifest=manifest, passed_over=tuple(passed_over))
+        told = f"{path} does not hold the bytes its manifest names ({'; '.join(differing)})"
+        if not names:
+            raise CheckpointError(f"{told}, and no checkpoint is before it: delete {directory} to train from the start")
+        passed_over.append(told)
+        barrier()
+        if dist.get_rank() == 0:
+            _remove(path)
+        barrier()
+    return None
 
 
 def newest_path(directory: Path) -> Path | None:
@@ -115,9 +129,26 @@ def _complete(directory: Path) -> list[Path]:
 def _remove_all_but(directory: Path, kept: list[Path]) -> None:
     for path in sorted(directory.glob("step-*")):
         if path not in kept:
-            # The manifest goes first: a removal that is cut short must not leave a checkpoint that looks complete.
-            (path / _MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # The manifest goes first: a removal that is cut short must not leave a checkpoint that looks complete.
+    (path / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _read_manifest(path: Path) -> str:
+    """Return a manifest that rank 0 sees; another node may see it later, by as long as its cache of the disk is old."""
+    ends_at = time.monotonic() + LONGEST_CACHE_S
+    while not (path / _MANIFEST).is_file():
+        if time.monotonic() > ends_at:
+            raise CheckpointError(
+                f"{path / _MANIFEST} is seen by rank 0 and not by rank {dist.get_rank()}: put the store on a disk that "
+                "all nodes share"
+            )
+        time.sleep(1.0)
+    return (path / _MANIFEST).read_text(encoding="utf-8")
 
 
 def _hash_together(path: Path) -> dict[str, str]:
@@ -126,7 +157,7 @@ def _hash_together(path: Path) -> dict[str, str]:
     if dist.get_rank() == 0:
         seen = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     names = json.loads(gather_across_ranks(json.dumps(seen))[0])
-    own = {name: sha256_file(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    own = {name: sha256_on_disk(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     return {name: found for told in gather_across_ranks(json.dumps(own)) for name, found in json.loads(told).items()}
 
 
@@ -150,16 +181,11 @@ def _require_same_layout(path: Path, *, got: Layout, written: Layout) -> None:
         )
 
 
-def _verify(path: Path, *, manifest: CheckpointManifest) -> None:
-    """Each rank reads its share of the files; all of them raise when one has found a difference."""
+def _differing_files(path: Path, *, manifest: CheckpointManifest) -> list[str]:
+    """Return the files that differ from the manifest; each rank reads its share, and all return the same."""
     names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
     broken = [name for name in names if not _is_intact(path / name, sha256=manifest.files[name])]
-    found = [names for names in gather_across_ranks(", ".join(broken)) if names]
-    if found:
-        raise CheckpointError(
-            f"{path} does not hold the bytes its manifest names ({'; '.join(found)}): "
-            f"delete it to continue from the checkpoint before it"
-        )
+    return [name for told in gather_across_ranks(json.dumps(broken)) for name in json.loads(told)]
 
 
 def _is_intact(path: Path, *, sha256: str) -> bool:

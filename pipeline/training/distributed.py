@@ -18,6 +18,7 @@ import torch.distributed as dist
 # Ranks wait for one that writes hundreds of gigabytes, for which DeepSpeed's ten minutes are few. A rank whose partner
 # has died is ended by its launcher.
 _LONGEST_WAIT = timedelta(days=1)
+LONGEST_CACHE_S = 120.0  # NFS keeps what it knows of a directory for 60 s by default
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -66,6 +67,15 @@ def gather_across_ranks(value: str) -> list[str]:
     gathered: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def told_by_rank_0(value: str) -> str:
+    """Return rank 0's string on every rank.
+
+    What is on a disk of the network looks different from another node for as long as that node's cache is old, so one
+    rank decides what a resume begins with.
+    """
+    return gather_across_ranks(value)[0]
 
 
 def barrier() -> None:

@@ -12,9 +12,11 @@ micro-batch size, nor the number of ranks changes the gradient.
 """
 
 import contextlib
+import gc
+import inspect
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.errors import RecipeError, StageError
+from pipeline.errors import CheckpointError, RecipeError, StageError
+from pipeline.progress import Reporter
 from pipeline.recipe import OptimizerConfig, Precision
 from pipeline.stage import ExecutionSettings
 from pipeline.training import checkpoints
@@ -57,7 +60,7 @@ class TrainEngine:
         global_batch_size: int,
         precision: Precision,
     ) -> None:
-        self._engine = engine
+        self._engine: Any = engine
         self._num_pending = 0
         self.rank = world.rank
         self.world_size = world.world_size
@@ -194,18 +197,26 @@ class TrainEngine:
             write=lambda path: self._engine.save_checkpoint(str(path), tag=checkpoints.TAG, save_latest=False),
         )
 
-    def load_latest(self, directory: Path) -> dict[str, Any] | None:
+    def load_latest(self, directory: Path, *, reporter: Reporter) -> dict[str, Any] | None:
         """Restore the newest complete checkpoint and return its state; None when there is none.
 
         Raises:
-            CheckpointError: when its bytes changed, or it was written under another number of ranks, ZeRO stage,
+            CheckpointError: when none is whole, or it was written under another number of ranks, ZeRO stage,
                 micro-batch size or precision.
         """
         found = checkpoints.newest(directory, layout=self._layout())
         if found is None:
             return None
+        for told in found.passed_over:
+            reporter.note(f"{told}: it is removed, and training continues from the one before it")
         with contextlib.redirect_stdout(io.StringIO()):
-            self._engine.load_checkpoint(str(found.path), tag=checkpoints.TAG)
+            loaded, _ = self._engine.load_checkpoint(str(found.path), tag=checkpoints.TAG)
+        # DeepSpeed says with a warning, or with None, that it took less than the whole state.
+        if loaded is None or self.num_steps != found.manifest.step:
+            raise CheckpointError(
+                f"DeepSpeed restored step {self.num_steps} from {found.path}, which holds step {found.manifest.step}: "
+                "delete it to continue from the checkpoint before it"
+            )
         return found.manifest.state
 
     def set_master_weights(self, read: Callable[[str], Tensor]) -> None:
@@ -229,27 +240,28 @@ class TrainEngine:
                 padded = nn.functional.pad(whole, (0, num_elements * self.world_size - whole.numel()))
                 safe_set_local_fp32_param(parameter, padded.narrow(0, num_elements * self.rank, num_elements))
 
-    def state_dict_for_export(self) -> dict[str, Tensor]:
-        """Return the trained parameters in fp32 on the CPU, from the master weights; an empty dict on other ranks.
+    def exported_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the trained parameters one at a time in fp32 on the CPU, from the master weights.
 
-        Tied parameters appear once, under the first of their names.
+        Every rank goes through to the end, and rank 0 alone gets any. Tied parameters appear once, under the first of
+        their names.
         """
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        exported: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             plain = self.zero_stage == 0 or not parameter.requires_grad
             # At stage 3 a frozen matrix, which has no master, is empty between two passes.
             with deepspeed.zero.GatheredParameters([parameter], enabled=plain and self.zero_stage == 3):
                 full: Any = parameter.detach() if plain else safe_get_full_fp32_param(parameter)
-                if self.rank == 0:
-                    exported[name] = full.to(device="cpu", dtype=torch.float32, copy=True)
-        return exported
+                copied = full.to(device="cpu", dtype=torch.float32, copy=True) if self.rank == 0 else None
+            if copied is not None:
+                yield name, copied
 
     def close(self) -> None:
-        """Release the engine's buffers and hooks; the process group stays, since it cannot be started twice."""
-        self._engine.destroy()
+        """Let go of the model and its optimizer; the process group stays, since it cannot be started twice."""
+        close_deepspeed(self._engine)
+        self._engine = None
 
     def _plain_grad_norm(self) -> float:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -270,6 +282,30 @@ class TrainEngine:
         )
         weight_bytes = 2 if self.precision == "bf16" else 4
         return num_parameters * (weight_bytes + 12)  # weights, fp32 masters, two AdamW moments
+
+
+def close_deepspeed(engine: Any) -> None:
+    """Take DeepSpeed's hooks off a model and its buffers away, so that the model can be freed.
+
+    DeepSpeed 0.19.8 keeps every model that it has split over ranks alive in two places: a list of modules, from which
+    it takes none, and the cache of a method, whose arguments they are.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    module = engine.module
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    wrapper = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(wrapper).nonlocals["func"].cache_clear()
+
+
+def release_memory() -> None:
+    """Free what closed engines held: DeepSpeed's hooks keep a model in cycles, and torch keeps freed device memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

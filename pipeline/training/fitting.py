@@ -3,6 +3,7 @@
 The three supervised stages differ in their data, their objective and what they are judged by; the rest is here.
 """
 
+import collections
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,15 @@ import torch
 from pipeline.architecture import Frozen
 from pipeline.artifacts import write_atomically
 from pipeline.data.packed import PackedTokens, load_packed, long_context_split
-from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture, save_checkpoint
+from pipeline.model.checkpoint import TensorReader, read_architecture, save_checkpoint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
+from pipeline.progress import Reporter
 from pipeline.recipe import LongContextPhase, OptimizerConfig, Precision
 from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult, Table
 from pipeline.training.batches import BatchPlan, plan_batches
-from pipeline.training.distributed import barrier, init_distributed, use_threads
-from pipeline.training.engine import TrainEngine
+from pipeline.training.distributed import barrier, init_distributed, told_by_rank_0, use_threads
+from pipeline.training.engine import TrainEngine, release_memory
+from pipeline.training.frozen import load_for_training
 from pipeline.training.loop import TrainingRun, train
 from pipeline.training.metrics import CurveRow, write_curve
 from pipeline.training.objectives import Objective, RunModel
@@ -60,7 +63,7 @@ def open_engine(
         CheckpointError: see pipeline.model.checkpoint.load_model.
     """
     engine = TrainEngine.create(
-        load_model(start_dir, dtype=TORCH_DTYPES[precision]).train(),
+        load_for_training(start_dir, precision=precision, execution=execution).train(),
         optimizer=optimizer,
         total_steps=total_steps,
         precision=precision,
@@ -137,73 +140,120 @@ def fit_checkpoint(
     """
     rank = init_distributed().rank
     done: list[_FinishedPhase] = []
-    facts: dict[str, str] = {}
-    run: TrainingRun | None = None
+    trained: _TrainedPhase | None = None
     for index, phase in enumerate(phases):
         is_last = index == len(phases) - 1
         work_dir = out_dir / WORK_DIR / (f"phase-{index}" if index else "")
         kept_dir = out_dir / WORK_DIR / f"weights-{index}"
         record = kept_dir / _PHASE_FILE
-        if record.is_file():
-            done.append(_FinishedPhase.model_validate_json(record.read_bytes()))
+        finished = told_by_rank_0(record.read_text(encoding="utf-8") if record.is_file() else "")
+        if finished:
+            done.append(_FinishedPhase.model_validate_json(finished))
             continue
-        engine = open_engine(
-            start_dir if index == 0 else out_dir / WORK_DIR / f"weights-{index - 1}",
-            optimizer=phase.optimizer,
-            total_steps=phase.plan.num_steps,
+        # In a call of its own: an engine that a variable still names would take its memory beside the next one's.
+        trained = _train_phase(
+            phase,
+            start_dir=start_dir if index == 0 else out_dir / WORK_DIR / f"weights-{index - 1}",
+            like_dir=start_dir,
+            out_dir=out_dir if is_last else kept_dir,
+            stored_dtype=None if is_last else torch.float32,
+            checkpoints_dir=work_dir / "checkpoints",
             precision=precision,
+            make_objective=make_objective,
+            validate=validate,
+            what=what if len(phases) == 1 else f"{what}, {phase.plan.data.sequence_length:,} tokens a window",
             execution=_for_windows(inputs.execution, phase.plan.data, base=phases[0].plan.data),
-            global_batch_size=phase.global_batch_size,
+            reporter=inputs.reporter,
         )
-        try:
-            before = validate(engine.model)
-            inputs.reporter.note(f"validation before training: {before:.4g}")
-            run = train(
-                engine,
-                plan=phase.plan,
-                objective=make_objective(engine.model),
-                what=what if len(phases) == 1 else f"{what}, {phase.plan.data.sequence_length:,} tokens a window",
-                reporter=inputs.reporter,
-                checkpoints_dir=work_dir / "checkpoints",
-                checkpoint_interval_steps=inputs.execution.checkpoint_interval_steps,
-            )
-            after = validate(engine.model)
-            inputs.reporter.note(f"validation after training: {after:.4g}")
-            export_checkpoint(
-                engine,
-                start_dir=start_dir,
-                out_dir=out_dir if is_last else kept_dir,
-                dtype=None if is_last else torch.float32,
-            )
-            facts = training_facts(engine)
-        finally:
-            engine.close()
-        done.append(_FinishedPhase(curve=run.curve, before=before, after=after, num_resumes=run.num_resumes))
+        release_memory()
+        done.append(trained.finished)
         if not is_last:
             if rank == 0:
                 write_atomically(record, done[-1].model_dump_json().encode())
             barrier()
             if rank == 0:
                 shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
-    assert run is not None
+                _remove_weights(out_dir / WORK_DIR / f"weights-{index - 1}")
+    assert trained is not None
     curve = _joined([phase.curve for phase in done])
     if rank == 0:
         write_curve(out_dir, curve)
     return FittedCheckpoint(
-        run=replace(run, curve=curve, num_resumes=sum(phase.num_resumes for phase in done)),
+        run=replace(trained.run, curve=curve, num_resumes=sum(phase.num_resumes for phase in done)),
         before=done[0].before,
         after=done[-1].after,
-        facts=facts,
+        facts=trained.facts,
     )
 
 
 class _FinishedPhase(Frozen):
-    """What is kept of a phase, beside its weights, until the training is over."""
+    """What is kept of a phase until the training is over."""
 
     curve: tuple[CurveRow, ...]
     before: float
     after: float
     num_resumes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TrainedPhase:
+    """A phase that this process trained."""
+
+    finished: _FinishedPhase
+    run: TrainingRun
+    facts: dict[str, str]
+
+
+def _train_phase(
+    phase: Phase,
+    *,
+    start_dir: Path,
+    like_dir: Path,
+    out_dir: Path,
+    stored_dtype: torch.dtype | None,
+    checkpoints_dir: Path,
+    precision: Precision,
+    make_objective: Callable[[HeterogeneousLlamaForCausalLM], Objective],
+    validate: Callable[[RunModel], float],
+    what: str,
+    execution: ExecutionSettings,
+    reporter: Reporter,
+) -> _TrainedPhase:
+    engine = open_engine(
+        start_dir,
+        optimizer=phase.optimizer,
+        total_steps=phase.plan.num_steps,
+        precision=precision,
+        execution=execution,
+        global_batch_size=phase.global_batch_size,
+    )
+    try:
+        before = validate(engine.model)
+        reporter.note(f"validation before training: {before:.4g}")
+        run = train(
+            engine,
+            plan=phase.plan,
+            objective=make_objective(engine.model),
+            what=what,
+            reporter=reporter,
+            checkpoints_dir=checkpoints_dir,
+            checkpoint_interval_steps=execution.checkpoint_interval_steps,
+        )
+        after = validate(engine.model)
+        reporter.note(f"validation after training: {after:.4g}")
+        export_checkpoint(engine, start_dir=like_dir, out_dir=out_dir, dtype=stored_dtype)
+        facts = training_facts(engine)
+    finally:
+        engine.close()
+    finished = _FinishedPhase(curve=run.curve, before=before, after=after, num_resumes=run.num_resumes)
+    return _TrainedPhase(finished=finished, run=run, facts=facts)
+
+
+def _remove_weights(kept_dir: Path) -> None:
+    """Remove the weights that the next phase began from; the record stays."""
+    for path in kept_dir.glob("*"):
+        if path.name != _PHASE_FILE:
+            path.unlink()
 
 
 def _for_windows(execution: ExecutionSettings, data: PackedTokens, *, base: PackedTokens) -> ExecutionSettings:
@@ -226,15 +276,12 @@ def export_checkpoint(engine: TrainEngine, *, start_dir: Path, out_dir: Path, dt
 
     `dtype` stores every tensor in that one instead.
     """
-    tensors = engine.state_dict_for_export()
+    stored = TensorReader(start_dir)
+    tensors = ((name, tensor.to(dtype or stored.dtype(name))) for name, tensor in engine.exported_tensors())
     if engine.rank == 0:
-        stored = TensorReader(start_dir)
-        save_checkpoint(
-            out_dir,
-            architecture=read_architecture(start_dir),
-            tensors={name: tensor.to(dtype or stored.dtype(name)) for name, tensor in tensors.items()},
-            tokenizer_dir=start_dir,
-        )
+        save_checkpoint(out_dir, architecture=read_architecture(start_dir), tensors=tensors, tokenizer_dir=start_dir)
+    else:
+        collections.deque(tensors, maxlen=0)
     barrier()
 
 

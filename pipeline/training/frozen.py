@@ -1,5 +1,6 @@
-"""Models that run beside a training and are not trained: whole on every rank, or split over the ranks at ZeRO 3.
+"""Models of a training as they come from disk, and those that run beside it: whole on every rank, or split at ZeRO 3.
 
+    teacher = load_for_training(directory, precision="bf16", execution=inputs.execution)
     with placed_frozen(teacher, precision="bf16", execution=inputs.execution):
         logits_BTV = teacher(**batch.model_inputs()).logits
 
@@ -8,14 +9,34 @@ Where it is split, every rank must run it at the same time.
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from pipeline.model.checkpoint import TORCH_DTYPES, load_model, unread_model
+from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.recipe import Precision
 from pipeline.stage import ExecutionSettings
 from pipeline.training.distributed import init_distributed
-from pipeline.training.engine import zero_config
+from pipeline.training.engine import close_deepspeed, zero_config
+
+
+def load_for_training(
+    directory: Path, *, precision: Precision, execution: ExecutionSettings
+) -> HeterogeneousLlamaForCausalLM:
+    """Return a checkpoint's model on the CPU, to be given to TrainEngine.create or placed_frozen.
+
+    At ZeRO 3 DeepSpeed sends rank 0's weights to all ranks, one tensor at a time, before it splits them. So rank 0
+    alone reads them; the others' have a shape, and no memory until then: no host holds 253 B parameters eight times.
+
+    Raises:
+        CheckpointError: see pipeline.model.checkpoint.load_model.
+    """
+    dtype = TORCH_DTYPES[precision]
+    if execution.zero_stage == 3 and init_distributed().rank > 0:
+        return unread_model(directory, dtype=dtype)
+    return load_model(directory, dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -45,4 +66,4 @@ def placed_frozen(model: nn.Module, *, precision: Precision, execution: Executio
     try:
         yield
     finally:
-        engine.destroy()
+        close_deepspeed(engine)

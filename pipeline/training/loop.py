@@ -56,7 +56,7 @@ def train(
         DataError: when a step has nothing to train on.
         CheckpointError: when the newest checkpoint was written under other settings.
     """
-    state = engine.load_latest(checkpoints_dir)
+    state = engine.load_latest(checkpoints_dir, reporter=reporter)
     curve: list[dict[str, int | float]] = [] if state is None else list(state["curve"])
     num_resumes = 0 if state is None else int(state["num_resumes"]) + 1
     if state is not None:

@@ -98,7 +98,7 @@ def test_engine_trains_as_plain_adamw_does_on_a_cpu(workplace: Workplace):
         optimizer.step()
         optimizer.zero_grad()
         assert found.grad_norm == pytest.approx(float(norm), rel=TOLERANCE)
-    exported = engine.state_dict_for_export()
+    exported = dict(engine.exported_tensors())
     engine.close()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(exported[name], weight.detach(), atol=1e-4, rtol=0)

@@ -75,7 +75,7 @@ def _train(
             loss += part.item()
         losses.append(loss)
         norms.append(engine.step().grad_norm)
-    exported = engine.state_dict_for_export()
+    exported = dict(engine.exported_tensors())
     engine.close()
     return Trained(losses=losses, grad_norms=norms, weights=exported)
 

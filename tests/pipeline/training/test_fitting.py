@@ -9,6 +9,7 @@ import torch
 
 from pipeline.model.checkpoint import TensorReader, load_model
 from pipeline.processes import run_checked
+from pipeline.progress import SilentReporter
 from pipeline.training.engine import TrainEngine
 from tests.pipeline.training import export_untrained
 from tests.pipeline.training.builders import child_architecture, random_tokens, write_checkpoint
@@ -45,7 +46,7 @@ def test_bf16_engine_exports_the_fp32_weights_it_was_opened_on(
 def test_bf16_step_moves_the_fp32_weights_by_the_update_alone(start_dir: Path, zero_stage: Literal[1, 2, 3]):
     engine = open_bf16(start_dir, zero_stage=zero_stage)
     take_step(engine)
-    exported = engine.state_dict_for_export()
+    exported = dict(engine.exported_tensors())
     engine.close()
     started = TensorReader(start_dir)
     for name, tensor in exported.items():
@@ -58,12 +59,12 @@ def test_bf16_model_computes_with_the_rounded_weights_before_and_after_a_resume(
     rounded = load_model(start_dir, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, rounded[name]) for name, tensor in engine.model.state_dict().items())
     take_step(engine)
-    stepped = engine.state_dict_for_export()
+    stepped = dict(engine.exported_tensors())
     engine.save(tmp_path / "checkpoints", {})
     engine.close()
     again = open_bf16(start_dir, zero_stage=1)
-    again.load_latest(tmp_path / "checkpoints")
-    resumed = again.state_dict_for_export()
+    again.load_latest(tmp_path / "checkpoints", reporter=SilentReporter())
+    resumed = dict(again.exported_tensors())
     again.close()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in stepped.items())
 

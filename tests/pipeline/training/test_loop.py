@@ -1,5 +1,6 @@
 """The loop and its checkpoints: resume, invariance, refusals."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,19 @@ def _train(
             checkpoints_dir=checkpoints_dir,
             checkpoint_interval_steps=settings.checkpoint_interval_steps,
         )
-        return run, engine.state_dict_for_export()
+        return run, dict(engine.exported_tensors())
     finally:
         engine.close()
+
+
+class _NotingReporter(SilentReporter):
+    """Keeps what it is told in words."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str, /) -> None:
+        self.notes.append(message)
 
 
 def _interrupt(checkpoints_dir: Path, *, at_step: int, **settings: Any) -> None:
@@ -140,6 +151,34 @@ def test_changed_checkpoint_is_refused_before_it_is_read(tmp_path: Path):
     weights.write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(CheckpointError, match="does not hold the bytes its manifest names"):
         _train(tmp_path)
+
+
+def test_checkpoint_that_a_power_cut_broke_is_passed_over_for_the_one_before_it(tmp_path: Path):
+    straight, straight_weights = _train(tmp_path / "straight")
+    _interrupt(tmp_path / "resumed", at_step=5)
+    broken = tmp_path / "resumed" / "step-00000004"
+    weights = next((broken / "state").glob("mp_rank_*"))
+    weights.write_bytes(b"\0" * weights.stat().st_size)  # as a file system shows a file whose bytes never came
+    reporter = _NotingReporter()
+    resumed, resumed_weights = _train(tmp_path / "resumed", reporter=reporter)
+    assert [note for note in reporter.notes if str(broken) in note and "continues from the one before" in note]
+    assert "continuing SFT steps after step 2 of 6" in reporter.notes
+    assert resumed.curve == straight.curve
+    assert all(torch.equal(resumed_weights[name], weight) for name, weight in straight_weights.items())
+
+
+def test_checkpoint_is_on_the_disk_before_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[str] = []
+
+    def record(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    _interrupt(tmp_path, at_step=3)
+    manifest = next(place for place, name in enumerate(synced) if "manifest.json" in name)
+    files = {str(path) for path in (tmp_path / "step-00000002" / "state").rglob("*") if path.is_file()}
+    assert files
+    assert files <= set(synced[:manifest])
 
 
 @pytest.mark.parametrize(("setting", "value"), [("zero_stage", 2), ("micro_batch_size", 4), ("precision", "bf16")])

@@ -1,7 +1,9 @@
 """The three stages end to end on tiny checkpoints: outputs, metrics, resume, ranks."""
 
 import dataclasses
+import weakref
 from pathlib import Path
+from typing import Any, Literal
 
 import polars as pl
 import pytest
@@ -12,8 +14,10 @@ from pipeline.data.packed import blend_split, load_packed, long_context_split, s
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.progress import SilentReporter
 from pipeline.recipe import LongContextPhase, PretrainingConfig, SFTConfig, SFTStage
-from pipeline.stage import ExecutionSettings, StageInputs, StageResult
+from pipeline.stage import WORK_DIR, ExecutionSettings, StageInputs, StageResult
 from pipeline.stages import cpt_checkpoint, kd_checkpoint, sft_checkpoint
+from pipeline.training.fitting import fit_checkpoint, plan_phases
+from pipeline.training.objectives import NextTokenObjective
 from pipeline.training.schedules import learning_rate_factor
 from pipeline.training.validation import mean_cross_entropy
 from tests.pipeline.training.builders import (
@@ -305,6 +309,43 @@ def test_two_phases_equal_a_plain_loop_over_the_same_windows(inputs: StageInputs
     trained = TensorReader(tmp_path / "out")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(trained.read(name), parameter.detach(), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_the_engine_of_a_phase_is_gone_before_the_next_one_begins(
+    inputs: StageInputs, tmp_path: Path, zero_stage: Literal[1, 3]
+):
+    """Two engines at once would need twice the device memory that `plan` counts."""
+    placed = _with_long_windows(inputs, tmp_path)
+    execution = placed.execution.model_copy(update={"zero_stage": zero_stage})
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def validate(model: Any) -> float:
+        assert [seen for seen in models if seen() not in (None, model)] == []
+        models.append(weakref.ref(model))
+        return 0.0
+
+    fit_checkpoint(
+        start_dir=placed["kd_checkpoint"],
+        out_dir=tmp_path / "out",
+        phases=plan_phases(
+            placed["pretraining_mix"],
+            tokens=CPT.tokens,
+            global_batch_size=CPT.global_batch_size,
+            optimizer=OPTIMIZER,
+            long_context=(LONG, LONG.model_copy(update={"learning_rate": 1e-4})),
+            what="cpt",
+        ),
+        precision="bf16",
+        make_objective=lambda _model: NextTokenObjective(),
+        validate=validate,
+        what="CPT steps",
+        inputs=dataclasses.replace(placed, execution=execution),
+    )
+    assert len(models) == 6
+    # What the second phase began from has served its purpose; what the third began from is removed with the work.
+    kept = sorted(path.name for path in (tmp_path / "out" / WORK_DIR).glob("weights-*/*.safetensors"))
+    assert len(kept) == 1
 
 
 class _InterruptingPhase(SilentReporter):
