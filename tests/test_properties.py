@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline import costs
 from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, NO_ATTENTION, NO_FFN, Architecture, gqa, swiglu
+from pipeline.errors import RecipeError
 from pipeline.fingerprint import canonical_json, fingerprint
 from pipeline.model.shards import checkpoint_shapes
 from pipeline.puzzle.programme import Programme, Row, least_overrun, solve_diverse, solve_programme
@@ -156,26 +157,98 @@ def test_costs_add_up_over_layers_whatever_their_order(architecture: Architectur
         assert cost(rest) <= cost(architecture)
 
 
+# What the options of a search space stand for with a parent of 4 key/value heads and an FFN of 768, in a space's order.
+ATTENTION_KEYS = {"parent": "kv4", 4: "kv4", 2: "kv2", 0.5: "kv2", 1: "kv1", "linear": "linear", "no_op": "no_op"}
+FFN_KEYS = {
+    "parent": "ffn768",
+    512: "ffn512",
+    300: "ffn300",
+    256: "ffn256",
+    0.5: "ffn256",
+    8: "ffn8",
+    "linear": "linear",
+    "no_op": "no_op",
+}
+NOT_PORTABLE = {"linear", "ffn300", "ffn8"}
+
+
+@st.composite
+def spaces(draw: st.DrawFn, num_layers: int) -> dict[str, Any]:
+    portable = draw(st.booleans())
+    # Else hardly any space that must be portable would be.
+    left_out = NOT_PORTABLE if portable and draw(st.integers(0, 3)) else set()
+
+    def options(keys: dict[Any, str]) -> st.SearchStrategy[list[Any]]:
+        return st.lists(
+            st.sampled_from([one for one, key in keys.items() if key not in left_out]), min_size=1, max_size=4
+        )
+
+    override = st.fixed_dictionaries(
+        {
+            "layers": st.lists(st.integers(0, num_layers - 1), min_size=1, max_size=2),
+            "attention": st.none() | options(ATTENTION_KEYS),
+            "ffn": st.none() | options(FFN_KEYS),
+        }
+    )
+    return {
+        "attention": ["parent", *draw(options(ATTENTION_KEYS))],
+        "ffn": ["parent", *draw(options(FFN_KEYS))],
+        "overrides": draw(st.lists(override, max_size=3)),
+        "portable": portable,
+    }
+
+
+def block_keys(space: dict[str, Any], layer: int, *, is_last: bool) -> list[str] | None:
+    """What a layer may become, or None where the space must be refused: by hand."""
+    attention, ffn = (
+        (
+            [one[half] for one in space["overrides"] if layer in one["layers"] and one[half] is not None]
+            or [space[half]]
+        )[-1]
+        for half in ("attention", "ffn")
+    )
+    found_attention, found_ffn = {ATTENTION_KEYS[one] for one in attention}, {FFN_KEYS[one] for one in ffn}
+    if space["portable"] and (found_attention | found_ffn) & NOT_PORTABLE:
+        return None
+    pairs = [
+        (one, other)
+        for one in dict.fromkeys(ATTENTION_KEYS.values())
+        for other in dict.fromkeys(FFN_KEYS.values())
+        if one in found_attention and other in found_ffn
+    ]
+    if space["portable"]:
+        if layer == 0:
+            pairs = [pair for pair in pairs if pair[0] != "no_op"]
+        if is_last:
+            pairs = [pair for pair in pairs if pair[1] != "no_op"]
+        pairs = [pair for pair in pairs if pair[0] == "no_op" or pair[1] != "no_op"]
+    return [f"{one}+{other}" for one, other in pairs] or None
+
+
 @FEW
 @given(st.data())
-def test_space_holds_every_pair_of_options_once_whatever_their_order(data: st.DataObject):
-    parent = make_architecture(blocks=make_blocks(*[(gqa(4), swiglu(48))] * data.draw(st.integers(1, 4))))
-    attention = data.draw(st.lists(st.sampled_from([1, 2, 4, "linear", "no_op"]), max_size=6))
-    ffn = data.draw(st.lists(st.one_of(st.integers(1, 48), st.sampled_from(["linear", "no_op"])), max_size=6))
-    options: dict[str, Any] = {"attention": ["parent", *attention], "ffn": ["parent", *ffn]}
-    fixed = {"overrides": [], "portable": False}
-    space = resolve(SearchSpaceConfig.model_validate({**options, **fixed}), parent)
-    mixed = {name: data.draw(st.permutations(values)) for name, values in options.items()}
-    assert resolve(SearchSpaceConfig.model_validate({**mixed, **fixed}), parent) == space
-    wanted = len({4, *attention} - {"parent"}) * len({48, *ffn})
+def test_space_holds_every_allowed_pair_of_each_layers_own_options_once_whatever_their_order(data: st.DataObject):
+    num_layers = data.draw(st.integers(1, 4))
+    parent = make_architecture(blocks=make_blocks(*[(gqa(4), swiglu(768))] * num_layers))
+    options = data.draw(spaces(num_layers))
+    config = SearchSpaceConfig.model_validate(options)
+    wanted = [block_keys(options, layer, is_last=layer == num_layers - 1) for layer in range(num_layers)]
+    if None in wanted:
+        with pytest.raises(RecipeError, match="portable"):
+            resolve(config, parent)
+        return
+    space = resolve(config, parent)
+    assert [[block.key for block in found.blocks] for found in space.layers] == wanted
+    assert space.num_candidates == sum(key != parent.blocks[0].key for keys in wanted for key in keys or ())
     for layer, found in enumerate(space.layers):
-        assert len({block.key for block in found.blocks}) == len(found.blocks) == wanted
-        assert found.blocks[0].key == parent.blocks[0].key
         assert {block.parent_layers for block in found.blocks} == {(layer,)}
+        assert {spec.key for spec in found.attention} == {block.attention.key for block in found.blocks}
+        assert {spec.key for spec in found.ffn} == {block.ffn.key for block in found.blocks}
         for block in found.blocks:
             assert attention_from_key(block.attention.key) == block.attention
             assert ffn_from_key(block.ffn.key) == block.ffn
-    assert space.num_candidates == len(space.layers) * (wanted - 1)
+    mixed = {half: data.draw(st.permutations(options[half])) for half in ("attention", "ffn")}
+    assert resolve(SearchSpaceConfig.model_validate(options | mixed), parent) == space
 
 
 @FEW

@@ -9,6 +9,9 @@ With r_i the reward of sample i of a group and pi_old the policy that sampled it
     L     = mean over tokens of  -min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)  +  kl_weight * k3_t
     k3_t  = q_t - log q_t - 1              q_t = pi_ref(y_t) / pi(y_t); estimates KL(pi || pi_ref), never negative
 
+Differentiated at sampled tokens, as published, k3 pulls as KL(pi_ref || pi) does: over answers with rewards r the
+optimum is pi = kl_weight pi_ref / (kl_weight + E[r] - r).
+
 Source: GRPO (DeepSeekMath, section 4.1) as Llama-Nemotron uses it in section 5; k3 after Schulman, "Approximating KL
 divergence". The mean is over tokens, so a long answer weighs as much as its tokens do.
 """
@@ -80,8 +83,8 @@ def clipped_loss(
 ) -> TokenLoss:
     """Return the loss of the module's docstring, summed over the tokens where `trained_BT` is true.
 
-    Advantages may be one per row, [B, 1]. `weights_BT` multiplies the surrogate's gradient token by token; the KL is an
-    expectation under the policy itself and is not weighted.
+    Advantages may be one per row, [B, 1]. `weights_BT` multiplies the surrogate's gradient token by token. The KL
+    only holds the policy back and is not weighted.
     """
     # Padding is taken out before the exponentials: exp of its arbitrary log-ratio can be inf, and inf * 0 is NaN.
     logprobs_BT = logprobs_BT.masked_fill(~trained_BT, 0.0)

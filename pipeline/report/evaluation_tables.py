@@ -31,9 +31,16 @@ def write_estimate(estimate: Estimate | None, *, as_percent: bool = False, digit
         return MISSING
 
     def write(value: float) -> str:
-        return f"{100 * value:.1f}%" if as_percent else f"{value:#.{digits}g}".rstrip(".")
+        return f"{100 * value:.1f}%" if as_percent else write_figure(value, digits=digits)
 
     return f"{write(estimate.value)} [{write(estimate.low)}, {write(estimate.high)}]"
+
+
+def write_figure(value: float, *, digits: int = 3) -> str:
+    """Return so many digits, and all of them in front of the point: `0.560`, `34.1`, `1,230`."""
+    if abs(value) >= 10**digits - 0.5:
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def quality_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
@@ -261,7 +268,9 @@ def bookends_table(evaluations: Mapping[str, CheckpointEvaluation]) -> Table:
 def _bare(value: float | None, *, as_percent: bool) -> str:
     if value is None or math.isnan(value):
         return MISSING
-    return f"{100 * value:.0f}%" if as_percent else f"{value:.3g}"
+    if as_percent:
+        return f"{100 * value:.0f}%"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def evaluation_tables(evaluations: Mapping[str, CheckpointEvaluation]) -> dict[str, Table]:

@@ -133,6 +133,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     others = {name: value for name, value in kl.items() if name not in (PUZZLE, WITHOUT_BLD)}
     best = min(others, key=lambda name: others[name], default=None)
     missing = [name for name, blocks in from_parent.items() if blocks is None]
+    missing += [] if "greedy" in from_library else ["greedy"]
     return StageResult(
         metrics={
             "num_children": len(table),
@@ -146,7 +147,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
             **(
                 {"left out": "drop_by_influence, drop_last, uniform: the target pins blocks"} if not from_parent else {}
             ),
-            **({"meet the limits in no size": ", ".join(missing)} if missing else {}),
+            **({"do not meet the limits": ", ".join(missing)} if missing else {}),
         },
         tables={
             "children": Table.of(

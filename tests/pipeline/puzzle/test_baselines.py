@@ -1,6 +1,7 @@
 """Baselines on small problems, against brute force and by hand."""
 
 import itertools
+from collections.abc import Mapping
 
 import pytest
 
@@ -10,15 +11,17 @@ from pipeline.errors import RecipeError
 from pipeline.puzzle.baselines import (
     drop_layers,
     dropped,
+    greedy,
     influence_order,
     last_order,
     max_parameters,
     random_choice,
     uniform,
 )
+from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem
 from pipeline.puzzle.predictions import linear_limits
-from pipeline.recipe import PoolConfig, RefinementConfig, SearchConfig
+from pipeline.recipe import LayerPattern, PoolConfig, RefinementConfig, SearchConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
 SETTINGS = SearchConfig(
@@ -45,6 +48,82 @@ def make_problem(bound: float, *, seed: int = 0) -> Problem:
     limits = linear_limits([limit("decode_speed", bound)], costs=costs, blocks=BLOCKS, speed_margin=0.0)
     layer = tuple(Candidate(block=block, score=float(index)) for index, block in enumerate(BLOCKS))
     return Problem(layers=(layer,) * 4, limits=limits)
+
+
+# Whole, narrow and dropped: two costs a block, in milliseconds and in MiB.
+BY_NAME = {"whole": BLOCKS[0], "narrow": BLOCKS[1], "dropped": BLOCKS[8]}
+MILLISECONDS = {"whole": 6.0, "narrow": 4.0, "dropped": 1.0}
+MIB = {"whole": 1.0, "narrow": 5.0, "dropped": 0.0}
+
+
+def table_limit(
+    cost: Mapping[str, float], *, upper: float, fixed: float = 0.0, peak: Mapping[str, float] | None = None
+) -> LinearLimit:
+    return LinearLimit(
+        limit=limit("decode_speed", 1.0),
+        name="table",
+        fixed=fixed,
+        upper=upper,
+        reference=1.0,
+        work=1.0,
+        cost={BY_NAME[name].key: value for name, value in cost.items()},
+        peak=None if peak is None else {BY_NAME[name].key: value for name, value in peak.items()},
+    )
+
+
+def greedy_names(
+    *layers: Mapping[str, float], limits: tuple[LinearLimit, ...], pattern: LayerPattern = "heterogeneous"
+) -> list[str] | None:
+    problem = Problem(
+        layers=tuple(
+            tuple(Candidate(block=BY_NAME[name], score=score) for name, score in scores.items()) for scores in layers
+        ),
+        limits=limits,
+        pattern=pattern,
+    )
+    found = greedy(problem)
+    names = {block.key: name for name, block in BY_NAME.items()}
+    return None if found is None else [names[candidate.block.key] for candidate in found]
+
+
+# Mean scores 0.5, 2, 0.1 and 0.6: layers 2, 0, 3, 1. By their worst block 3 would come before 0.
+SCORES = (
+    {"whole": 0.0, "narrow": 0.1, "dropped": 1.4},
+    {"whole": 0.0, "narrow": 2.0, "dropped": 4.0},
+    {"whole": 0.0, "narrow": 0.2, "dropped": 0.1},
+    {"whole": 0.0, "narrow": 0.9, "dropped": 0.9},
+)
+
+
+def test_greedy_goes_from_the_lowest_mean_score_up_and_hands_on_what_a_layer_leaves():
+    # (21 - 3 - 2) / 4 = 4 ms a layer. Layer 2 drops and leaves 3; layer 0 has 7, stays whole and leaves 1; layers 3 and
+    # 1 have 5 each.
+    row = table_limit(MILLISECONDS, fixed=3.0, upper=21.0, peak={"whole": 2.0, "narrow": 1.0, "dropped": 0.0})
+    assert greedy_names(*SCORES, limits=(row,)) == ["whole", "narrow", "dropped", "narrow"]
+
+
+def test_greedy_keeps_to_the_share_of_every_budget():
+    # 4 ms and 4 MiB a layer: narrow blocks are short of memory until layer 2 leaves 4 MiB, and layer 0 leaves 7 of 8.
+    limits = (table_limit(MILLISECONDS, upper=16.0), table_limit(MIB, upper=16.0))
+    assert greedy_names(*SCORES, limits=limits) == ["whole", "narrow", "dropped", "narrow"]
+    # With 1 MiB a layer no narrow one ever fits. Layer 3 has 5 ms, too few to stay whole, and leaves 4: layer 1 has 8.
+    limits = (table_limit(MILLISECONDS, upper=16.0), table_limit(MIB, upper=4.0))
+    assert greedy_names(*SCORES, limits=limits) == ["whole", "whole", "dropped", "dropped"]
+
+
+def test_greedy_pays_for_a_layer_without_choice_from_the_next_ones_share_or_gives_up():
+    layers = (SCORES[0], {"whole": 0.0})
+    # 4 ms each, and layer 1 comes first: its debt of 2 leaves layer 0 with 2.
+    assert greedy_names(*layers, limits=(table_limit(MILLISECONDS, upper=8.0),)) == ["dropped", "whole"]
+    assert greedy_names(*layers, limits=(table_limit(MILLISECONDS, upper=6.5),)) is None
+
+
+def test_greedy_of_layers_alike_is_the_lowest_sum_of_those_that_fit():
+    # All whole: 24 ms. All narrow: 16 ms at 3.2. All dropped: 4 ms at 6.4.
+    def alike(upper: float) -> list[str] | None:
+        return greedy_names(*SCORES, limits=(table_limit(MILLISECONDS, upper=upper),), pattern="homogeneous")
+
+    assert [alike(upper) for upper in (24.0, 16.0, 15.9, 3.9)] == [["whole"] * 4, ["narrow"] * 4, ["dropped"] * 4, None]
 
 
 @pytest.mark.parametrize("seed", range(3))

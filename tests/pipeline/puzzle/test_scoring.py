@@ -72,24 +72,27 @@ def whole_child(workplace: Workplace, space: SearchSpace, blocks: Sequence[Block
     return child
 
 
-def child_logits(
-    workplace: Workplace, space: SearchSpace, blocks: Sequence[BlockSpec], tokens_BT: torch.Tensor
-) -> torch.Tensor:
-    return whole_child(workplace, space, blocks)(input_ids=tokens_BT).logits.detach()
+def predictions(model: HeterogeneousLlamaForCausalLM, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and the states that the head reads, of a whole forward pass, in float64."""
+    with torch.no_grad():
+        found = model(input_ids=tokens_BT, output_hidden_states=True)
+    return found.logits.double().log_softmax(dim=-1), found.hidden_states[-1].double()
 
 
 def assert_measures(
     found: Divergence, workplace: Workplace, space: SearchSpace, blocks: Sequence[BlockSpec], packed: PackedTokens
 ) -> None:
-    """Compare with distributions of whole forward passes."""
-    parent = workplace.model()(input_ids=packed.tokens_NT).logits.detach().double().log_softmax(dim=-1)
-    child = child_logits(workplace, space, blocks, packed.tokens_NT).double().log_softmax(dim=-1)
+    """Compare with distributions and hidden states of whole forward passes."""
+    parent, parent_BTD = predictions(workplace.model(), packed.tokens_NT)
+    child, child_BTD = predictions(whole_child(workplace, space, blocks), packed.tokens_NT)
     kl = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=parent), torch.distributions.Categorical(logits=child)
     ).mean()
     loss = torch.nn.functional.nll_loss(child[:, :-1].flatten(0, 1), packed.tokens_NT[:, 1:].flatten())
+    cosine_BT = (parent_BTD * child_BTD).sum(dim=-1) / (parent_BTD.norm(dim=-1) * child_BTD.norm(dim=-1))
     assert found.kl == pytest.approx(kl.item(), rel=1e-5, abs=1e-9)
     assert found.lm_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert found.hidden_cosine == pytest.approx(1 - cosine_BT.mean().item(), rel=1e-4, abs=2e-7)
     assert found.top1_error == (parent.argmax(dim=-1) != child.argmax(dim=-1)).double().mean().item()
     assert found.num_tokens == packed.num_tokens
 
@@ -333,6 +336,22 @@ def add_one(
     add_divergences(
         [sums], model, [child_BTD], parent_BTD, packed.labels_NT[:1], parent_slices=ParentSlices(), first_token=0
     )
+
+
+def test_hidden_cosine_is_one_less_the_cosine_of_the_states_behind_the_final_norm(workplace: Workplace):
+    model, packed = workplace.model(), workplace.packed("validation").take(16)
+    first, second = torch.eye(model.config.hidden_size)[:2]
+    plus, minus = first + second, first - second
+    # The same, another length, the opposite, at a right angle with nothing in common, and at one before the norm alone:
+    # its weights turn (1, 1) and (1, -1) into (2, 1) and (2, -1), whose cosine is 3 / 5.
+    pairs = [(plus, plus), (plus, 5 * plus), (plus, -plus), (first, second), (plus, minus)]
+    wanted = [0.0, 0.0, 2.0, 1.0, 0.4]
+    parent_BTD, child_BTD = (torch.stack([*states, *[plus] * 11])[None] for states in zip(*pairs, strict=True))
+    sums = DivergenceSums()
+    with torch.no_grad():
+        model.model.norm.weight[0] = 2.0
+        add_one(sums, model, child_BTD, parent_BTD, packed)
+    assert sums.measures["hidden_cosine"] == pytest.approx(sum(wanted) / 16, abs=1e-6)
 
 
 def test_divergence_of_logits_that_moved_beyond_the_exponents_range_is_exact(workplace: Workplace):

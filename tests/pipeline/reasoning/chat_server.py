@@ -1,6 +1,7 @@
 """A small OpenAI-compatible server: /v1/chat/completions of a model of transformers, on 127.0.0.1.
 
-Sampling follows the request's seed, so that the same request gets the same reply. It can be told to fail first.
+Sampling follows the request's seed, so that the same request gets the same reply. It can be told to fail first, and
+what to say to a question.
 """
 
 import json
@@ -23,11 +24,15 @@ KEY = "sk-the-secret-of-this-test"
 
 @dataclass
 class ChatServer:
-    """What the server serves and saw. `failures` are statuses that the next requests get instead of a reply."""
+    """What the server serves and saw. `failures` are statuses that the next requests get instead of a reply.
+
+    `scripted` holds the message that a model name gives to a question; its own words answer all others.
+    """
 
     model: HeterogeneousLlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
     failures: list[int] = field(default_factory=list)
+    scripted: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     served: list[dict[str, Any]] = field(default_factory=list)
     arrivals_s: list[float] = field(default_factory=list)
     port: int = 0
@@ -40,6 +45,14 @@ class ChatServer:
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the chat completion of one request."""
+        message = self.scripted.get((request["model"], request["messages"][-1]["content"]))
+        if message is not None:
+            return {
+                "object": "chat.completion",
+                "model": request["model"],
+                "choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+            }
         prompt = generation_prompt_ids(self.tokenizer, request["messages"])
         stop_ids = stop_token_ids(self.tokenizer, self.model.architecture.eos_token_ids)
         with self.lock:

@@ -58,6 +58,7 @@ def rl_inputs(
     zero_stage: int = 1,
     micro_batch_size: int = 4,
     checkpoint_interval_steps: int = 2,
+    sample_interval_steps: int = 10,
     recompute_activations: bool = False,
 ) -> StageInputs:
     return StageInputs(
@@ -68,6 +69,7 @@ def rl_inputs(
             {
                 "micro_batch_size": micro_batch_size,
                 "checkpoint_interval_steps": checkpoint_interval_steps,
+                "sample_interval_steps": sample_interval_steps,
                 "zero_stage": zero_stage,
                 "recompute_activations": recompute_activations,
                 "num_threads": 1,

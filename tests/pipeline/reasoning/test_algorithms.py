@@ -126,8 +126,23 @@ REWARDS = torch.tensor([0.0, 0.2, 1.0, 0.5])
 REFERENCE = torch.tensor([0.4, 0.3, 0.1, 0.2]).log()
 
 
-def _train_bandit(algorithm: RLAlgorithm, *, num_steps: int, num_groups: int, learning_rate: float) -> torch.Tensor:
-    """A policy over four arms that starts at REFERENCE (uniform for a teacher); returns its last probabilities."""
+# Of a sampler that was left behind: it hardly knows the best arm, and the second best twice as well as the policy.
+STALE = torch.tensor([0.4, 0.15, 0.05, 0.4]).log()
+
+
+def _train_bandit(
+    algorithm: RLAlgorithm,
+    *,
+    num_steps: int,
+    num_groups: int,
+    learning_rate: float,
+    sampler: torch.Tensor | None = None,
+    max_importance_weight: float = 2.0,
+) -> torch.Tensor:
+    """A policy over four arms that starts at REFERENCE (uniform for a teacher); returns its last probabilities.
+
+    The policy samples for itself, or a sampler of constant log-probabilities does.
+    """
     generator = torch.Generator().manual_seed(4)
     is_taught = isinstance(algorithm, OnPolicyDistillation)
     logits = (torch.zeros(4) if is_taught else REFERENCE.clone()).requires_grad_()
@@ -137,11 +152,14 @@ def _train_bandit(algorithm: RLAlgorithm, *, num_steps: int, num_groups: int, le
     for _ in range(num_steps):
         with torch.no_grad():
             old = logits.log_softmax(0)
-            arms = torch.multinomial(old.exp(), num_groups * num_samples, replacement=True, generator=generator)
+            sampled_with = old if sampler is None else sampler
+            arms = torch.multinomial(
+                sampled_with.exp(), num_groups * num_samples, replacement=True, generator=generator
+            )
         rows = [
             JudgedRow(
                 row=SampledRow(prompt_ids=(9,), completion_ids=(arm,)),
-                sampler_logprobs=old[arm : arm + 1],
+                sampler_logprobs=sampled_with[arm : arm + 1],
                 verdict=NO_VERDICT,
                 model_reward=0.0,
                 reward=REWARDS[arm].item(),
@@ -156,7 +174,7 @@ def _train_bandit(algorithm: RLAlgorithm, *, num_steps: int, num_groups: int, le
         flat = [row.row for unit in units for row in unit]
         batch = batch_rows(flat, device=CPU)
         logprobs = logits.log_softmax(0)[batch.first_ids_B1]
-        loss = units_loss(logprobs, batch, units, algorithm=algorithm, max_importance_weight=2.0).loss
+        loss = units_loss(logprobs, batch, units, algorithm=algorithm, max_importance_weight=max_importance_weight).loss
         optimizer.zero_grad()
         (loss / sum(unit_weight(unit, algorithm=algorithm) for unit in units)).backward()
         optimizer.step()
@@ -169,6 +187,57 @@ def test_bandit_rloo_reaches_the_anchored_optimum():
     wanted = (REFERENCE + REWARDS / 0.5).softmax(0)
     found = _train_bandit(RLOO(kind="rloo", kl_weight=0.5), num_steps=200, num_groups=64, learning_rate=0.05)
     assert torch.allclose(found, wanted, atol=0.04)
+
+
+def test_bandit_grpo_with_a_heavy_anchor_reaches_the_anchored_optimum():
+    # k3's gradient on sampled tokens is that of KL(ref || pi), so what is reached is pi = w ref / (w + E[r] - r). Where
+    # rewards are small beside w = kl_weight, that is ref exp(r / w) / Z to first order, here within 0.009.
+    algorithm = GRPO(
+        kind="grpo", baseline="leave_one_out", normalise_by_std=False, clip_low=0.2, clip_high=0.2, kl_weight=2.0
+    )
+    wanted = (REFERENCE + REWARDS / 2.0).softmax(0)
+    exact = wanted
+    for _ in range(50):
+        exact = 2.0 * REFERENCE.exp() / (2.0 + exact @ REWARDS - REWARDS)
+    found = _train_bandit(algorithm, num_steps=150, num_groups=32, learning_rate=0.05)
+    assert torch.allclose(found, wanted, atol=0.02)
+    assert torch.allclose(found, exact, atol=0.006)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        GRPO(kind="grpo", baseline="leave_one_out", normalise_by_std=False, clip_low=0.2, clip_high=0.2, kl_weight=0.0),
+        RLOO(kind="rloo", kl_weight=0.0),
+    ],
+    ids=["grpo", "rloo"],
+)
+def test_bandit_with_a_stale_sampler_finds_the_best_arm_by_importance_weights_alone(algorithm: RLAlgorithm):
+    def best_arm(max_importance_weight: float) -> float:
+        found = _train_bandit(
+            algorithm,
+            num_steps=150,
+            num_groups=16,
+            learning_rate=0.1,
+            sampler=STALE,
+            max_importance_weight=max_importance_weight,
+        )
+        return found[2].item()
+
+    # Of 20 at most: 1 / 0.05.
+    assert best_arm(20.0) > 0.95
+    # Without weights above 1 what the sampler prefers stays.
+    assert best_arm(1.0) < 0.5
+
+
+@pytest.mark.parametrize("divergence", ["squared", "backward_kl", "forward_kl"])
+def test_bandit_offline_rpo_reaches_the_same_preference_from_the_references_samples(divergence: str):
+    algorithm = RPO.model_validate(
+        {"kind": "rpo", "divergence": divergence, "beta": 1.0, "reward_scale": 2.0, "online": False}
+    )
+    wanted = (REFERENCE + 2.0 * REWARDS).softmax(0)
+    found = _train_bandit(algorithm, num_steps=150, num_groups=16, learning_rate=0.05, sampler=REFERENCE)
+    assert torch.allclose(found, wanted, atol=0.02)
 
 
 @pytest.mark.parametrize("divergence", ["squared", "backward_kl"])

@@ -24,6 +24,7 @@ from pipeline.progress import SilentReporter
 from pipeline.reasoning import endpoint as endpoint_module
 from pipeline.reasoning.endpoint import Endpoint, Pacing, Reply, ask_all
 from pipeline.reasoning.rows import ROWS_FILE, read_rows
+from pipeline.reasoning.trace_sources import task_items
 from pipeline.recipe import EndpointTraces, FilePrompts, ReasoningTask, TaskPrompts
 from pipeline.stage import ExecutionSettings, StageInputs
 from pipeline.stages import reasoning_toggle_dataset, reasoning_traces
@@ -32,6 +33,7 @@ from tests.pipeline.reasoning.builders import FILTERS, toggle_config, traces_con
 from tests.pipeline.reasoning.chat_server import KEY, ChatServer, serve
 
 PACING = Pacing(requests_per_minute=None, in_flight=4, timeout_s=30.0)
+HELD_OUT = "a held-out document about nothing that any task would ever ask of anyone at all"
 TASKS = (ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),)
 
 
@@ -186,18 +188,86 @@ def _run_both(root: Path, stage: TracesStage, *, parent_dir: Path, evaluation_di
     return {"traces": traces, "toggle": toggle}
 
 
+def _evaluation_sets(directory: Path) -> Path:
+    save_held_out(directory, "text", [Document(document_id="1", text=HELD_OUT)])
+    save_reasoning_items(directory, [])
+    save_held_out_items(directory, [])
+    save_instruction_items(directory, [])
+    save_evaluation_ngrams(directory, build_ngrams([HELD_OUT], num_words=13))
+    return directory
+
+
+def test_right_replies_of_endpoints_are_kept_in_pairs_and_name_who_wrote_them(
+    server: ChatServer, parent_dir: Path, tmp_path: Path
+):
+    cats, dogs = "How many legs have two cats?", "How many paws has a dog?"
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"problem": cats, "solution": "8"}, {"problem": dogs, "solution": "4"}]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prompts = FilePrompts(
+        kind="jsonl",
+        path=str(questions),
+        question_field="problem",
+        answer_field="solution",
+        category="math",
+        truth="reference",
+    )
+    sums = task_items(TASKS, items_per_task=2, seed=traces_config().seed, exclude_questions=set())
+    right = f"<think>\nadd them\n</think>\n\n{sums[0].answer}"
+    server.scripted = {
+        ("big", cats): {"content": "8", "reasoning_content": "two times four"},
+        ("big", dogs): {"content": "5", "reasoning_content": "one more than four"},
+        ("quick", cats): {"content": "8"},
+        ("quick", dogs): {"content": "4"},
+        ("adder", sums[0].question.strip()): {"content": right},
+        ("adder", sums[1].question.strip()): {"content": f"<think>\n{HELD_OUT}\n</think>\n\n{sums[1].answer}"},
+    }
+    endpoints = [
+        _traces(name, prompts=asked, thinking=thinking, num_samples=1).model_copy(
+            update={"model": model, "licence": licence}
+        )
+        for name, model, licence, asked, thinking in (
+            ("thinker", "big", "MIT", prompts, True),
+            ("answerer", "quick", "CC-BY-4.0", prompts, False),
+            ("taught", "adder", "Apache-2.0", TaskPrompts(kind="tasks"), True),
+        )
+    ]
+    stage = TracesStage(
+        traces=traces_config(items_per_task=2, endpoints=tuple(endpoints)),
+        reasoning_tasks=TASKS,
+        parent_licence="Apache-2.0",
+    )
+    evaluation_dir = _evaluation_sets(tmp_path / "evaluation_sets")
+    toggle = _run_both(tmp_path, stage, parent_dir=parent_dir, evaluation_dir=evaluation_dir)["toggle"]
+
+    kept = pl.read_parquet(tmp_path / "toggle" / "samples.parquet").filter(pl.col("source") != "solvers")
+    assert sorted(kept.select("source", "mode", "question", "output", "license", "generator").rows()) == [
+        ("answerer", "off", cats, "8", "CC-BY-4.0", "quick"),
+        ("taught", "on", sums[0].question, right, "Apache-2.0", "adder"),
+        ("thinker", "on", cats, "<think>\ntwo times four\n</think>\n\n8", "MIT", "big"),
+    ]
+    dropped = pl.read_parquet(tmp_path / "toggle" / "dropped.parquet")
+    assert sorted(dropped.select("source", "question", "step").rows()) == [
+        ("answerer", dogs, "pairs"),
+        ("taught", sums[1].question, "decontamination"),
+        ("thinker", dogs, "verification"),
+    ]
+    # The solvers wrote both modes of their two questions.
+    assert (toggle.metrics["num_pairs"], toggle.metrics["num_samples"]) == (3, 7)
+    assert toggle.tables["generators"].rows == (
+        ("answerer", "quick", "CC-BY-4.0", 1),
+        ("solvers", "solver", "Apache-2.0", 4),
+        ("taught", "adder", "Apache-2.0", 1),
+        ("thinker", "big", "MIT", 1),
+    )
+
+
 def test_whole_data_pipeline_against_a_server_is_verified_counted_and_byte_identical(
     server: ChatServer, parent_dir: Path, tmp_path: Path
 ):
-    evaluation_dir = tmp_path / "evaluation_sets"
-    held_out = "a held-out document about nothing that any task would ever ask of anyone at all"
-    save_held_out(evaluation_dir, "text", [Document(document_id="1", text=held_out)])
-    save_reasoning_items(evaluation_dir, [])
-    save_held_out_items(evaluation_dir, [])
-    save_instruction_items(evaluation_dir, [])
-    save_evaluation_ngrams(evaluation_dir, build_ngrams([held_out], num_words=13))
+    evaluation_dir = _evaluation_sets(tmp_path / "evaluation_sets")
     questions = tmp_path / "questions.jsonl"
-    lines = [{"problem": f"What is {number} and {number}?"} for number in range(3)] + [{"problem": held_out + "?"}]
+    lines = [{"problem": f"What is {number} and {number}?"} for number in range(3)] + [{"problem": HELD_OUT + "?"}]
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     file_prompts = FilePrompts(
         kind="jsonl",
