@@ -160,7 +160,8 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
     require_searchable(workspace.recipe)
     store = workspace.store
     resolver = _Resolver(workspace, target)
-    key = resolver.fingerprint(stage)
+    identity = resolver.identity(stage)
+    key = fingerprint(identity)
     if found := store.find(stage.name, key):
         _remove_leftover_work(found, store)
         return Outcome(artifact=found, how="reused")
@@ -169,7 +170,7 @@ def _materialize(workspace: Workspace, stage: Stage, target: str, listener: Prog
         if found := store.find(stage.name, key):  # another process finished it while this one waited for the lock
             return Outcome(artifact=found, how="reused")
         resumed = has_saved_work(out_dir)
-        _write_identity(out_dir, resolver.identity(stage), recipe=workspace.recipe.name, target=target)
+        _write_identity(out_dir, identity, recipe=workspace.recipe.name, target=target)
         began = time.monotonic()
         inputs = resolver.inputs(stage)
         for artifact in inputs.values():
@@ -213,12 +214,16 @@ def _remove_leftover_work(artifact: Artifact, store: ArtifactStore) -> None:
 
 
 class _Resolver:
-    """Finds the artifacts of one recipe and target by recomputing the chain of fingerprints, each stage once."""
+    """Finds the artifacts of one recipe and target by recomputing the chain of fingerprints, each stage once.
+
+    What it found stays what it finds: a target that is finished in the meantime is of the next resolver's inputs.
+    """
 
     def __init__(self, workspace: Workspace, target: str) -> None:
         self._workspace = workspace
         self._target = target
         self._found: dict[str, Artifact] = {}
+        self._inputs: dict[str, dict[str, Artifact]] = {}
 
     def fingerprint(self, stage: Stage) -> str:
         return fingerprint(self.identity(stage))
@@ -242,6 +247,11 @@ class _Resolver:
         return identity
 
     def inputs(self, stage: Stage) -> dict[str, Artifact]:
+        if stage.name not in self._inputs:
+            self._inputs[stage.name] = self._find_inputs(stage)
+        return self._inputs[stage.name]
+
+    def _find_inputs(self, stage: Stage) -> dict[str, Artifact]:
         found = {name: self._artifact(name, reader=stage) for name in stage.inputs}
         for name in stage.over_targets:
             for target in sorted(self._workspace.recipe.targets):
@@ -296,19 +306,28 @@ def require_searchable(recipe: Recipe) -> None:
             raise RecipeError(f"target {name}: {err}") from err
 
 
-def require_runtimes(recipe: Recipe, stage_names: Iterable[str], *, execution: ExecutionSettings) -> None:
-    """Refuse a run one of whose stages would find, when its turn comes, that what it runs in is not there.
+def require_runtimes(workspace: Workspace, stage_names: Iterable[str], *, target: str) -> None:
+    """Refuse a run one of whose stages would find, when its turn comes, that it cannot run here or as it is set.
 
     Raises:
         RuntimeMissingError: naming the stage, what it needs, and how to install it.
-        StageError: when a stage refuses the execution settings, or its ranks cannot be started from here.
+        StageError: when stages that are still to be made refuse the settings, or their ranks cannot be started from
+            here.
     """
+    recipe, execution = workspace.recipe, workspace.execution
+    refused: list[str] = []
     for stage in (BY_NAME[name] for name in stage_names if name in BY_NAME):
         for told in missing_runtimes(stage, recipe=recipe, execution=execution).values():
             raise RuntimeMissingError(told)
-        for refused in (refused_settings(stage, execution=execution), missing_nodes(stage, execution=execution)):
-            if refused is not None:
-                raise StageError(refused)
+        no_nodes = missing_nodes(stage, execution=execution)
+        found = refused_settings(stage, recipe=recipe, execution=execution)
+        found += [] if no_nodes is None else [f"nodes: {no_nodes}"]
+        # What is there was made under settings of its own, and is read under any.
+        if found and find_artifact(workspace, stage.name, target) is None:
+            refused += found
+    if refused:
+        lines = [f"  {told}" for told in refused]
+        raise StageError("stages of this run would refuse to start, so none is started:\n" + "\n".join(lines))
 
 
 def _result_hash(artifact: Artifact) -> str:

@@ -56,11 +56,19 @@ def _cpu_model() -> str:
 
 
 def _gpu_models() -> list[str]:
-    """Return the accelerators that this process may use; CUDA_VISIBLE_DEVICES may hide some or all."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """Return the model of every accelerator that this process may use; CUDA_VISIBLE_DEVICES may hide some or all.
+
+    Which of a machine's equal GPUs they are is not told: the same job started again may be given others.
+    """
+    visible, models = os.environ.get("CUDA_VISIBLE_DEVICES"), _nvidia_models()
     if _are_hidden():
         return []
-    return [*([] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]), *_nvidia_models()]
+    if visible is None:
+        return models
+    # Where models differ, what a number means is up to CUDA_DEVICE_ORDER and the container; a MIG slice is a share.
+    if len(set(models)) != 1 or "MIG" in visible:
+        return [f"CUDA_VISIBLE_DEVICES={visible}", *models]
+    return models[:1] * len(visible.split(","))
 
 
 def _are_hidden() -> bool:

@@ -32,8 +32,9 @@ class Launcher:
             context=context, partition=self._partition(context, stage), interval_s=self.observation_interval_s
         )
         in_this_run = (key.to_user_string() for key in context.job_def.asset_layer.executable_asset_keys)
+        of_this_run = context.partition_key if context.has_partition_key else self.workspace.recipe.default_target
         try:
-            require_runtimes(self.workspace.recipe, in_this_run, execution=self.workspace.execution)
+            require_runtimes(self.workspace, in_this_run, target=of_this_run)
             outcome = materialize(
                 self.workspace, stage.name, self.target(context, stage.name), on_progress=narrator.report
             )

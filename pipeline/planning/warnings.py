@@ -14,12 +14,12 @@ from pipeline.costs import (
 from pipeline.planning.case import Case, Estimate
 from pipeline.planning.devices import Device
 from pipeline.planning.estimates import estimate
-from pipeline.prerequisites import refused_settings
+from pipeline.prerequisites import refused_settings, training_batches
 from pipeline.puzzle.batches import at_batch, swept_scenarios
 from pipeline.puzzle.limits import LOWER_BOUNDS, SPEEDS, TIMED, counted_limit, describe_limit
 from pipeline.puzzle.patterns import free_choices
 from pipeline.puzzle.search_space import pinned_blocks
-from pipeline.recipe import Limit, RandomParent, Recipe, Target
+from pipeline.recipe import Limit, RandomParent, Target
 from pipeline.stages.registry import STAGES
 
 GIB = 2**30
@@ -68,7 +68,7 @@ def fitting_settings(stage_name: str, *, memory_bytes: float, case: Case) -> str
     """
     if not estimate(stage_name, case).on_all_ranks:
         return ""
-    batches = [rows for stage, _, rows, _, _ in training_batches(case.recipe) if f"{stage}_checkpoint" == stage_name]
+    batches = [rows for stage, _, rows, _, _ in training_batches(case.recipe) if stage == stage_name]
     most = min(MAX_RANKS, math.gcd(*batches)) if batches else MAX_RANKS
     num_nodes = case.execution.num_nodes
     powers = [2**power for power in range(most.bit_length()) if 2**power % num_nodes == 0] or [num_nodes]
@@ -100,56 +100,9 @@ def _spelled(settings: Mapping[str, int | bool]) -> str:
     return ", ".join(f"{name} {str(value).lower()}" for name, value in settings.items())
 
 
-def training_batches(recipe: Recipe) -> list[tuple[str, str, int, int, int]]:
-    """Return every part of a training: stage, key of its batch, rows of a batch, tokens of a window, all tokens."""
-    found = [
-        ("kd", "kd", recipe.kd.global_batch_size, recipe.distillation_mix.sequence_length, recipe.kd.tokens),
-        ("cpt", "cpt", recipe.cpt.global_batch_size, recipe.pretraining_mix.sequence_length, recipe.cpt.tokens),
-    ]
-    for index, part in enumerate(recipe.sft.stages):
-        window = recipe.reasoning_toggle_dataset.sequence_length
-        found.append(("sft", f"sft.stages[{index}]", part.global_batch_size, window, part.tokens))
-    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt)):
-        for index, phase in enumerate(config.long_context):
-            key = f"{stage}.long_context[{index}]"
-            found.append((stage, key, phase.global_batch_size, phase.sequence_length, phase.tokens))
-    return found
-
-
 def execution_warnings(case: Case) -> list[str]:
     """Return settings under which a training would refuse to start."""
-    recipe, execution = case.recipe, case.execution
-    found = []
-    for _, key, batch, length, tokens in training_batches(recipe):
-        if batch % execution.num_ranks:
-            fitting = math.gcd(batch, execution.num_ranks)
-            found.append(
-                f"ranks: {key}.global_batch_size is {batch}, which {execution.num_ranks} ranks do "
-                f"not divide: run with {fitting}, or change the batch"
-            )
-        if tokens < batch * length:
-            found.append(
-                f"data: {key}.tokens is {tokens:,}, less than one step of {batch * length:,} tokens ({batch} windows "
-                f"of {length:,}): raise the tokens or lower global_batch_size"
-            )
-    for stage, config in (("kd", recipe.kd), ("cpt", recipe.cpt), ("sft", recipe.sft), ("rl", recipe.rl)):
-        if config.precision == "bf16" and execution.zero_stage == 0:
-            found.append(f"precision: {stage} trains in bf16, which ZeRO stage 0 does wrongly: set zero_stage to 1")
-    refused = (refused_settings(stage, execution=execution) for stage in STAGES)
-    found += [f"ZeRO: {told}" for told in refused if told is not None]
-    per_prompt = 1 if recipe.rl.algorithm.kind == "rpo" else recipe.rl.samples_per_prompt
-    rows_per_rank = recipe.rl.prompts_per_step // execution.num_ranks * per_prompt
-    if rows_per_rank % recipe.rl.updates_per_rollout:
-        found.append(
-            f"ranks: a rollout has {rows_per_rank} samples per rank, which rl.updates_per_rollout = "
-            f"{recipe.rl.updates_per_rollout} does not divide: change one of them"
-        )
-    if recipe.rl.prompts_per_step % execution.num_ranks:
-        found.append(
-            f"ranks: rl.prompts_per_step is {recipe.rl.prompts_per_step}, which {execution.num_ranks} ranks do not "
-            "divide: change one of them"
-        )
-    return found
+    return [told for stage in STAGES for told in refused_settings(stage, recipe=case.recipe, execution=case.execution)]
 
 
 def data_warnings(case: Case) -> list[str]:

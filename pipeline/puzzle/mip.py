@@ -9,7 +9,7 @@ Patterns over layers (one block, attention or FFN for all) are families of the p
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -131,8 +131,17 @@ def solve(problem: Problem, *, time_limit_s: float, relative_gap: float) -> Solu
     return solution
 
 
-def solve_pool(problem: Problem, pool: PoolConfig, *, time_limit_s: float, relative_gap: float) -> tuple[Solution, ...]:
+def solve_pool(
+    problem: Problem,
+    pool: PoolConfig,
+    *,
+    time_limit_s: float,
+    relative_gap: float,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Solution, ...]:
     """Return the best choice of blocks, then the best that differs enough from all before it; fewer where none is left.
+
+    Fewer, too, where the time limit ends before a later one is found, of which `note` is told.
 
     Raises:
         InfeasibleError, StageError: as solve.
@@ -145,6 +154,7 @@ def solve_pool(problem: Problem, pool: PoolConfig, *, time_limit_s: float, relat
         min_different=max(1, math.ceil((1 - pool.max_overlap) * len(problem.layers))),
         time_limit_s=time_limit_s,
         relative_gap=relative_gap,
+        note=note,
     )
     if not answers:
         raise _jointly_infeasible(problem, programme, time_limit_s=time_limit_s)
@@ -162,7 +172,7 @@ def solve_near(
     """Return the best choice that changes at most so many layers of `blocks`; None when none of those meets the limits.
 
     Raises:
-        StageError: as solve.
+        OutOfTimeError, StageError: as solve_programme.
     """
     programme = problem.programme
     changed = tuple(

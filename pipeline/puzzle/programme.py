@@ -17,7 +17,7 @@ answer may want such a candidate, so there all stay.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,10 @@ FEASIBILITY_TOLERANCE = 1e-9
 VERIFICATION_TOLERANCE = 1e-6
 
 Values = tuple[tuple[float, ...], ...]  # by layer, then by candidate
+
+
+class OutOfTimeError(StageError):
+    """A solver whose time ended before it had any answer; there may be one all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +141,8 @@ def solve_programme(
     It differs from each of the `earlier` choices in at least `min_different` layers.
 
     Raises:
-        StageError: when the solver ends without an answer, or with one that breaks a row.
+        OutOfTimeError: when its time ends before the solver has an answer.
+        StageError: when it ends without an answer otherwise, or with one that breaks a row.
     """
     kept = _undominated(programme) if not earlier else [range(len(scores)) for scores in programme.scores]
     model = pulp.LpProblem("choose", pulp.LpMinimize)
@@ -159,24 +164,40 @@ def solve_programme(
 
 
 def solve_diverse(
-    programme: Programme, *, num_solutions: int, min_different: int, time_limit_s: float, relative_gap: float
+    programme: Programme,
+    *,
+    num_solutions: int,
+    min_different: int,
+    time_limit_s: float,
+    relative_gap: float,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Answer, ...]:
     """Return the best choice, then the best that differs from all before it, and so on; fewer when no more exist.
 
-    `time_limit_s` holds for each.
+    `time_limit_s` holds for each. Where it ends before a later answer is there, those found so far are returned, and
+    `note` is told.
 
     Raises:
-        StageError: as solve_programme.
+        OutOfTimeError, StageError: as solve_programme; the first for the best choice alone.
     """
     found: list[Answer] = []
     while len(found) < num_solutions:
-        answer = solve_programme(
-            programme,
-            time_limit_s=time_limit_s,
-            relative_gap=relative_gap,
-            earlier=[one.chosen for one in found],
-            min_different=min_different,
-        )
+        try:
+            answer = solve_programme(
+                programme,
+                time_limit_s=time_limit_s,
+                relative_gap=relative_gap,
+                earlier=[one.chosen for one in found],
+                min_different=min_different,
+            )
+        except OutOfTimeError:
+            if not found:
+                raise
+            note(
+                f"the pool ends at {len(found)} of {num_solutions} answers: the solver found no other within its time "
+                f"limit of {time_limit_s:g} s; raise it for more"
+            )
+            break
         if answer is None:
             break
         found.append(answer)
@@ -323,7 +344,9 @@ def _read_status(model: pulp.LpProblem, *, time_limit_s: float) -> Literal["opti
         return "optimal"
     if model.sol_status == pulp.LpSolutionIntegerFeasible:
         return "feasible"
-    raise StageError(
+    solver: Any = model.solverModel
+    is_out_of_time = solver.getModelStatus().name == "kTimeLimit"  # PuLP's status is that of a failure, too
+    raise (OutOfTimeError if is_out_of_time else StageError)(
         f"the solver ended as {pulp.LpStatus[model.status]!r} without an answer after at most {time_limit_s:g} s: "
         "raise its time limit"
     )

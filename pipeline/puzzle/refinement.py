@@ -24,6 +24,7 @@ from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
 from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.predictions import CostModel
+from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
@@ -120,7 +121,9 @@ def refine(
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
         proposals = {
             f"round {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
-            for max_changed, solution in _proposals(problem, best.record.blocks, settings=settings).items()
+            for max_changed, solution in _proposals(
+                problem, best.record.blocks, settings=settings, note=reporter.note
+            ).items()
         }
         if not proposals:
             break
@@ -140,10 +143,12 @@ def search_again(
     target_name: str,
     requirements: Requirements,
     settings: SearchConfig,
+    note: Callable[[str], None] = lambda _: None,
 ) -> SolutionRecord:
     """Return the best answer near the model that was scored; of all answers, where none near it meets the limits.
 
-    Sums of scores around a model are held good for `refinement.max_changed_layers` changes and no more.
+    Sums of scores around a model are held good for `refinement.max_changed_layers` changes and no more. Where the time
+    limit ends before one near it is found, `note` is told, and all answers are searched.
 
     Raises:
         InfeasibleError, RecipeError: as search.
@@ -152,12 +157,12 @@ def search_again(
     centre = _scored_blocks(scores, len(problem.layers))
     near = None
     if centre is not None:
-        near = solve_near(
+        near = _solve_near(
             problem,
             centre,
             max_changed_layers=settings.refinement.max_changed_layers,
-            time_limit_s=settings.time_limit_s,
-            relative_gap=settings.relative_gap,
+            settings=settings,
+            note=note,
         )
     if near is None:
         return search(scores, costs=costs, target_name=target_name, requirements=requirements, settings=settings)[0]
@@ -199,19 +204,15 @@ def _leave_out_layers(problem: Problem, parent: Architecture, order: Sequence[in
     return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)
 
 
-def _proposals(problem: Problem, blocks: Sequence[BlockSpec], *, settings: SearchConfig) -> dict[int, Solution]:
+def _proposals(
+    problem: Problem, blocks: Sequence[BlockSpec], *, settings: SearchConfig, note: Callable[[str], None]
+) -> dict[int, Solution]:
     """Return the answers for shrinking numbers of layers that may change; none twice, and not `blocks` itself."""
     found: dict[int, Solution] = {}
     seen = {tuple(block.key for block in blocks)}
     max_changed = settings.refinement.max_changed_layers
     while max_changed:
-        solution = solve_near(
-            problem,
-            blocks,
-            max_changed_layers=max_changed,
-            time_limit_s=settings.time_limit_s,
-            relative_gap=settings.relative_gap,
-        )
+        solution = _solve_near(problem, blocks, max_changed_layers=max_changed, settings=settings, note=note)
         if solution is not None:
             keys = tuple(block.key for block in solution.blocks)
             if keys not in seen:
@@ -219,3 +220,28 @@ def _proposals(problem: Problem, blocks: Sequence[BlockSpec], *, settings: Searc
                 found[max_changed] = solution
         max_changed //= 2
     return found
+
+
+def _solve_near(
+    problem: Problem,
+    blocks: Sequence[BlockSpec],
+    *,
+    max_changed_layers: int,
+    settings: SearchConfig,
+    note: Callable[[str], None],
+) -> Solution | None:
+    """Return what solve_near does; None, too, where its time ends before it has an answer, of which `note` is told."""
+    try:
+        return solve_near(
+            problem,
+            blocks,
+            max_changed_layers=max_changed_layers,
+            time_limit_s=settings.time_limit_s,
+            relative_gap=settings.relative_gap,
+        )
+    except OutOfTimeError:
+        note(
+            f"no answer with at most {max_changed_layers} layers changed: the solver found none within "
+            f"search.time_limit_s of {settings.time_limit_s:g} s; raise it to have one"
+        )
+        return None

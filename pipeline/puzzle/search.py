@@ -1,6 +1,6 @@
 """From the tables of scores and times to a solution: builds the programme, solves it, and records what it promises."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,9 +97,17 @@ def recalibrated(costs: CostModel, calibration: Calibration) -> CostModel:
 
 
 def search(
-    scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
+    scores: pl.DataFrame,
+    *,
+    costs: CostModel,
+    target_name: str,
+    requirements: Requirements,
+    settings: SearchConfig,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[SolutionRecord, ...]:
     """Solve the programme of one target; return its pool of answers, the best first.
+
+    `note` is told where the time limit keeps the pool from being full.
 
     Raises:
         InfeasibleError: when no choice of blocks meets its limits.
@@ -107,7 +115,7 @@ def search(
     """
     problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
     solutions = solve_pool(
-        problem, settings.pool, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap
+        problem, settings.pool, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap, note=note
     )
     return tuple(
         record_solution(
@@ -132,9 +140,17 @@ class BatchSearch:
 
 
 def search_batches(
-    scores: pl.DataFrame, *, costs: CostModel, target_name: str, requirements: Requirements, settings: SearchConfig
+    scores: pl.DataFrame,
+    *,
+    costs: CostModel,
+    target_name: str,
+    requirements: Requirements,
+    settings: SearchConfig,
+    note: Callable[[str], None] = lambda _: None,
 ) -> BatchSearch:
     """Solve one programme for each batch size of the target's scenario, and the best of them for its pool of answers.
+
+    `note` is told as by search.
 
     Raises:
         InfeasibleError: when no choice of blocks meets the limits at any batch.
@@ -143,7 +159,7 @@ def search_batches(
 
     def solve_for(wanted: Requirements, settings: SearchConfig) -> tuple[SolutionRecord, ...]:
         _, settled = settle(requirements, costs, wanted.limits)
-        return search(scores, costs=settled, target_name=target_name, requirements=wanted, settings=settings)
+        return search(scores, costs=settled, target_name=target_name, requirements=wanted, settings=settings, note=note)
 
     scenarios = swept_scenarios(requirements.limits, costs.profile)
     if not scenarios:

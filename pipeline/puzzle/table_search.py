@@ -122,6 +122,7 @@ def search_table(
         min_different=min_different,
         time_limit_s=TIME_LIMIT_S,
         relative_gap=0.0,
+        note=_tell,
     )
     if not answers:
         raise _infeasible(programme)
@@ -149,6 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RefitError as err:
         sys.exit(f"error: {err}")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"note: {message}\n")
 
 
 def _solution(table: LibraryTable, programme: Programme, chosen: Sequence[int]) -> dict[str, Any]:

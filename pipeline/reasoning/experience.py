@@ -1,5 +1,6 @@
 """One step's experience: which prompts, what was sampled, what it earned, what policy and reference say."""
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,11 +70,9 @@ def draw_prompts(
     if curriculum is not None:
         places = curriculum[step - 1].places
     else:
-        places = []
-        for place in range(config.prompts_per_step):
-            epoch, index = divmod((step - 1) * config.prompts_per_step + place, len(items))
-            order = random.Random(f"{config.seed}/{epoch}").sample(range(len(items)), len(items))
-            places.append(order[index])
+        first = (step - 1) * config.prompts_per_step
+        drawn = (divmod(place, len(items)) for place in range(first, first + config.prompts_per_step))
+        places = [_order(len(items), config.seed, epoch)[index] for epoch, index in drawn]
     return [Prompt(item=items[place], thinking=number < num_thinking) for number, place in enumerate(places)]
 
 
@@ -226,6 +225,11 @@ def score_rows(
     return row_statistics(
         model, rows, temperature=config.temperature, batch_size=engine.micro_batch_size, device=engine.device
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _order(num_items: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(num_items), num_items)
 
 
 def _text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:

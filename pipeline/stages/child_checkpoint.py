@@ -83,6 +83,7 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
                 target_name=config.target_name,
                 requirements=config.requirements,
                 settings=config.search.model_copy(update={"pool": ONE_ANSWER}),
+                note=inputs.reporter.note,
             )
         except InfeasibleError as err:
             # The child at hand is the best answer there is; the check on num_missed_limits tells of it.

@@ -32,6 +32,7 @@ def run(config: MipStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         target_name=config.target_name,
         requirements=config.requirements,
         settings=config.search,
+        note=inputs.reporter.note,
     )
     records = found.records
     record = records[0]

@@ -54,6 +54,18 @@ def test_reused_asset_is_recorded_with_its_content_hash_and_partition(workspace:
             assert materialization.partition == ("fused" if stage.per_target else None)
 
 
+def test_run_that_a_later_stage_would_refuse_starts_nothing_unless_all_is_there(workspace: Workspace, tmp_path: Path):
+    settings = workspace.execution.model_copy(update={"num_ranks": 8})
+    empty = replace(open_tiny(tmp_path / "other"), execution=settings)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert _materialize(replace(workspace, execution=settings), instance).success
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert not _materialize(empty, instance).success
+        assert instance.get_latest_materialization_event(dg.AssetKey("corpora")) is None
+    assert not list(empty.store.root.glob("*/*"))
+
+
 def test_block_library_adds_a_partition_per_trained_block_once(workspace: Workspace):
     with dg.DagsterInstance.ephemeral() as instance:
         for _ in range(2):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import hardware
-from pipeline.hardware import idle_gpus
+from pipeline.hardware import hardware_id, idle_gpus
 from pipeline.inspection.machine_health import examine_machine
 
 
@@ -36,3 +36,26 @@ def test_a_gpu_beside_a_cpu_build_is_told_with_the_way_out(
         assert (finding.severity, f"{finding.detail}: {finding.next_step}") == ("problem", told)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert idle_gpus() is None
+
+
+@pytest.mark.parametrize(
+    ("models", "visible", "found"),
+    [
+        (["H100"] * 4, None, "H100, H100, H100, H100"),
+        (["H100"] * 4, "0,1", "H100, H100"),
+        (["H100"] * 4, "2,3", "H100, H100"),
+        (["H100"] * 4, "GPU-8932f937", "H100"),
+        (["H100"] * 4, "", "none"),
+        (["H100", "A100"], "1", "CUDA_VISIBLE_DEVICES=1, H100, A100"),
+        (["H100"] * 2, "MIG-57d8", "CUDA_VISIBLE_DEVICES=MIG-57d8, H100, H100"),
+    ],
+)
+def test_hardware_is_the_models_and_the_number_of_visible_gpus(
+    models: list[str], visible: str | None, found: str, gpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for number, model in enumerate(models):
+        (gpus / f"0000:0{number}:00.0").mkdir()
+        (gpus / f"0000:0{number}:00.0" / "information").write_text(f"Model: \t {model}\nIRQ: \t 16\n")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware_id()["gpus"] == found

@@ -1,8 +1,14 @@
 """Small architectures, tables and problems made by hand for the Puzzle tests."""
 
+import itertools
 import random
+from collections.abc import Container
+from typing import Any
+
+import pytest
 
 from pipeline.architecture import Architecture, BlockSpec, gqa, swiglu
+from pipeline.puzzle import programme
 from pipeline.puzzle.calibration import PHASES, calibrate
 from pipeline.puzzle.predictions import CostModel
 from pipeline.recipe import Limit, ProfileConfig, Scenario
@@ -103,3 +109,14 @@ def limit(
             "device_memory_gb": device_memory_gb,
         }
     )
+
+
+def give_solver_no_time(monkeypatch: pytest.MonkeyPatch, runs: Container[int]) -> None:
+    """Let the solver's time end as these of its next runs begin, counted from 0."""
+    run_solver, numbers = programme._run_solver, itertools.count()
+
+    def run(model: Any, *, time_limit_s: float, relative_gap: float) -> None:
+        left_s = 0.0 if next(numbers) in runs else time_limit_s
+        run_solver(model, time_limit_s=left_s, relative_gap=relative_gap)
+
+    monkeypatch.setattr(programme, "_run_solver", run)

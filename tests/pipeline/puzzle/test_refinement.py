@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import pytest
@@ -14,7 +15,7 @@ from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, Refinement, refine, sear
 from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
 from pipeline.recipe import LayerPattern, Pin, PoolConfig, RefinementConfig, Requirements, SearchConfig
-from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
+from tests.pipeline.puzzle.builders import give_solver_no_time, limit, make_architecture, make_costs
 
 NUM_LAYERS = 5
 OPTIONS = [
@@ -22,6 +23,17 @@ OPTIONS = [
     for attention, ffn in ((gqa(2), swiglu(64)), (NO_ATTENTION, swiglu(64)), (NO_ATTENTION, NO_FFN))
 ]
 REQUIREMENTS = Requirements(limits=(limit("num_parameters", 0.75),), pins=())
+
+
+@dataclass(frozen=True)
+class NotingReporter(SilentReporter):
+    """Keeps the notes."""
+
+    notes: list[str]
+
+    def note(self, message: str) -> None:
+        """Keep it."""
+        self.notes.append(message)
 
 
 def quality(blocks: Sequence[BlockSpec]) -> float:
@@ -72,10 +84,12 @@ def run(
     pins: tuple[Pin, ...] = (),
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[Refinement, float]:
     """Search and refine; return the outcome and the best value of all children within the limit.
 
-    `around` gets the blocks that each round measures around; a misled one is told that what is worse is better.
+    `around` gets the blocks that each round measures around, `notes` what is reported; a misled one is told that what
+    is worse is better.
     """
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
@@ -99,7 +113,7 @@ def run(
         costs=costs,
         requirements=requirements,
         settings=chosen,
-        reporter=SilentReporter(),
+        reporter=NotingReporter([] if notes is None else notes),
     )
     (size,) = linear_limits(REQUIREMENTS.limits, costs=costs, blocks=OPTIONS, speed_margin=0.0)
     children = itertools.product(OPTIONS, repeat=NUM_LAYERS)
@@ -162,6 +176,36 @@ def test_search_again_keeps_near_the_model_that_was_scored_where_the_limits_allo
     assert changed(0.75, 1) == 1
     # Nothing within one layer of the centre is small enough: then everything may change.
     assert changed(0.3, 1) > 1
+
+
+def test_search_again_without_time_for_what_is_near_searches_all_and_tells(monkeypatch: pytest.MonkeyPatch):
+    centre = [OPTIONS[0]] * NUM_LAYERS
+    notes: list[str] = []
+    give_solver_no_time(monkeypatch, [0])
+    record = search_again(
+        score_around(centre),
+        costs=make_costs(make_architecture(num_layers=NUM_LAYERS), OPTIONS),
+        target_name="t",
+        requirements=REQUIREMENTS,
+        settings=settings(rounds=1, max_changed_layers=1),
+        note=notes.append,
+    )
+    assert record.status == "optimal"
+    assert sum(one.key != other.key for one, other in zip(record.blocks, centre, strict=True)) > 1
+    (told,) = notes
+    assert told.startswith("no answer with at most 1 layers changed: the solver found none within search.time_limit_s")
+
+
+def test_refine_goes_on_without_the_answers_that_the_solver_has_no_time_for(monkeypatch: pytest.MonkeyPatch):
+    whole, _ = run(rounds=1)
+    notes: list[str] = []
+    give_solver_no_time(monkeypatch, [1])  # the pool's answer is there, the first near it is not
+    outcome, _ = run(rounds=1, notes=notes)
+    (told,) = (note for note in notes if "no answer" in note)
+    assert told.startswith("no answer with at most 4 layers changed")
+    assert [one.origin for one in outcome.scored] == [
+        one.origin for one in whole.scored if "at most 4 layers" not in one.origin
+    ]
 
 
 def test_no_layers_are_left_out_against_a_pin_or_a_pattern():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.puzzle.table_search import main
+from tests.pipeline.puzzle.builders import give_solver_no_time
 
 TABLE = {
     f"layer_{layer}": {
@@ -74,6 +75,16 @@ def test_diverse_solutions_differ_and_do_not_improve(table: Path, capsys: pytest
         assert sum(one["chosen"][layer] != other["chosen"][layer] for layer in TABLE) >= 2
     objectives = [solution["objective"] for solution in solutions]
     assert objectives == sorted(objectives)
+
+
+def test_fewer_solutions_for_want_of_time_are_told(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    give_solver_no_time(monkeypatch, [1])
+    main([str(table), "--minimize", "kl_div", "--limit", "runtime_ms=26", "--solutions", "3"])
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["solutions"]) == 1
+    assert printed.err.startswith("note: the pool ends at 1 of 3 answers: the solver found no other within its time")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import pytest
 from pipeline.errors import StageError
 from pipeline.execution import require_runtimes
 from pipeline.hardware import num_cpus
-from pipeline.recipe_file import load_recipe
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.launch import child_environment, missing_allocation, stage_command
 from pipeline.stages.registry import get_stage
+from tests.dagster.stores import open_tiny
 
 SPEC = Path("spec.json")
 IN_A_JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_JOB_NUM_NODES": "2"}
@@ -65,18 +66,19 @@ def test_threads_are_shared_among_the_ranks_of_a_node():
     ],
 )
 def test_ranks_are_refused_outside_a_job_of_so_many_nodes(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str | None
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str | None, tmp_path: Path
 ):
     for name in IN_A_JOB:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    require_runtimes(load_recipe("tiny"), ["block_scores", "evaluation"], execution=TWO_NODES)
+    workspace = replace(open_tiny(tmp_path), execution=TWO_NODES.model_copy(update={"num_ranks": 4}))
+    require_runtimes(workspace, ["block_scores", "evaluation"], target="fused")
     if told is None:
-        require_runtimes(load_recipe("tiny"), ["kd_checkpoint"], execution=TWO_NODES)
+        require_runtimes(workspace, ["kd_checkpoint"], target="fused")
         return
     with pytest.raises(StageError, match=f"kd_checkpoint starts its ranks by srun .* {told}.*sbatch --nodes=2"):
-        require_runtimes(load_recipe("tiny"), ["block_scores", "kd_checkpoint"], execution=TWO_NODES)
+        require_runtimes(workspace, ["block_scores", "kd_checkpoint"], target="fused")
     with pytest.raises(StageError, match=told):
         stage_command(TWO_NODES, get_stage("kd_checkpoint"), SPEC)
 
