@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from pipeline.errors import InfeasibleError
 from pipeline.puzzle.calibration import Phase
 from pipeline.puzzle.predictions import CostModel, compared_phase
+from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.recipe import BatchChoice, Limit, ProfileConfig, Requirements, Scenario
 
 Answer = TypeVar("Answer")
@@ -54,7 +55,7 @@ def solve_batches(
     objective: Callable[[Answer], float],
     tokens_per_s: Callable[[Answer, Scenario], float],
 ) -> tuple[BatchAnswer[Answer], ...]:
-    """Return what `solve` finds at each batch; one that meets no limits is an answer of its own.
+    """Return what `solve` finds at each batch; one that meets no limits, or not in time, is an answer of its own.
 
     Raises:
         InfeasibleError: when no batch has an answer, with the reason of each.
@@ -64,7 +65,7 @@ def solve_batches(
         wanted = at_batch(requirements, scenario)
         try:
             answer = solve(wanted)
-        except InfeasibleError as err:
+        except (InfeasibleError, OutOfTimeError) as err:
             found.append(
                 BatchAnswer(
                     scenario=scenario,

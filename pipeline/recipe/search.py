@@ -64,7 +64,8 @@ class SearchConfig(Frozen):
     refinement: RefinementConfig
     batch_choice: BatchChoice = Field(description="which batch size of a swept scenario is kept")
     time_limit_s: PositiveFloat = Field(
-        description="seconds that one programme may take; the best answer by then is taken"
+        description="seconds that one programme may take; the best answer by then is taken, and a pool ends where a "
+        "later one has none"
     )
     relative_gap: NonNegativeFloat = Field(
         description="share by which an answer may exceed the solver's lower bound; 0: proven optimal"

@@ -1,7 +1,7 @@
 """Run one stage from a spec file, on one process or as a rank of many.
 
     python -m pipeline.stages kd_checkpoint --spec SPEC.json
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m pipeline.stages kd_checkpoint --spec SPEC.json
+    python -m torch.distributed.run --nproc_per_node 2 ... -m pipeline.stages kd_checkpoint --spec SPEC.json
 
 The spec names the stage's config, its input artifacts and its output directory. Rank 0 publishes the result by rename.
 """

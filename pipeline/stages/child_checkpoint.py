@@ -21,6 +21,7 @@ from pipeline.puzzle.devices import Ranks, place
 from pipeline.puzzle.library import read_index
 from pipeline.puzzle.measure import Measurements
 from pipeline.puzzle.predictions import headline_scenario
+from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.refinement import search_again
 from pipeline.puzzle.score_table import read_scores
 from pipeline.puzzle.search import (
@@ -85,7 +86,7 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
                 settings=config.search.model_copy(update={"pool": ONE_ANSWER}),
                 note=inputs.reporter.note,
             )
-        except InfeasibleError as err:
+        except (InfeasibleError, OutOfTimeError) as err:
             # The child at hand is the best answer there is; the check on num_missed_limits tells of it.
             log.append({"infeasible": str(err)})
             inputs.reporter.note(str(err))

@@ -1,14 +1,17 @@
 """The command and the environment of a stage's process: alone, as ranks on this machine, or on nodes of a Slurm job.
 
-    local    python -m torch.distributed.run --standalone --nproc_per_node R -m pipeline.stages NAME --spec FILE
+    local    python -m torch.distributed.run --nnodes 1 --nproc_per_node R ... -m pipeline.stages NAME --spec FILE
     slurm    srun, one task a node:  python -m torch.distributed.run --nnodes N --nproc_per_node R/N ...
 
-Stages of one rank run here in any case, without srun: whoever starts them is on a node of the job.
+Stages of one rank run here in any case, without srun: whoever starts them is on a node of the job. Ranks of one machine
+meet over a file and talk over its loopback interface: torchrun's own store listens to every machine, without asking
+who calls, and what it holds is unpickled.
 """
 
 import os
 import socket
 import sys
+import uuid
 from pathlib import Path
 
 from pipeline.errors import StageError
@@ -33,7 +36,7 @@ def stage_command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     ranks = ["--nproc_per_node", str(execution.ranks_per_node)]
     if execution.launcher == "local":
-        return [*torchrun, "--standalone", *ranks, *arguments]
+        return [*torchrun, *ranks, *meeting_on_this_machine(spec_path.parent), *arguments]
     told = missing_allocation(execution)
     if told is not None:
         raise StageError(f"{stage.name}: {told}")
@@ -43,6 +46,16 @@ def stage_command(execution: ExecutionSettings, stage: Stage, spec_path: Path) -
     # Nodes import torch from a shared disk at speeds of their own; a minute is given unless asked for more.
     meeting += ["--rdzv_conf", f"read_timeout={_MEETING_TIMEOUT_S}"]
     return [*_srun(execution), *torchrun, "--nnodes", str(execution.num_nodes), *ranks, *meeting, *arguments]
+
+
+def meeting_on_this_machine(directory: Path) -> list[str]:
+    """Return torchrun's options with which ranks meet over a new file in `directory`, and on no port."""
+    name = f"meeting-{uuid.uuid4().hex}"
+    return [
+        *("--nnodes", "1", "--local_addr", "127.0.0.1"),
+        *("--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file"),
+        *("--rdzv_endpoint", str(directory / name), "--rdzv_id", name),
+    ]
 
 
 def missing_allocation(execution: ExecutionSettings) -> str | None:
@@ -71,6 +84,13 @@ def child_environment(execution: ExecutionSettings) -> dict[str, str]:
         # What a stage process reads is in the store; nothing is looked up behind its back, unless it is told to.
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
     }
+    if execution.launcher == "local" and execution.num_ranks > 1:
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment[name] = os.environ.get(name, loopback)
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
+            "1"  # the file is torchrun's; ranks have a store of their own
+        )
     num_threads = execution.num_threads
     if num_threads is None and execution.num_ranks > 1:
         num_threads = max(1, num_cpus() // execution.ranks_per_node)  # torchrun's own default is one

@@ -7,10 +7,12 @@ imported inside functions because its accelerator is chosen by the environment a
 import atexit
 import logging
 import os
+import socket
 import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ import torch.distributed as dist
 # has died is ended by its launcher.
 _LONGEST_WAIT = timedelta(days=1)
 LONGEST_CACHE_S = 120.0  # NFS keeps what it knows of a directory for 60 s by default
+_LOOPBACK = "127.0.0.1"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -102,11 +105,30 @@ def _start_group(*, on_gpu: bool) -> None:
     if not all(name in os.environ for name in _LAUNCHER_VARIABLES):
         os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
-    elif on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if os.environ["MASTER_ADDR"] == _LOOPBACK:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _loopback_store(rank, world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_LONGEST_WAIT)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_LONGEST_WAIT)
     if dist.get_world_size() > 1:
         atexit.register(_let_gloo_finish)
+
+
+def _loopback_store(rank: int, world_size: int) -> Any:
+    """Return the ranks' store on this machine's loopback; left to itself, rank 0 listens on every interface."""
+    make_store: Any = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    port, is_master = int(os.environ["MASTER_PORT"]), rank == 0
+    listening: dict[str, int] = {}
+    if is_master:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((_LOOPBACK, port))
+        listener.listen(2 * world_size)
+        listening["master_listen_fd"] = listener.detach()
+    return make_store(_LOOPBACK, port, world_size, is_master=is_master, timeout=_LONGEST_WAIT, **listening)
 
 
 def _let_gloo_finish() -> None:

@@ -11,11 +11,21 @@ from pydantic import ValidationError
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.costs import served_memory
 from pipeline.errors import InfeasibleError
-from pipeline.puzzle.batches import compared_scenarios, settle, settled_limits, settled_profile
+from pipeline.puzzle.batches import compared_scenarios, settle, settled_limits, settled_profile, solve_batches
 from pipeline.puzzle.predictions import CostModel
+from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import BatchSearch, search_batches
 from pipeline.puzzle.tables import SCHEMAS, SCORES
-from pipeline.recipe import BatchChoice, Limit, PoolConfig, ProfileConfig, RefinementConfig, Requirements, SearchConfig
+from pipeline.recipe import (
+    BatchChoice,
+    Limit,
+    PoolConfig,
+    ProfileConfig,
+    RefinementConfig,
+    Requirements,
+    Scenario,
+    SearchConfig,
+)
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs, make_profile
 
 NUM_LAYERS = 4
@@ -206,6 +216,23 @@ def test_room_for_cached_tokens_grows_with_the_batch():
         assert one.answer is not None
         (reached,) = [x.predicted for x in one.answer.limits if x.limit.quantity == "cached_tokens"]
         assert reached >= bounds[one.scenario.batch_size]
+
+
+def test_a_batch_whose_time_ends_without_an_answer_leaves_the_others_theirs():
+    sizes = [
+        Scenario(name=f"many-{size}", batch_size=size, prompt_tokens=8, generation_tokens=4, sweep="many")
+        for size in BATCHES
+    ]
+    requirements = Requirements(limits=LIMITS, pins=())
+
+    def solve(wanted: Requirements) -> str:
+        if wanted.limits[0].scenario == "many-8":
+            raise OutOfTimeError("the solver ended without an answer")
+        return str(wanted.limits[0].scenario)
+
+    found = solve_batches(requirements, sizes, solve=solve, objective=lambda _: 1.0, tokens_per_s=lambda *_: 1.0)
+    assert [one.answer for one in found] == ["many-1", "many-2", None, "many-32"]
+    assert found[2].reason == "the solver ended without an answer"
 
 
 def test_without_an_answer_at_any_batch_each_says_why():

@@ -11,10 +11,12 @@ import pytest
 from pipeline.errors import StageError
 from pipeline.execution import require_runtimes
 from pipeline.hardware import num_cpus
+from pipeline.processes import run_checked
 from pipeline.stage import ExecutionSettings
 from pipeline.stages.launch import child_environment, missing_allocation, stage_command
 from pipeline.stages.registry import get_stage
 from tests.dagster.stores import open_tiny
+from tests.pipeline.stages import listening
 
 SPEC = Path("spec.json")
 IN_A_JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_JOB_NUM_NODES": "2"}
@@ -24,8 +26,23 @@ TWO_NODES = ExecutionSettings(launcher="slurm", num_nodes=2, num_ranks=16, srun_
 def test_ranks_on_this_machine_are_torchruns_and_a_stage_of_one_rank_is_not():
     execution = ExecutionSettings(num_ranks=8)
     training = stage_command(execution, get_stage("kd_checkpoint"), SPEC)
-    assert training[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
+    assert training[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "8"]
     assert stage_command(execution, get_stage("block_scores"), SPEC)[:3] == [sys.executable, "-m", "pipeline.stages"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_on_this_machine_listen_to_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What launcher and ranks listen on, as the kernel has it; torchrun alone takes ports of every interface."""
+    execution = ExecutionSettings(num_ranks=2, num_threads=1)
+    command = stage_command(execution, get_stage("kd_checkpoint"), tmp_path / "spec.json")
+    own = [*command[: command.index("pipeline.stages")], listening.__name__, str(tmp_path / "seen")]
+    for name, value in child_environment(execution).items():
+        monkeypatch.setenv(name, value)
+    run_checked(own, what="two ranks", timeout_s=240)
+    seen = [line.split() for rank in (0, 1) for line in (tmp_path / f"seen-{rank}").read_text().splitlines()]
+    assert {whose for whose, _ in seen} >= {"rank"}
+    assert [address for _, address in seen if not address.startswith(("127.", "::1"))] == []
 
 
 def test_one_rank_under_slurm_is_started_by_srun_too(monkeypatch: pytest.MonkeyPatch):
