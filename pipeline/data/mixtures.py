@@ -7,17 +7,18 @@ Training and validation never share a document, nor does the training of one mix
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.architecture import Frozen
 from pipeline.data.decontamination import NgramSet
 from pipeline.data.documents import Document
-from pipeline.data.drawing import DrawableSource, Drawn, Piece, draw, tokenize
+from pipeline.data.drawing import DrawableSource, Piece, TextPiece, draw, tokenize
 from pipeline.data.packed import PackedTokens
 from pipeline.data.packing import pack_documents
 from pipeline.errors import DataError
@@ -28,9 +29,13 @@ MIXTURE_FILE = "mixture.json"
 # A piece of a long document is about four windows of English, at four characters a token.
 _PIECE_CHARACTERS_PER_WINDOW_TOKEN = 16
 
+# The first of these that a vocabulary has ends a document: an instruction-tuned tokenizer's EOS often ends a turn, as
+# Llama 3's <|eot_id|> does.
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>")
+
 
 class MixtureSource(Frozen):
-    """What one source gave to a mixture. Tokens count the separators; shares are of the training tokens.
+    """What one source gave to a mixture. Tokens count BOS and the separators; shares are of the training tokens.
 
     `num_checked` documents were looked at, `num_contaminated` of them were left out.
     """
@@ -94,17 +99,26 @@ class Mixture:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends a document: <|endoftext|> where the vocabulary has it, else the EOS token.
-
-    (An instruction-tuned tokenizer's EOS often ends a turn, not a document.)
+    """Return the token that ends a document: <|endoftext|> or <|end_of_text|> where there is one, else the EOS token.
 
     Raises:
-        DataError: when the tokenizer has neither.
+        DataError: when the tokenizer has none of them.
     """
-    end_of_text = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
-    if not isinstance(end_of_text, int):
-        raise DataError("the tokenizer has neither <|endoftext|> nor an EOS token: documents could not be told apart")
-    return end_of_text
+    vocabulary = tokenizer.get_vocab()
+    known = [vocabulary[token] for token in _END_OF_DOCUMENT if token in vocabulary]
+    separator = known[0] if known else tokenizer.eos_token_id
+    if not isinstance(separator, int):
+        raise DataError(
+            f"the tokenizer has none of {', '.join(_END_OF_DOCUMENT)} and no EOS token: documents could not be told "
+            "apart"
+        )
+    return separator
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the BOS token where the tokenizer puts it before plain text of its own accord, else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if isinstance(bos, int) and tokenizer("x")["input_ids"][:1] == [bos] else []
 
 
 def build_mixture(
@@ -127,139 +141,182 @@ def build_mixture(
     weights = {entry.source: entry.weight for entry in config.entries}
     if len(weights) != len(config.entries):
         raise DataError(f"a mixture names a source twice: {sorted(entry.source for entry in config.entries)}")
-    drawn = {
+    opened = {
         name: DrawableSource.open(
             name, sources[name].documents, held_out_ids=held_out_ids, ngrams=ngrams, seed=config.seed
         )
         for name in weights
     }
     length = config.sequence_length
-    max_characters = _PIECE_CHARACTERS_PER_WINDOW_TOKEN * length
     num_tokens, num_validation = _whole_windows(config.tokens, length), _whole_windows(config.validation_tokens, length)
     num_longer = {
         more.sequence_length: _whole_windows(more.tokens, more.sequence_length) for more in config.long_context
     }
     wanted = num_tokens + num_validation + sum(num_longer.values())
-    separator = separator_id(tokenizer)
-    validation = draw(
-        {
-            name: tokenize(source.validation_pieces(max_characters), tokenizer=tokenizer)
-            for name, source in drawn.items()
-        },
+    joining = _Joining(
+        sources=opened,
+        tokenizer=tokenizer,
+        opening=opening_ids(tokenizer),
+        separator=separator_id(tokenizer),
         weights=weights,
+        ngrams=ngrams,
+        seed=config.seed,
+    )
+    validation = joining.part(
+        lambda source: source.validation_pieces(_PIECE_CHARACTERS_PER_WINDOW_TOKEN * length),
         num_tokens=num_validation,
+        sequence_length=length,
         what="validation",
         remedy="one document in sixteen is kept for validation: lower validation_tokens, raise max_documents, or add "
         "sources",
         report=lambda done: report(done, wanted),
     )
     num_done = num_validation
-    longer: dict[int, _Packed] = {}
-    training: Drawn | None = None
+    training: dict[int, _Part] = {}
     # Longest windows first: they need the long documents, of which shorter windows would leave pieces.
     for window, num_wanted in [*reversed(num_longer.items()), (length, num_tokens)]:
-        used = frozenset(piece.document_id for packed in longer.values() for piece in packed.pieces)
-        training = draw(
-            {
-                name: tokenize(
-                    source.training_pieces(_PIECE_CHARACTERS_PER_WINDOW_TOKEN * window, without=used),
-                    tokenizer=tokenizer,
-                )
-                for name, source in drawn.items()
-            },
-            weights=weights,
+        used = _joined(part.document_ids for part in training.values())
+        characters = _PIECE_CHARACTERS_PER_WINDOW_TOKEN * window
+        training[window] = joining.part(
+            lambda source, characters=characters, used=used: source.training_pieces(characters, without=used),
             num_tokens=num_wanted,
+            sequence_length=window,
             what="training" if window == length else f"training part in windows of {window:,}",
             remedy="lower the tokens, raise max_documents, or add sources",
             report=lambda done, before=num_done: report(before + done, wanted),
         )
         num_done += num_wanted
-        if window != length:
-            longer[window] = _pack(
-                training, num_tokens=num_wanted, sequence_length=window, seed=config.seed, separator=separator
-            )
-    assert training is not None
-    train = _pack(training, num_tokens=num_tokens, sequence_length=length, seed=config.seed, separator=separator)
-    held_back = _pack(
-        validation, num_tokens=num_validation, sequence_length=length, seed=config.seed, separator=separator
-    )
+    train = training.pop(length)
     return Mixture(
         train=train.packed,
-        validation=held_back.packed,
-        long_context={window: packed.packed for window, packed in longer.items()},
+        validation=validation.packed,
+        long_context={window: part.packed for window, part in training.items()},
         record=MixtureRecord(
             sequence_length=config.sequence_length,
             vocab_size=len(tokenizer),
-            separator=str(tokenizer.convert_ids_to_tokens(separator)),
+            separator=str(tokenizer.convert_ids_to_tokens(joining.separator)),
             num_tokens=num_tokens,
             num_validation_tokens=num_validation,
-            num_contaminated_documents_left=_count_contaminated(
-                [piece for packed in (train, held_back, *longer.values()) for piece in packed.pieces],
-                tokenizer=tokenizer,
-                ngrams=ngrams,
+            num_contaminated_documents_left=len(
+                _joined(part.contaminated_ids for part in (train, validation, *training.values()))
             ),
             long_context=tuple(
                 LongContextRecord(
                     sequence_length=window,
-                    num_tokens=packed.num_tokens.total(),
-                    num_documents=len({piece.document_id for piece in packed.pieces}),
+                    num_tokens=part.num_tokens.total(),
+                    num_documents=len(part.document_ids),
                 )
-                for window, packed in sorted(longer.items())
+                for window, part in sorted(training.items())
             ),
             sources=tuple(
                 _source_record(
-                    drawn[name],
+                    opened[name],
                     described=sources[name],
                     share_asked=weights[name] / sum(weights.values()),
                     train=train,
-                    validation=held_back,
-                    is_exhausted=name in training.exhausted,
+                    validation=validation,
+                    is_exhausted=name in train.exhausted,
                 )
-                for name in drawn
+                for name in opened
             ),
         ),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Packed:
+class _Part:
+    """One set of windows, the documents in it by their source, and the sources that had no more."""
+
     packed: PackedTokens
-    pieces: list[Piece]
     num_tokens: Counter[str]
+    documents: dict[str, set[str]]
+    contaminated_ids: set[str]
+    exhausted: frozenset[str]
+
+    @property
+    def document_ids(self) -> set[str]:
+        """The documents of all sources."""
+        return _joined(self.documents.values())
 
 
-def _pack(drawn: Drawn, *, num_tokens: int, sequence_length: int, seed: int, separator: int) -> _Packed:
-    """Join the pieces in a seeded order, keep exactly `num_tokens`, and shuffle the windows."""
-    pieces = list(drawn.pieces)
-    random.Random(f"{seed} order").shuffle(pieces)
-    kept: list[Piece] = []
-    tokens_by_source: Counter[str] = Counter()
-    for piece in pieces:
-        room = num_tokens - tokens_by_source.total()
-        if room <= 0:
-            break
-        kept.append(Piece(source=piece.source, document_id=piece.document_id, ids=piece.ids[:room]))
-        tokens_by_source[piece.source] += min(room, piece.num_tokens)
-    packed = pack_documents(
-        (piece.ids for piece in kept), sequence_length=sequence_length, separator_id=separator
-    ).take(num_tokens)
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))
-    shuffled = PackedTokens(
-        tokens_NT=packed.tokens_NT[order],
-        labels_NT=packed.labels_NT[order],
-        position_ids_NT=packed.position_ids_NT[order],
-    )
-    return _Packed(packed=shuffled, pieces=kept, num_tokens=tokens_by_source)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Joining:
+    """How the documents of one mixture become windows: `opening`, then a document's tokens, then `separator`."""
+
+    sources: Mapping[str, DrawableSource]
+    tokenizer: PreTrainedTokenizerBase
+    opening: list[int]
+    separator: int
+    weights: Mapping[str, float]
+    ngrams: NgramSet
+    seed: int
+
+    def part(
+        self,
+        pieces_of: Callable[[DrawableSource], Iterator[TextPiece]],
+        *,
+        num_tokens: int,
+        sequence_length: int,
+        what: str,
+        remedy: str,
+        report: Callable[[int], None],
+    ) -> _Part:
+        """Draw from every source, join the pieces in a seeded order, keep exactly `num_tokens`, shuffle the windows.
+
+        Raises:
+            DataError: see pipeline.data.drawing.draw.
+        """
+        drawn = draw(
+            {name: self._tokenized(pieces_of(source)) for name, source in self.sources.items()},
+            weights=self.weights,
+            num_tokens=num_tokens,
+            what=what,
+            remedy=remedy,
+            report=report,
+        )
+        random.Random(f"{self.seed} order").shuffle(drawn.pieces)
+        kept: list[Piece] = []
+        tokens_by_source: Counter[str] = Counter()
+        documents: dict[str, set[str]] = {}
+        for piece in drawn.pieces:
+            room = num_tokens - tokens_by_source.total()
+            if room <= 0:
+                break
+            kept.append(replace(piece, ids=piece.ids[:room]))
+            tokens_by_source[piece.source] += min(room, piece.num_tokens)
+            documents.setdefault(piece.source, set()).add(piece.document_id)
+        # Row r of the shuffled windows is window order[r] of the stream.
+        order = torch.randperm(num_tokens // sequence_length, generator=torch.Generator().manual_seed(self.seed))
+        return _Part(
+            packed=pack_documents(
+                (piece.ids for piece in kept),
+                rows=order.argsort().tolist(),
+                sequence_length=sequence_length,
+                separator_id=self.separator,
+            ),
+            num_tokens=tokens_by_source,
+            documents=documents,
+            contaminated_ids={piece.document_id for piece in kept if self._is_contaminated(piece)},
+            exhausted=drawn.exhausted,
+        )
+
+    def _tokenized(self, texts: Iterator[TextPiece]) -> Iterator[Piece]:
+        """Yield pieces as tokens in arrays, of 4 bytes a token where a list of int takes 36."""
+        for piece in tokenize(texts, tokenizer=self.tokenizer):
+            # Drawing counts and cuts ids, which an array does as a list does.
+            yield replace(piece, ids=np.array(self.opening + piece.ids, dtype=np.int32))
+
+    def _is_contaminated(self, piece: Piece) -> bool:
+        """Return whether the tokens, decoded again, share an n-gram with what is measured."""
+        return self.ngrams.shares_ngram(str(self.tokenizer.decode(piece.ids[len(self.opening) :])))
+
+
+def _joined(sets: Iterable[AbstractSet[str]]) -> set[str]:
+    return set[str]().union(*sets)
 
 
 def _whole_windows(num_tokens: int, sequence_length: int) -> int:
     return math.ceil(num_tokens / sequence_length) * sequence_length
-
-
-def _count_contaminated(pieces: Sequence[Piece], *, tokenizer: PreTrainedTokenizerBase, ngrams: NgramSet) -> int:
-    """Count the documents whose tokens, decoded again, share an n-gram with what is measured."""
-    texts = tokenizer.batch_decode([piece.ids for piece in pieces])
-    return len({piece.document_id for piece, text in zip(pieces, texts, strict=True) if ngrams.shares_ngram(text)})
 
 
 def _source_record(
@@ -267,8 +324,8 @@ def _source_record(
     *,
     described: SourceDocuments,
     share_asked: float,
-    train: _Packed,
-    validation: _Packed,
+    train: _Part,
+    validation: _Part,
     is_exhausted: bool,
 ) -> MixtureSource:
     return MixtureSource(
@@ -277,16 +334,12 @@ def _source_record(
         licence=described.licence,
         share_asked=share_asked,
         share_got=train.num_tokens[source.name] / train.num_tokens.total(),
-        num_documents=_num_documents(train, source.name),
+        num_documents=len(train.documents.get(source.name, ())),
         num_tokens=train.num_tokens[source.name],
-        num_validation_documents=_num_documents(validation, source.name),
+        num_validation_documents=len(validation.documents.get(source.name, ())),
         num_validation_tokens=validation.num_tokens[source.name],
         num_held_out=source.num_held_out,
         num_checked=source.num_checked,
         num_contaminated=source.num_contaminated,
         is_exhausted=is_exhausted,
     )
-
-
-def _num_documents(packed: _Packed, source: str) -> int:
-    return len({piece.document_id for piece in packed.pieces if piece.source == source})

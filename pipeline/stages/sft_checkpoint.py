@@ -25,14 +25,16 @@ def run(config: SFTConfig, inputs: StageInputs, out_dir: Path) -> StageResult:
     """Train cpt_checkpoint on reasoning_toggle_dataset, and on what is replayed of pretraining_mix."""
     device = prepare_process(inputs.execution)
     dataset_dir = inputs["reasoning_toggle_dataset"]
-    text = load_packed(inputs["pretraining_mix"], "train")
     trained_shares = []
     phases = []
     for number, stage in enumerate(config.stages):
         blend = load_packed(dataset_dir, blend_split(stage.blend))
         trained_shares.append(require_masked(blend, what=f"{dataset_dir} blend {stage.blend}"))
+        if stage.replay_share > 0:
+            text = load_packed(inputs["pretraining_mix"], "train")
+            blend = with_replay(blend, text, share=stage.replay_share, what=f"sft.stages[{number}]")
         plan = plan_batches(
-            with_replay(blend, text, share=stage.replay_share, what=f"sft.stages[{number}]"),
+            blend,
             tokens=stage.tokens,
             global_batch_size=stage.global_batch_size,
             shuffle_seed=config.seed if stage.shuffle else None,

@@ -1,14 +1,21 @@
 """Mixtures: shares, disjoint splits, decontamination that is real, and the same windows every time."""
 
 import random
+import tracemalloc
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.decontamination import NgramSet, build_ngrams
 from pipeline.data.documents import Document, is_validation_document, select_documents
-from pipeline.data.drawing import DrawableSource, split_text
-from pipeline.data.mixtures import Mixture, SourceDocuments, build_mixture, separator_id
+from pipeline.data.drawing import DrawableSource, Piece, draw, split_text, tokenize
+from pipeline.data.mixtures import Mixture, SourceDocuments, build_mixture, opening_ids, separator_id
+from pipeline.data.packed import save_packed
 from pipeline.errors import DataError
 from pipeline.recipe import LongContextTokens, MixtureConfig, MixtureEntry
 from tests.pipeline.data.builders import chatml_tokenizer, llama3_tokenizer, make_documents, make_tokenizer
@@ -35,11 +42,12 @@ def build(
     *,
     held_out_ids: frozenset[str] = frozenset(),
     ngrams: NgramSet = NOTHING_MEASURED,
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
 ) -> Mixture:
     return build_mixture(
         {name: SourceDocuments(documents=items, domain="d", licence="none") for name, items in sources.items()},
         config=config,
-        tokenizer=TOKENIZER,
+        tokenizer=tokenizer,
         held_out_ids=held_out_ids,
         ngrams=ngrams,
         report=lambda done, total: None,
@@ -231,13 +239,138 @@ def test_mixture_that_names_a_source_twice_is_refused():
         build(SOURCES, config)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldMixture:
+    """A mixture built with every piece, token and text in memory at once: by length of window, validation as None."""
+
+    windows: dict[int | None, torch.Tensor]
+    num_documents: dict[int | None, int]
+    num_contaminated: int
+
+
+def held_mixture(
+    sources: dict[str, list[Document]], config: MixtureConfig, *, tokenizer: Any, separator: int, ngrams: NgramSet
+) -> HeldMixture:
+    """Build a mixture as it was built before windows were written as they fill; opens no document with BOS."""
+    opened = {
+        name: DrawableSource.open(name, items, held_out_ids=frozenset(), ngrams=ngrams, seed=config.seed)
+        for name, items in sources.items()
+    }
+    longer = [(more.sequence_length, more.sequence_length, more.tokens) for more in reversed(config.long_context)]
+    parts = [(None, config.sequence_length, config.validation_tokens), *longer]
+    kept: dict[int | None, list[Piece]] = {}
+    windows: dict[int | None, torch.Tensor] = {}
+    for key, length, tokens in [*parts, (config.sequence_length, config.sequence_length, config.tokens)]:
+        num_tokens = -(-tokens // length) * length
+        used = frozenset(piece.document_id for part, pieces in kept.items() if part for piece in pieces)
+        texts = {
+            name: source.training_pieces(16 * length, without=used) if key else source.validation_pieces(16 * length)
+            for name, source in opened.items()
+        }
+        drawn = draw(
+            {name: tokenize(pieces, tokenizer=tokenizer) for name, pieces in texts.items()},
+            weights={entry.source: entry.weight for entry in config.entries},
+            num_tokens=num_tokens,
+            what="",
+            remedy="",
+            report=lambda _: None,
+        )
+        pieces = list(drawn.pieces)
+        random.Random(f"{config.seed} order").shuffle(pieces)
+        stream: list[int] = []
+        kept[key] = []
+        for piece in pieces:
+            if len(stream) < num_tokens:
+                kept[key].append(replace(piece, ids=piece.ids[: num_tokens - len(stream)]))
+                stream += [*piece.ids, separator]
+        stream_NT = torch.tensor(stream[:num_tokens]).reshape(-1, length)
+        order = torch.randperm(len(stream_NT), generator=torch.Generator().manual_seed(config.seed))
+        windows[key] = stream_NT[order]
+    everything = [piece for pieces in kept.values() for piece in pieces]
+    decoded = tokenizer.batch_decode([piece.ids for piece in everything])
+    dirty = {piece.document_id for piece, text in zip(everything, decoded, strict=True) if ngrams.shares_ngram(text)}
+    num_documents = {key: len({piece.document_id for piece in pieces}) for key, pieces in kept.items()}
+    return HeldMixture(windows=windows, num_documents=num_documents, num_contaminated=len(dirty))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_mixture_files_are_those_of_one_built_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int):
+    plain = mixture_config({"a": 3.0, "b": 1.0}, tokens=20_000, seed=seed)
+    longer = (LongContextTokens(sequence_length=128, tokens=2000), LongContextTokens(sequence_length=512, tokens=3000))
+    config = plain.model_copy(update={"long_context": longer})
+    measured = build_ngrams([item.text for item in SOURCES["a"][::2]], num_words=13)
+    monkeypatch.setattr(DrawableSource, "_is_clean", lambda *_: True)
+    mixture = build(SOURCES, config, ngrams=measured)
+    wanted = held_mixture(SOURCES, config, tokenizer=TOKENIZER, separator=0, ngrams=measured)
+    found = {None: mixture.validation, SEQUENCE_LENGTH: mixture.train, **mixture.long_context}
+    assert found.keys() == wanted.windows.keys()
+    for key, tokens_NT in wanted.windows.items():
+        positions_NT = torch.arange(tokens_NT.shape[1]).expand(tokens_NT.shape)
+        tensors = {"tokens": tokens_NT, "labels": tokens_NT.clone(), "position_ids": positions_NT}
+        save_file({name: one.to(torch.int32).contiguous() for name, one in tensors.items()}, tmp_path / "wanted")
+        written = save_packed(tmp_path, f"train-{key}", found[key])
+        assert written.read_bytes() == (tmp_path / "wanted").read_bytes()
+    record = mixture.record
+    assert record.num_contaminated_documents_left == wanted.num_contaminated > 5
+    assert [one.num_documents for one in record.long_context] == [wanted.num_documents[128], wanted.num_documents[512]]
+    assert sum(one.num_documents for one in record.sources) == wanted.num_documents[SEQUENCE_LENGTH]
+    assert sum(one.num_validation_documents for one in record.sources) == wanted.num_documents[None]
+
+
+def test_mixture_is_built_in_a_few_bytes_a_token():
+    """Four in the pieces drawn and four in the windows: nine in all, where lists of these small ints took 34."""
+    words = [f"word{number}" for number in range(100)]
+    texts = (" ".join(random.Random(seed).choices(words, k=400)) for seed in range(240))
+    documents = select_documents(texts, max_documents=240)
+    config = mixture_config({"a": 1.0}, tokens=400_000)
+    build({"a": documents}, config.model_copy(update={"tokens": 1000}))
+    tracemalloc.start()
+    mixture = build({"a": documents}, config)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most / mixture.train.num_tokens < 12
+
+
 def test_separator_is_end_of_text_or_else_eos():
     assert TOKENIZER.convert_ids_to_tokens(separator_id(TOKENIZER)) == "<|endoftext|>"
-    assert separator_id(llama3_tokenizer()) == llama3_tokenizer().eos_token_id
+    instruct = llama3_tokenizer()
+    instruct.eos_token = "<|eot_id|>"
+    assert instruct.convert_ids_to_tokens(separator_id(instruct)) == "<|end_of_text|>"
     bare = make_tokenizer(["<s>"], bos="<s>", eos="<s>", chat_template=None)
+    assert separator_id(bare) == bare.eos_token_id
     bare.eos_token = None
     with pytest.raises(DataError, match="could not be told apart"):
         separator_id(bare)
+
+
+def test_documents_open_with_bos_where_the_tokenizer_puts_it_before_text():
+    assert opening_ids(TOKENIZER) == []  # its BOS starts a turn
+    tokenizer = llama3_tokenizer()
+    tokenizer.eos_token = "<|eot_id|>"
+    bos, end = tokenizer.bos_token_id, separator_id(tokenizer)
+    assert opening_ids(tokenizer) == [bos]
+    config = mixture_config({"a": 1.0, "b": 1.0}).model_copy(
+        update={"long_context": (LongContextTokens(sequence_length=512, tokens=3000),)}
+    )
+    # What BOS would be decoded to is no word of the document that it opens.
+    begun = [f"begin of text {' '.join(item.text.split()[:10])}" for items in SOURCES.values() for item in items]
+    clean, quoted = (
+        build(SOURCES, config, tokenizer=tokenizer, ngrams=ngrams)
+        for ngrams in (NOTHING_MEASURED, build_ngrams(begun, num_words=13))
+    )
+    assert quoted.record == clean.record
+    order = torch.randperm(125, generator=torch.Generator().manual_seed(config.seed))
+    joined = clean.train.tokens_NT[order.argsort()].flatten().tolist()
+    assert joined[0] == bos
+    after_ends = [joined[place + 1] for place, token in enumerate(joined[:-1]) if token == end]
+    assert len(after_ends) > 5
+    assert all(token == bos for token in after_ends)
+    assert joined.count(bos) == len(after_ends) + 1
+    assert tokenizer.eos_token_id not in joined
+    texts = {item.text for items in SOURCES.values() for item in items}
+    pieces = str(tokenizer.decode(joined)).removeprefix("<|begin_of_text|>").split("<|end_of_text|><|begin_of_text|>")
+    assert sum(piece in texts for piece in pieces) > 5
+    assert sum(one.num_tokens for one in clean.record.sources) == 8000
 
 
 @pytest.mark.parametrize("max_characters", [1, 7, 40, 10_000])
