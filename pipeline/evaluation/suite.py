@@ -6,13 +6,13 @@ HARNESS_VERSION is raised by hand whenever a figure would come out differently f
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.costs import num_parameters
 from pipeline.data.benchmarks import MultipleChoiceItem
@@ -24,7 +24,7 @@ from pipeline.data.evaluation_sets import (
     load_reasoning_items,
 )
 from pipeline.data.instruction_items import InstructionItem
-from pipeline.data.mixtures import separator_id
+from pipeline.data.mixtures import opening_ids, separator_id
 from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.evaluation.chains import chain_health
 from pipeline.evaluation.instructions import instruction_qualities
@@ -39,7 +39,7 @@ from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.recipe import EvaluationConfig
 
-HARNESS_VERSION = 5
+HARNESS_VERSION = 6
 MAX_SAMPLES = 6
 OTHER_DIFFICULTY = "trained family, other difficulty"
 OTHER_FAMILY = "family not trained on"
@@ -76,16 +76,12 @@ class Suite:
 def load_suite(sets_dir: Path, *, parent_dir: Path, config: EvaluationConfig) -> Suite:
     """Read the evaluation sets and cut the held-out text into windows."""
     tokenizer = load_tokenizer(parent_dir)
-    separator = separator_id(tokenizer)
     return Suite(
         config=config,
         tokenizer=tokenizer,
         windows={
-            name: cut_windows(
-                (tokenizer.encode(text, add_special_tokens=False) for text in texts),
-                separator=separator,
-                sequence_length=config.sequence_length,
-                max_tokens=config.text_tokens_per_set,
+            name: text_windows(
+                texts, tokenizer, sequence_length=config.sequence_length, max_tokens=config.text_tokens_per_set
             )
             for name, texts in sorted(load_held_out(sets_dir).items())
         },
@@ -93,6 +89,19 @@ def load_suite(sets_dir: Path, *, parent_dir: Path, config: EvaluationConfig) ->
         reasoning=_mixed(load_reasoning_items(sets_dir)),
         held_out_tasks=group_held_out(load_held_out_items(sets_dir), trained=load_reasoning_items(sets_dir)),
         instructions=load_instruction_items(sets_dir),
+    )
+
+
+def text_windows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, max_tokens: int
+) -> Tensor:
+    """Return held-out documents as windows, `tokens_WT`, each begun and ended as documents of a mixture are."""
+    opening = opening_ids(tokenizer)
+    return cut_windows(
+        ([*opening, *tokenizer.encode(text, add_special_tokens=False)] for text in texts),
+        separator=separator_id(tokenizer),
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
     )
 
 

@@ -5,10 +5,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.benchmarks import MultipleChoiceItem
 from pipeline.data.reasoning_items import generate_items
-from pipeline.evaluation.suite import OTHER_FAMILY, Suite, evaluate_checkpoint
+from pipeline.evaluation.suite import OTHER_FAMILY, Suite, evaluate_checkpoint, text_windows
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import SilentReporter
 from pipeline.recipe import SampledConfig
+from tests.pipeline.data.builders import llama3_tokenizer
 from tests.pipeline.evaluation.stages import CONFIG, INSTRUCTED, OTHER_TASK, TASK
 
 
@@ -39,3 +40,10 @@ def test_evaluate_checkpoint_takes_as_many_batches_as_it_announces(
     reporter = _Recorder()
     evaluate_checkpoint(parent, name="parent", suite=suite, parent=None, reporter=reporter)
     assert reporter.steps == [(step, suite.num_batches) for step in range(1, suite.num_batches + 1)]
+
+
+def test_held_out_documents_begin_and_end_as_documents_of_a_mixture_do():
+    tokenizer = llama3_tokenizer()
+    (window_T,) = text_windows(["ab", "c"], tokenizer, sequence_length=6, max_tokens=6).tolist()
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    assert tokenizer.convert_ids_to_tokens(window_T) == [begin, "a", "b", end, begin, "c", end]
