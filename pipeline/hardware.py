@@ -60,9 +60,9 @@ def _gpu_models() -> list[str]:
 
     Which of a machine's equal GPUs they are is not told: the same job started again may be given others.
     """
-    visible, models = os.environ.get("CUDA_VISIBLE_DEVICES"), _nvidia_models()
     if _are_hidden():
         return []
+    visible, models = os.environ.get("CUDA_VISIBLE_DEVICES"), _nvidia_models()
     if visible is None:
         return models
     # Where models differ, what a number means is up to CUDA_DEVICE_ORDER and the container; a MIG slice is a share.

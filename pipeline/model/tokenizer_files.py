@@ -91,10 +91,9 @@ def adds_to_the_system_prompt(tokenizer: PreTrainedTokenizerBase) -> bool:
     template = tokenizer.chat_template
     if not isinstance(template, str) or LLAMA3_HEADER not in template:
         return False
-    text = str(tokenizer.apply_chat_template([{"role": "system", "content": "on"}], tokenize=False))
-    return (
-        text.removeprefix(str(tokenizer.bos_token or "")) != f"{LLAMA3_HEADER}system<|end_header_id|>\n\non<|eot_id|>"
-    )
+    messages = [{"role": "system", "content": "on"}, {"role": "user", "content": "hi"}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False)).removeprefix(str(tokenizer.bos_token or ""))
+    return not text.startswith(f"{LLAMA3_HEADER}system<|end_header_id|>\n\non<|eot_id|>")
 
 
 def byte_alphabet() -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.architecture import Architecture
 from pipeline.recipe import Precision
-from pipeline.training.distributed import init_distributed, told_by_rank_0
+from pipeline.training.distributed import init_distributed
 
 # The fastest of so many products counts, so that a moment's load does not.
 NUM_TRIALS = 30
@@ -30,10 +30,6 @@ class Ranks:
             # Only then: joining a group imports DeepSpeed, which costs seconds.
             world = init_distributed()
             self.rank, self.device = world.rank, world.device
-
-    def told_by_first(self, value: str) -> str:
-        """Return the first rank's string on every rank."""
-        return told_by_rank_0(value) if self.size > 1 else value
 
 
 def place(model: ModuleT, device: torch.device) -> ModuleT:

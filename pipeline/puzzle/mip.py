@@ -20,6 +20,7 @@ from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.programme import (
     VERIFICATION_TOLERANCE,
     Answer,
+    OutOfTimeError,
     Programme,
     Row,
     Values,
@@ -228,7 +229,11 @@ def _jointly_infeasible(problem: Problem, programme: Programme, *, time_limit_s:
 def _reachable_beside(problem: Problem, programme: Programme, time_limit_s: float) -> str:
     reach: list[str] = []
     for index, limit in enumerate(problem.limits):
-        chosen = least_of_row(programme, index, time_limit_s=time_limit_s)
+        try:
+            chosen = least_of_row(programme, index, time_limit_s=time_limit_s)
+        except OutOfTimeError:
+            reach.append(f"{limit.name}: not known within {time_limit_s:g} s")
+            continue
         if chosen is None:
             reach.append(f"{limit.name}: nothing, for the others exclude each other")
         else:

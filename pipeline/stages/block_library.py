@@ -50,7 +50,7 @@ from pipeline.puzzle.tables import LOSSES, SCHEMAS, write_table
 from pipeline.report.drawings import draw_library, save_figures
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockLibraryStage
-from pipeline.training.distributed import LONGEST_CACHE_S, barrier, gather_across_ranks
+from pipeline.training.distributed import LONGEST_CACHE_S, barrier, gather_across_ranks, told_by_rank_0
 
 UPSTREAM = ("parent_checkpoint", "distillation_mix", "channel_importance")
 
@@ -107,7 +107,8 @@ def run(config: BlockLibraryStage, inputs: StageInputs, out_dir: Path) -> StageR
 def _missing(wanted: Mapping[BlockKey, str], store: ArtifactStore, ranks: Ranks) -> dict[BlockKey, str]:
     """Return the blocks that the store does not hold, as rank 0 finds it: others might look a moment later."""
     held = sorted(block_id for block_id in wanted.values() if store.find(BLOCK_ASSET, block_id) is not None)
-    held = set(json.loads(ranks.told_by_first(json.dumps(held))))
+    if ranks.size > 1:
+        held = json.loads(told_by_rank_0(json.dumps(held)))
     return {key: block_id for key, block_id in wanted.items() if block_id not in held}
 
 

@@ -1,6 +1,5 @@
 """Identity and materialization: what changes a fingerprint, and when a stage is reused, resumed, run or refused."""
 
-import contextlib
 import json
 import math
 import os
@@ -9,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import execution
-from pipeline.architecture import Frozen
-from pipeline.artifacts import IDENTITY, RESULT, ArtifactStore, RunRecord
+from pipeline.artifacts import RESULT, ArtifactStore, RunRecord
 from pipeline.errors import ArtifactError, CheckpointError, MissingInputError, StageError
 from pipeline.execution import (
     Workspace,
@@ -20,9 +17,7 @@ from pipeline.execution import (
     materialize,
     open_workspace,
     stage_fingerprint,
-    stage_identity,
 )
-from pipeline.fingerprint import fingerprint
 from pipeline.home import refit_home
 from pipeline.model.architecture_files import load_architecture
 from pipeline.model.decilm_config import decilm_config
@@ -39,8 +34,8 @@ from pipeline.recipe import (
 )
 from pipeline.recipe_file import load_recipe
 from pipeline.runtimes import RuntimeMissingError
-from pipeline.stage import ExecutionSettings, StageInputs, StageResult
-from pipeline.stages.registry import STAGES, Stage, get_stage
+from pipeline.stage import ExecutionSettings, StageResult
+from pipeline.stages.registry import STAGES, get_stage
 from tests.dagster.stores import open_tiny, publish, publish_all
 from tests.pipeline.data.builders import file_source
 
@@ -318,64 +313,6 @@ def test_open_workspace_puts_all_state_below_refit_home(tmp_path: Path, monkeypa
     assert workspace.recipe == load_recipe("tiny")
     assert workspace.store.root == tmp_path / "store"
     assert workspace.downloads == tmp_path / "downloads"
-
-
-def test_fan_in_takes_the_targets_that_are_there_and_changes_with_each(workspace: Workspace):
-    pareto = get_stage("pareto")
-    keys = [stage_fingerprint(workspace, pareto, "fused")]
-    for target in ("fused", "light"):
-        publish_all(workspace, target=target)
-        keys.append(stage_fingerprint(workspace, pareto, "fused"))
-        inputs = stage_identity(workspace, pareto, "light")["inputs"]
-        assert isinstance(inputs, dict)
-        assert f"baselines@{target}" in inputs
-    assert len(set(keys)) == 3
-    assert len(inputs) == 2 * len(pareto.over_targets)
-
-
-def test_fan_in_runs_on_the_targets_that_its_key_names(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    pareto = get_stage("pareto")
-
-    def finish(target: str) -> None:
-        for stage in STAGES:
-            if stage is not pareto:
-                publish(workspace, stage, target=target)
-
-    finish("fused")
-    key = stage_fingerprint(workspace, pareto, "fused")
-    read: list[list[str]] = []
-
-    def run_stage(_stage: Stage, _config: Frozen, inputs: StageInputs, _out_dir: Path, **_: object) -> StageResult:
-        read.append(sorted(inputs.artifacts))
-        return StageResult()
-
-    monkeypatch.setattr(execution, "run_stage", run_stage)
-    with contextlib.ExitStack() as other_process:
-        other_process.enter_context(workspace.store.locked("pareto", key))
-
-        def finish_another_target(_: dict[str, object]) -> None:
-            finish("light")
-            other_process.close()
-
-        made = materialize(workspace, "pareto", "fused", on_progress=finish_another_target).artifact
-
-    assert made.manifest.fingerprint == key
-    assert read == [["baselines@fused", "evaluation@fused", "speed_report@fused"]]
-    assert {name for name in made.manifest.provenance if "@" in name} == {f"input.{name}" for name in read[0]}
-    assert fingerprint(json.loads((made.path / IDENTITY).read_text())["identity"]) == key
-    assert stage_fingerprint(workspace, pareto, "fused") != key
-
-
-def test_fan_in_leaves_out_a_target_that_failed_a_blocking_check(tmp_path: Path):
-    workspace = open_tiny(tmp_path)
-    for stage in STAGES:
-        worse = {"rl_toggle_compliance_on": -1.0} if stage.name == "evaluation" else {}
-        publish(workspace, stage, target="fused", **worse)
-
-    inputs = stage_identity(workspace, get_stage("pareto"), "fused")["inputs"]
-
-    assert isinstance(inputs, dict)
-    assert sorted(inputs) == ["baselines@fused", "speed_report@fused"]
 
 
 def test_parent_whose_layers_differ_is_refused_before_anything_runs(workspace: Workspace, tmp_path: Path):

@@ -264,8 +264,10 @@ def test_llama3_parent_gets_a_template_whose_system_turn_is_the_system_prompt_al
 
 
 def test_llama3_template_without_dates_is_kept(tmp_path: Path):
+    """One that refuses a conversation without a user, too."""
     source = saved_llama(tmp_path / "hf")
-    plain = LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{- bos_token -}}")
+    strict = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user') }}{% endif %}"
+    plain = strict + LLAMA3_TEMPLATE.replace("{{ bos_token }}", "{{- bos_token -}}")
     (source / "chat_template.jinja").write_text(plain)
     import_checkpoint(source, out_dir=tmp_path / "parent")
     assert load_tokenizer(tmp_path / "parent").chat_template == plain

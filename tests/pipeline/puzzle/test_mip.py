@@ -9,10 +9,12 @@ import pytest
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.errors import InfeasibleError
+from pipeline.puzzle import mip
 from pipeline.puzzle.baselines import greedy
 from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem, solve, solve_pool, violated_limits
 from pipeline.puzzle.predictions import linear_limits, predict
+from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.recipe import LayerPattern, Limit, PoolConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 
@@ -134,6 +136,16 @@ def test_limits_that_exclude_each_other_name_the_best_of_each_beside_the_others(
     }
     expected = ", ".join(f"{name}: {value:,.4g}" for name, value in best.items())
     assert f"Best reachable for each limit while all others are met: {expected}." in str(caught.value)
+
+
+def test_limits_that_exclude_each_other_are_told_though_the_time_for_more_ends(monkeypatch: pytest.MonkeyPatch):
+    def out_of_time(*_: object, **__: object) -> None:
+        raise OutOfTimeError("no answer")
+
+    monkeypatch.setattr(mip, "least_of_row", out_of_time)
+    tight = make_problem([limit("num_parameters", 0.99)], seed=3, num_layers=2)
+    with pytest.raises(InfeasibleError, match=r"opposed: not known within 10 s\. In the nearest choice"):
+        solve(Problem(layers=tight.layers, limits=(*tight.limits, OPPOSED)), time_limit_s=10, relative_gap=0.0)
 
 
 def test_limits_that_are_impossible_without_a_third_say_so_of_the_third():

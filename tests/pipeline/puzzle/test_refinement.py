@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import polars as pl
 import pytest
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
-from pipeline.progress import SilentReporter
+from pipeline.progress import Reporter, SilentReporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.predictions import linear_limits
 from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, Refinement, refine, search_again
@@ -16,6 +15,7 @@ from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
 from pipeline.recipe import LayerPattern, Pin, PoolConfig, RefinementConfig, Requirements, SearchConfig
 from tests.pipeline.puzzle.builders import give_solver_no_time, limit, make_architecture, make_costs
+from tests.pipeline.reporters import NotingReporter
 
 NUM_LAYERS = 5
 OPTIONS = [
@@ -23,17 +23,6 @@ OPTIONS = [
     for attention, ffn in ((gqa(2), swiglu(64)), (NO_ATTENTION, swiglu(64)), (NO_ATTENTION, NO_FFN))
 ]
 REQUIREMENTS = Requirements(limits=(limit("num_parameters", 0.75),), pins=())
-
-
-@dataclass(frozen=True)
-class NotingReporter(SilentReporter):
-    """Keeps the notes."""
-
-    notes: list[str]
-
-    def note(self, message: str) -> None:
-        """Keep it."""
-        self.notes.append(message)
 
 
 def quality(blocks: Sequence[BlockSpec]) -> float:
@@ -84,11 +73,11 @@ def run(
     pins: tuple[Pin, ...] = (),
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
-    notes: list[str] | None = None,
+    reporter: Reporter | None = None,
 ) -> tuple[Refinement, float]:
     """Search and refine; return the outcome and the best value of all children within the limit.
 
-    `around` gets the blocks that each round measures around, `notes` what is reported; a misled one is told that what
+    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told that what
     is worse is better.
     """
     architecture = make_architecture(num_layers=NUM_LAYERS)
@@ -113,7 +102,7 @@ def run(
         costs=costs,
         requirements=requirements,
         settings=chosen,
-        reporter=NotingReporter([] if notes is None else notes),
+        reporter=reporter or SilentReporter(),
     )
     (size,) = linear_limits(REQUIREMENTS.limits, costs=costs, blocks=OPTIONS, speed_margin=0.0)
     children = itertools.product(OPTIONS, repeat=NUM_LAYERS)
@@ -198,10 +187,10 @@ def test_search_again_without_time_for_what_is_near_searches_all_and_tells(monke
 
 def test_refine_goes_on_without_the_answers_that_the_solver_has_no_time_for(monkeypatch: pytest.MonkeyPatch):
     whole, _ = run(rounds=1)
-    notes: list[str] = []
+    reporter = NotingReporter()
     give_solver_no_time(monkeypatch, [1])  # the pool's answer is there, the first near it is not
-    outcome, _ = run(rounds=1, notes=notes)
-    (told,) = (note for note in notes if "no answer" in note)
+    outcome, _ = run(rounds=1, reporter=reporter)
+    (told,) = (note for note in reporter.notes if "no answer" in note)
     assert told.startswith("no answer with at most 4 layers changed")
     assert [one.origin for one in outcome.scored] == [
         one.origin for one in whole.scored if "at most 4 layers" not in one.origin

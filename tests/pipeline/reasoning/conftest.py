@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.reasoning_items import ReasoningItem, generate_items
 from pipeline.model.checkpoint import load_model, load_tokenizer
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.model.random_parent import make_random_parent
-from pipeline.recipe import RandomParent
+from pipeline.recipe import RandomParent, ReasoningTask
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,10 @@ def tokenizer(parent_dir: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def model(parent_dir: Path) -> HeterogeneousLlamaForCausalLM:
     return load_model(parent_dir, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def items() -> list[ReasoningItem]:
+    """Ten sums of two numbers."""
+    task = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
+    return generate_items(task, num_items=10, seed=4, exclude_questions=set())

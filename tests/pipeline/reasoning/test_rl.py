@@ -1,22 +1,19 @@
 """Reinforcement learning on a tiny policy: what it writes, resume to the bit, reward that rises, refusals."""
 
 import json
-import random
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import polars as pl
 import pytest
 import torch
 
-from pipeline.data.reasoning_items import ReasoningItem, generate_items
+from pipeline.data.reasoning_items import ReasoningItem
 from pipeline.errors import CheckpointError, DataError, DivergedError, RecipeError, StageError
 from pipeline.model.checkpoint import load_model, load_tokenizer, read_architecture
 from pipeline.processes import run_checked
 from pipeline.progress import SilentReporter
-from pipeline.reasoning import experience
 from pipeline.reasoning.experience import Judged, Prompt, draw_prompts, sample_judged
 from pipeline.reasoning.held_out import split_held_out
 from pipeline.reasoning.rl import units_per_update
@@ -28,7 +25,6 @@ from pipeline.recipe import (
     DifficultyConfig,
     HeldOutRewardConfig,
     OnPolicyDistillation,
-    ReasoningTask,
     RLAlgorithm,
     RLConfig,
     StopRulesConfig,
@@ -56,12 +52,6 @@ class InterruptingReporter(SilentReporter):
         """Raise at the chosen step."""
         if step == self._at_step:
             raise Interrupted
-
-
-@pytest.fixture(scope="module")
-def items() -> list[ReasoningItem]:
-    task = ReasoningTask(name="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
-    return generate_items(task, num_items=10, seed=4, exclude_questions=set())
 
 
 @pytest.fixture(scope="module")
@@ -364,44 +354,6 @@ def test_rl_checkpoint_stage_two_ranks_share_the_prompts(artifacts: dict[str, Pa
 def test_rl_checkpoint_stage_sharded_weights_are_refused(artifacts: dict[str, Path], tmp_path: Path):
     with pytest.raises(StageError, match="zero_stage is 3"):
         rl_checkpoint.run(CONFIG, rl_inputs(artifacts, zero_stage=3), tmp_path)
-
-
-def test_draw_prompts_every_item_comes_once_before_any_again(items: list[ReasoningItem]):
-    config = CONFIG.model_copy(update={"prompts_per_step": 5})
-    drawn = [draw_prompts(items, config=config, step=step, curriculum=None) for step in (1, 2, 3, 4)]
-    first, second = drawn[0] + drawn[1], drawn[2] + drawn[3]
-    for epoch in (first, second):
-        assert {prompt.item.question for prompt in epoch} == {item.question for item in items}
-    assert [prompt.item for prompt in first] != [prompt.item for prompt in second]
-    assert [prompt.thinking for prompt in drawn[0]] == [True, False, False, False, False]
-
-
-@pytest.mark.parametrize("prompts_per_step", [4, 7, 24])
-def test_draw_prompts_shuffles_once_an_epoch_and_draws_what_a_shuffle_for_each_prompt_would(
-    items: list[ReasoningItem], prompts_per_step: int, monkeypatch: pytest.MonkeyPatch
-):
-    config = CONFIG.model_copy(update={"prompts_per_step": prompts_per_step, "seed": 1_000 + prompts_per_step})
-    num_steps = 9
-    drawn_by_hand: list[ReasoningItem] = []
-    for place in range(num_steps * prompts_per_step):
-        epoch, index = divmod(place, len(items))
-        order = random.Random(f"{config.seed}/{epoch}").sample(range(len(items)), len(items))
-        drawn_by_hand.append(items[order[index]])
-    seeds: list[str] = []
-
-    def seeded(seed: str) -> random.Random:
-        seeds.append(seed)
-        return random.Random(seed)
-
-    monkeypatch.setattr(experience, "random", SimpleNamespace(Random=seeded))
-    drawn = [
-        prompt.item
-        for step in range(1, num_steps + 1)
-        for prompt in draw_prompts(items, config=config, step=step, curriculum=None)
-    ]
-
-    assert drawn == drawn_by_hand
-    assert seeds == [f"{config.seed}/{epoch}" for epoch in range(-(-len(drawn) // len(items)))]
 
 
 def test_units_per_update_what_does_not_divide_is_an_error():

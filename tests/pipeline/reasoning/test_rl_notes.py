@@ -6,22 +6,11 @@ import polars as pl
 import pytest
 
 from pipeline.data.reasoning_items import generate_items
-from pipeline.progress import SilentReporter
 from pipeline.reasoning.rl import sample_text
 from pipeline.recipe import ReasoningTask
 from pipeline.stages import rl_checkpoint
 from tests.pipeline.reasoning.rl_builders import CONFIG, rl_artifacts, rl_inputs
-
-
-class NotingReporter(SilentReporter):
-    """Keeps every note."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        """Keep one."""
-        self.notes.append(message)
+from tests.pipeline.reporters import NotingReporter
 
 
 def test_sample_text_is_one_line_of_question_reply_answer_and_reward():

@@ -19,6 +19,7 @@ from pipeline.training.checkpoints import CheckpointManifest
 from pipeline.training.engine import TrainEngine
 from pipeline.training.loop import TrainingRun, train
 from pipeline.training.objectives import NextTokenObjective
+from tests.pipeline.reporters import NotingReporter
 from tests.pipeline.training.builders import (
     OPTIMIZER,
     Interrupted,
@@ -71,16 +72,6 @@ def _train(
         return run, dict(engine.exported_tensors())
     finally:
         engine.close()
-
-
-class _NotingReporter(SilentReporter):
-    """Keeps what it is told in words."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str, /) -> None:
-        self.notes.append(message)
 
 
 def _interrupt(checkpoints_dir: Path, *, at_step: int, **settings: Any) -> None:
@@ -159,7 +150,7 @@ def test_checkpoint_that_a_power_cut_broke_is_passed_over_for_the_one_before_it(
     broken = tmp_path / "resumed" / "step-00000004"
     weights = next((broken / "state").glob("mp_rank_*"))
     weights.write_bytes(b"\0" * weights.stat().st_size)  # as a file system shows a file whose bytes never came
-    reporter = _NotingReporter()
+    reporter = NotingReporter()
     resumed, resumed_weights = _train(tmp_path / "resumed", reporter=reporter)
     assert [note for note in reporter.notes if str(broken) in note and "continues from the one before" in note]
     assert "continuing SFT steps after step 2 of 6" in reporter.notes
