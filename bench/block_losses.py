@@ -9,7 +9,8 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -52,7 +53,7 @@ def main() -> None:
     model.requires_grad_(requires_grad=False)
     importance = load_importance(paths["channel_importance"])
     reader = TensorReader(paths["parent_checkpoint"])
-    train = load_packed(paths["distillation_mix"], "train").take(given.tokens)
+    train = load_packed(paths["distillation_mix"], "train")
     validation = load_packed(paths["distillation_mix"], "validation").take(given.scored_tokens)
     keys = [
         key
@@ -80,7 +81,7 @@ def main() -> None:
     cut = {key: build_variant(key, model.architecture, reader, importance, dtype=dtype) for key in keys}
     start = kl(cut)
     show("surgery alone", start, start, seconds=0.0)
-    for name, settings in variations(recipe.block_library, tokens=given.tokens).items():
+    for name, settings in variations(recipe.block_library, tokens=given.tokens, names=given.settings).items():
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as work_dir:
             training = train_blocks(
@@ -88,7 +89,7 @@ def main() -> None:
                 {key: str(key) for key in keys},
                 parent_tensors=reader,
                 importance=importance,
-                train=train,
+                train=train.take(settings.tokens),
                 validation=validation,
                 settings=settings,
                 work_dir=Path(work_dir),
@@ -116,25 +117,37 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 11, 17, 24])
     parser.add_argument("--variants", nargs="+", default=["kv1", "ffn256"])
     parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        help="some of the settings alone, or several changes at once: recipe rate-times-3+twice-tokens",
+    )
     parser.add_argument("--scored-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
-def variations(own: BlockLibraryConfig, *, tokens: int) -> dict[str, BlockLibraryConfig]:
-    """Return the recipe's settings at this budget, and each change of one of them."""
-
-    def changed(**values: Any) -> BlockLibraryConfig:
-        return own.model_copy(update={"tokens": tokens, "closed_form_tokens": tokens // 4, **values})
-
+def changes(own: BlockLibraryConfig, *, tokens: int) -> dict[str, dict[str, Any]]:
+    """Return what each setting that is compared changes of the recipe's own."""
     rate = own.learning_rate
     return {
-        f"the recipe's: loss {own.loss}, a quarter of the tokens for the closed form, rate {rate:g}": changed(),
-        **{f"loss {loss}": changed(loss=loss) for loss in get_args(BlockLoss) if loss != own.loss},
-        "no closed form": changed(closed_form_tokens=0),
-        "closed form from all tokens": changed(closed_form_tokens=tokens),
-        "closed form from all tokens, hardly trained": changed(closed_form_tokens=tokens, learning_rate=1e-9),
-        **{f"rate {factor * rate:g}": changed(learning_rate=factor * rate) for factor in (0.3, 3.0)},
+        "recipe": {},
+        **{f"loss-{loss}": {"loss": loss} for loss in get_args(BlockLoss) if loss != own.loss},
+        "no-closed-form": {"closed_form_tokens": 0},
+        "quarter-closed-form": {"closed_form_tokens": tokens // 4},
+        "closed-form-alone": {"learning_rate": 1e-9},
+        **{f"rate-times-{factor:g}": {"learning_rate": factor * rate} for factor in (0.3, 3.0, 10.0)},
+        "twice-tokens": {"tokens": 2 * tokens, "closed_form_tokens": 2 * tokens},
+    }
+
+
+def variations(own: BlockLibraryConfig, *, tokens: int, names: Sequence[str] | None) -> dict[str, BlockLibraryConfig]:
+    """Return the recipe's settings at this budget, the closed form from all of it, with the changes that are named."""
+    known = changes(own, tokens=tokens)
+    budget = {"tokens": tokens, "closed_form_tokens": tokens}
+    return {
+        name: own.model_copy(update=dict(ChainMap(*(known[one] for one in name.split("+")), budget)))
+        for name in names or known
     }
 
 

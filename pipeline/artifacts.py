@@ -140,6 +140,10 @@ class ArtifactStore:
             )
         return artifact
 
+    def finished(self, asset: str) -> list[Path]:
+        """Return the directories of an asset's finished artifacts, sorted by fingerprint."""
+        return [path for path in sorted((self.root / asset).glob("*")) if (path / MANIFEST).is_file()]
+
     @contextlib.contextmanager
     def locked(
         self, asset: str, artifact_fingerprint: str, *, on_wait: Callable[[str], None] = lambda _: None

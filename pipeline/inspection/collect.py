@@ -12,10 +12,11 @@ from pipeline.artifacts import IDENTITY, MANIFEST, ArtifactStore, Manifest, read
 from pipeline.costs import MIB
 from pipeline.inspection.files import directory_bytes, lock_holder
 from pipeline.inspection.findings import Finding
+from pipeline.puzzle.known_scores import SCORES_ASSET
 from pipeline.puzzle.library import BLOCK_ASSET, LibraryIndex, read_index
 from pipeline.puzzle.search import POOL_FILE, SOLUTION_FILE
 
-LIBRARY, SCORES = "block_library", "block_scores"
+LIBRARY = "block_library"
 SOLUTIONS = ("mip_solution", "refined_solution", "child_checkpoint")
 
 
@@ -34,7 +35,7 @@ def find_unused_blocks(store: ArtifactStore) -> Collection:
     A library that no solution was chosen from yet keeps all its blocks, and every block stays while a library is
     unfinished, since its index is not written.
     """
-    blocks = [path for path in sorted((store.root / BLOCK_ASSET).glob("*")) if (path / MANIFEST).is_file()]
+    blocks = store.finished(BLOCK_ASSET)
     directories = [path for path in (store.root / LIBRARY).glob("*") if path.is_dir()]
     unfinished = [path for path in directories if not (path / MANIFEST).is_file()]
     if unfinished:
@@ -88,11 +89,11 @@ def collect_blocks(store: ArtifactStore, *, remove: bool) -> tuple[Finding, ...]
 
 def _solutions(store: ArtifactStore) -> Iterator[tuple[str, Architecture]]:
     """Give every solution's architecture with the content hash of the library that it was chosen from."""
-    scored = {_content_hash(path): _inputs(path).get(LIBRARY, "") for path in _finished(store, SCORES)}
+    scored = {_content_hash(path): _inputs(path).get(LIBRARY, "") for path in store.finished(SCORES_ASSET)}
     for asset in SOLUTIONS:
-        for path in _finished(store, asset):
+        for path in store.finished(asset):
             inputs = _inputs(path)
-            library_hash = inputs.get(LIBRARY) or scored.get(inputs.get(SCORES, ""), "")
+            library_hash = inputs.get(LIBRARY) or scored.get(inputs.get(SCORES_ASSET, ""), "")
             for record in _records(path):
                 yield library_hash, Architecture.model_validate(record["architecture"])
 
@@ -119,10 +120,6 @@ def _fingerprints(index: LibraryIndex, architecture: Architecture) -> Iterator[s
             )
         )
         yield from (entry.fingerprint for entry in entries if entry and entry.fingerprint)
-
-
-def _finished(store: ArtifactStore, asset: str) -> Iterator[Path]:
-    return (path for path in sorted((store.root / asset).glob("*")) if (path / MANIFEST).is_file())
 
 
 def _inputs(path: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pipeline.puzzle.bld_cost import (
 from pipeline.puzzle.block_keys import library_keys
 from pipeline.recipe import Backend, Scenario
 
-NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws
+NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws: five, and the search without distillation
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
 # Of one model in one round: llama-bench repeats five times after a warm-up and a filling; vLLM reads the prompt again
 # before it decodes.
@@ -141,9 +141,8 @@ def refined_solution(case: Case) -> Estimate:
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
     tokens = search.refinement.tokens
     # Besides the pool a child without whole layers, which are ordered in a pass of the parent up to its logits.
-    scored = _scoring(
-        case, tokens=tokens, rounds=rounds, num_models=rounds.times(proposals) + (search.pool.num_solutions + 1)
-    )
+    num_starts = search.pool.num_solutions + NUM_METHODS - 1 + case.recipe.baselines.num_random
+    scored = _scoring(case, tokens=tokens, rounds=rounds, num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
         context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False
     )

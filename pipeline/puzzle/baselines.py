@@ -16,16 +16,90 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec
 from pipeline.costs import block_parameters
 from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
-from pipeline.recipe import SearchConfig
+from pipeline.puzzle.predictions import CostModel, linear_limits
+from pipeline.puzzle.programme import OutOfTimeError
+from pipeline.puzzle.search_space import SearchSpace
+from pipeline.recipe import Requirements, SearchConfig
 
 # The search's own child in the tables of children, and the same blocks with the weights that surgery cuts.
 PUZZLE, WITHOUT_BLD = "puzzle", "puzzle without block distillation"
 
-FeasibleBlocks = Callable[[Sequence[BlockSpec]], bool]
+Blocks = Sequence[BlockSpec]
+FeasibleBlocks = Callable[[Blocks], bool]
+
+
+def choices_from_library(
+    problem: Problem,
+    parent: Architecture,
+    *,
+    num_random: int,
+    settings: SearchConfig,
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, Blocks]:
+    """Return what other rules choose of the programme's own candidates.
+
+    Greedy is missing where it breaks a limit, and a rule for which the solver has no time is, of which `note` is told.
+
+    Raises:
+        InfeasibleError, StageError: as the programme.
+    """
+    by_greed = greedy(problem)
+    found: dict[str, Blocks] = {} if by_greed is None else {"greedy": tuple(one.block for one in by_greed)}
+    rules: dict[str, Callable[[], Blocks]] = {
+        "max_parameters": lambda: max_parameters(problem, parent, settings=settings),
+        **{
+            f"random {seed}": partial(random_choice, problem, seed=seed, settings=settings)
+            for seed in range(num_random)
+        },
+    }
+    for name, choose in rules.items():
+        try:
+            found[name] = choose()
+        except OutOfTimeError:
+            note(f"{name} is left out: no answer within search.time_limit_s of {settings.time_limit_s:g} s")
+    return found
+
+
+def choices_from_parent(
+    space: SearchSpace,
+    costs: CostModel,
+    requirements: Requirements,
+    *,
+    influence: Sequence[float],
+    speed_margin: float,
+) -> dict[str, Blocks | None]:
+    """Return what methods choose that need no library; None for one that cannot meet the limits.
+
+    Pins are not obeyed: these methods know no single blocks.
+
+    Args:
+        space: what `uniform` chooses from; whole layers may go whether it says so or not.
+        costs: what blocks cost.
+        requirements: the target's.
+        influence: each layer's on the hidden states.
+        speed_margin: as the search asks for.
+    """
+    options = [block for layer in space.layers for block in layer.blocks]
+    limits = linear_limits(
+        requirements.limits,
+        costs=costs,
+        blocks=[*options, dropped(0), *costs.parent.blocks],
+        speed_margin=speed_margin,
+    )
+
+    def is_feasible(blocks: Blocks) -> bool:
+        return not violated_limits(blocks, limits)
+
+    return {
+        "drop_by_influence": drop_layers(costs.parent, influence_order(influence), is_feasible=is_feasible),
+        "drop_last": drop_layers(costs.parent, last_order(len(space.layers)), is_feasible=is_feasible),
+        "uniform": uniform(costs.parent, [layer.blocks for layer in space.layers], is_feasible=is_feasible),
+    }
 
 
 def greedy(problem: Problem) -> tuple[Candidate, ...] | None:

@@ -1,8 +1,9 @@
 """From a pool of answers to the child that is best as a whole model, and from there to better ones.
 
 Sums of replace-1-block scores choose badly where many layers go: what a layer is worth depends on which others stay.
-So the answers are scored as whole models, beside the parent with whole layers left out by their influence, which sums
-often lose to where much has to go. Around the best, x, every block is measured again with x's other blocks in place.
+So the answers are scored as whole models, beside what simpler methods choose of the same blocks (pipeline.puzzle.
+baselines), which sums lose to where much has to go. Around the best, x, every block is measured again with x's other
+blocks in place.
 With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
 
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
@@ -17,12 +18,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from pipeline.architecture import Architecture, BlockSpec
+from pipeline.architecture import BlockSpec
 from pipeline.progress import Reporter
-from pipeline.puzzle.baselines import drop_layers, dropped
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
-from pipeline.puzzle.patterns import SHARED
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
@@ -30,8 +29,8 @@ from pipeline.recipe import Objective, Requirements, SearchConfig
 
 POOL = "pool"
 """What the origin of an answer to the programme over the parent's scores begins with."""
-LAYERS_LEFT_OUT = "layers left out by influence"
-"""The origin of the start that is no answer to the programme."""
+ROUND = "round"
+"""What the origin of an answer to the programme over scores around a child begins with."""
 
 ScoreWholeModels = Callable[[Mapping[str, Sequence[BlockSpec]]], Mapping[str, Divergence]]
 ScoreAround = Callable[[Sequence[BlockSpec], int], pl.DataFrame]
@@ -65,7 +64,7 @@ def refine(
     pool: Sequence[SolutionRecord],
     scores: pl.DataFrame,
     *,
-    dropping_order: Sequence[int],
+    others: Mapping[str, Sequence[BlockSpec] | None],
     score_whole_models: ScoreWholeModels,
     score_around: ScoreAround,
     costs: CostModel,
@@ -73,12 +72,13 @@ def refine(
     settings: SearchConfig,
     reporter: Reporter,
 ) -> Refinement:
-    """Return the best child found from a pool of answers and from leaving out whole layers.
+    """Return the best child found from a pool of answers and from what other methods choose.
 
     Args:
         pool: answers to the programme over `scores`.
         scores: replace-1-block scores around the parent.
-        dropping_order: the layers, those first that the parent misses least.
+        others: children by the method that chose them; one that is no choice of the programme, as where it breaks a
+            limit, a pin or the pattern of layers, is left out.
         score_whole_models: measures children.
         score_around: measures every block in the company of a child's other blocks, in the given round.
         costs: what blocks cost.
@@ -107,9 +107,11 @@ def refine(
 
     problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
     starts = {f"{POOL} {number}": record for number, record in enumerate(pool)}
-    without_layers = _leave_out_layers(problem, costs.parent, dropping_order, least=math.fsum(pool[0].layer_scores))
-    if without_layers is not None:
-        starts[LAYERS_LEFT_OUT] = recorded(without_layers, problem, scores)
+    least = math.fsum(pool[0].layer_scores)
+    for method, blocks in others.items():
+        choice = None if blocks is None else _as_solution(problem, blocks, least=least)
+        if choice is not None:
+            starts[method] = recorded(choice, problem, scores)
     scored = measure(starts)
     best = min(scored, key=lambda one: one.value(objective))
     for number in range(1, settings.most_rounds(num_layers=len(best.record.blocks)) + 1):
@@ -120,7 +122,7 @@ def refine(
         scores = score_around(best.record.blocks, number)
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
         proposals = {
-            f"round {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
+            f"{ROUND} {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
             for max_changed, solution in _proposals(
                 problem, best.record.blocks, settings=settings, note=reporter.note
             ).items()
@@ -184,24 +186,17 @@ def _scored_blocks(scores: pl.DataFrame, num_layers: int) -> list[BlockSpec] | N
     return [block_of(row) for row in rows.iter_rows(named=True)]
 
 
-def _leave_out_layers(problem: Problem, parent: Architecture, order: Sequence[int], *, least: float) -> Solution | None:
-    """Return the first child within the limits as whole layers go; None where the candidates do not hold one.
-
-    `least` is the sum of the programme's own answer.
-    """
-    own = [{candidate.block.key: candidate for candidate in candidates} for candidates in problem.layers]
-    if problem.pattern in SHARED or any(block.key not in one for block, one in zip(parent.blocks, own, strict=True)):
+def _as_solution(problem: Problem, blocks: Sequence[BlockSpec], *, least: float) -> Solution | None:
+    """Return a child as an answer to the programme; None where it is none. `least` is the sum of the best answer."""
+    if violated_limits(blocks, problem.limits):
         return None
-    blocks = drop_layers(
-        parent,
-        [layer for layer in order if dropped(layer).key in own[layer]],
-        is_feasible=lambda blocks: not violated_limits(blocks, problem.limits),
-    )
-    if blocks is None:
-        return None
-    chosen = tuple(one[block.key] for block, one in zip(blocks, own, strict=True))
-    total = math.fsum(candidate.score for candidate in chosen)
-    return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)
+    for alternative in problem.alternatives:
+        own = [{candidate.block.key: candidate for candidate in candidates} for candidates in alternative.layers]
+        if all(block.key in one for block, one in zip(blocks, own, strict=True)):
+            chosen = tuple(one[block.key] for block, one in zip(blocks, own, strict=True))
+            total = math.fsum(candidate.score for candidate in chosen)
+            return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)
+    return None
 
 
 def _proposals(

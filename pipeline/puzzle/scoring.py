@@ -13,7 +13,7 @@ Letters: B rows (candidates x windows), T tokens, D hidden_size.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ from pipeline.puzzle.composition import (
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.score_functions import ScoreFunction, divergence_of, sums_from_json, sums_to_json
 from pipeline.puzzle.search_space import SearchSpace
+
+LayerBlock = tuple[int, str]
+"""A layer, and the key of a block that may stand there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,7 @@ def score_blocks(
     max_activation_bytes: int,
     reporter: Reporter,
     base: Sequence[BlockSpec] | None = None,
+    known: Mapping[LayerBlock, Divergence] | None = None,
 ) -> Scores:
     """Score every composed block of every layer, the base's own left out.
 
@@ -83,6 +87,7 @@ def score_blocks(
         max_activation_bytes: hidden states beyond these lie in files below `work_dir`.
         reporter: who listens.
         base: the blocks of the model in which one is replaced at a time; None for the parent itself.
+        known: scores around the same base that are there already; they are returned with the rest.
     """
     parent_layers = [compose(model, layer, space.parent, {}) for layer in range(len(space.layers))]
     blocks = (space.parent,) * len(space.layers) if base is None else tuple(base)
@@ -101,16 +106,18 @@ def score_blocks(
             function.add([one], model, [end_BTD], parent_BTD, rows)
         if ends is not parent:
             ends.release()
-    found: list[BlockScore] = []
-    candidates = [_others(options.blocks, blocks[layer]) for layer, options in enumerate(space.layers)]
+    found = dict(known or {})
+    wanted = [_others(options.blocks, blocks[layer]) for layer, options in enumerate(space.layers)]
+    candidates = [[block for block in ones if (layer, block.key) not in found] for layer, ones in enumerate(wanted)]
     paths = [work_dir / f"layer-{layer:03d}.json" for layer in range(len(space.layers))]
     finished = [_read_sums(path, ones, functions) for path, ones in zip(paths, candidates, strict=True)]
     work = [_work(model.architecture, blocks, layer, ones, functions) for layer, ones in enumerate(candidates)]
     done = sum(one for one, sums in zip(work, finished, strict=True) if sums is not None)
-    # What an earlier run did stands in the first report, so that no rate is taken from it.
-    reporter.step(done, sum(work), what="MFLOP of candidates")
+    if any(candidates):
+        # What an earlier run did stands in the first report, so that no rate is taken from it.
+        reporter.step(done, sum(work), what="MFLOP of candidates")
     for layer, ones in enumerate(candidates):
-        sums = finished[layer]
+        sums = finished[layer] if ones else []
         if sums is None:
             sums = _score_layer(
                 model,
@@ -125,15 +132,20 @@ def score_blocks(
             _write_sums(paths[layer], ones, sums)
             done += work[layer]
             reporter.step(done, sum(work), what="MFLOP of candidates", num_layers_scored=layer + 1)
-        found += [
-            BlockScore(layer=layer, block=block, divergence=divergence_of(functions, of_block))
-            for block, of_block in zip(ones, sums, strict=True)
-        ]
+        for block, of_block in zip(ones, sums, strict=True):
+            found[layer, block.key] = divergence_of(functions, of_block)
         for states in reached:
             states.advance(model, layers[layer : layer + 1])
     for states in (*reached, *parents):
         states.release()
-    return Scores(candidates=tuple(found), base=divergence_of(functions, base_sums))
+    return Scores(
+        candidates=tuple(
+            BlockScore(layer=layer, block=block, divergence=found[layer, block.key])
+            for layer, ones in enumerate(wanted)
+            for block in ones
+        ),
+        base=divergence_of(functions, base_sums),
+    )
 
 
 def _work(

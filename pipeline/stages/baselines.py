@@ -5,13 +5,13 @@ Where a target pins blocks, only methods that choose single blocks are compared.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
 import torch
 
-from pipeline.architecture import Architecture, BlockSpec
+from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore, write_atomically
 from pipeline.costs import num_parameters
 from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_model, read_architecture
@@ -20,14 +20,9 @@ from pipeline.puzzle.backends import measure_as_profiled
 from pipeline.puzzle.baselines import (
     PUZZLE,
     WITHOUT_BLD,
-    drop_layers,
-    dropped,
-    greedy,
-    influence_order,
-    last_order,
-    max_parameters,
-    random_choice,
-    uniform,
+    Blocks,
+    choices_from_library,
+    choices_from_parent,
 )
 from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
@@ -36,11 +31,10 @@ from pipeline.puzzle.importance import block_influence, load_importance
 from pipeline.puzzle.initial import library_variants, untrained_variants
 from pipeline.puzzle.library import read_index
 from pipeline.puzzle.measure import Interval
-from pipeline.puzzle.mip import Problem
-from pipeline.puzzle.predictions import CostModel, compared_phase, linear_limits
+from pipeline.puzzle.predictions import CostModel, compared_phase
 from pipeline.puzzle.score_table import read_scores
 from pipeline.puzzle.search import build_problem, read_costs, read_solution
-from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.tables import CHILDREN, SCHEMAS, write_table
 from pipeline.puzzle.verification import CHILD, PARENT
 from pipeline.puzzle.whole_models import score_models
@@ -49,8 +43,6 @@ from pipeline.stages.configs import BaselinesStage
 from pipeline.stages.score_inputs import score_functions
 
 ARCHITECTURES = "architectures.json"
-
-Blocks = Sequence[BlockSpec]
 
 
 def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResult:
@@ -90,21 +82,31 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
             requirements=config.requirements,
             settings=config.search,
         )
-        from_library = {PUZZLE: chosen, **_from_library(problem, architecture, config)}
+        from_library = {
+            PUZZLE: chosen,
+            **choices_from_library(
+                problem,
+                architecture,
+                num_random=config.baselines.num_random,
+                settings=config.search,
+                note=inputs.reporter.note,
+            ),
+        }
         # Pins would have to be obeyed by all: these know no single blocks.
         from_parent = (
             {}
             if config.requirements.pins
-            else _from_parent(
+            else choices_from_parent(
                 space,
                 costs,
-                config,
+                config.requirements,
                 influence=block_influence(
                     parent,
                     functions[0].packed,
                     work_dir=out_dir / WORK_DIR / "influence",
                     max_activation_bytes=inputs.execution.max_activation_bytes,
                 ),
+                speed_margin=config.search.speed_margin,
             )
         )
         cut = {WITHOUT_BLD: chosen, **{name: one for name, one in from_parent.items() if one is not None}}
@@ -155,40 +157,6 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
             )
         },
     )
-
-
-def _from_library(problem: Problem, parent: Architecture, config: BaselinesStage) -> dict[str, Blocks]:
-    """Return what other rules choose from the library; that an answer exists, the refined solution shows."""
-    by_greed = greedy(problem)
-    return {
-        **({} if by_greed is None else {"greedy": tuple(candidate.block for candidate in by_greed)}),
-        "max_parameters": max_parameters(problem, parent, settings=config.search),
-        **{
-            f"random {seed}": random_choice(problem, seed=seed, settings=config.search)
-            for seed in range(config.baselines.num_random)
-        },
-    }
-
-
-def _from_parent(
-    space: SearchSpace, costs: CostModel, config: BaselinesStage, *, influence: Sequence[float]
-) -> dict[str, Blocks | None]:
-    options = [block for layer in space.layers for block in layer.blocks]
-    limits = linear_limits(
-        config.requirements.limits,
-        costs=costs,
-        blocks=[*options, dropped(0), *costs.parent.blocks],
-        speed_margin=config.search.speed_margin,
-    )
-
-    def is_feasible(blocks: Blocks) -> bool:
-        return all(limit.total(blocks) <= limit.upper for limit in limits)
-
-    return {
-        "drop_by_influence": drop_layers(costs.parent, influence_order(influence), is_feasible=is_feasible),
-        "drop_last": drop_layers(costs.parent, last_order(len(space.layers)), is_feasible=is_feasible),
-        "uniform": uniform(costs.parent, [layer.blocks for layer in space.layers], is_feasible=is_feasible),
-    }
 
 
 def _measure(

@@ -13,7 +13,8 @@ from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.initial import library_variants
-from pipeline.puzzle.library import read_index
+from pipeline.puzzle.known_scores import read_known, score_fingerprints, write_known
+from pipeline.puzzle.library import content_hash_of, read_index
 from pipeline.puzzle.score_table import joint_against_sums, score_table, write_scores
 from pipeline.puzzle.scoring import Scores, score_blocks
 from pipeline.puzzle.search_space import resolve
@@ -29,7 +30,15 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
     space = resolve(config.search_space, architecture)
     dtype, device = TORCH_DTYPES[config.block_scores.precision], Ranks().device
     index, store = read_index(inputs["block_library"]), ArtifactStore(inputs.store_root)
-
+    scored_on = ("parent_checkpoint", "distillation_mix", *(["evaluation_sets"] if config.block_scores.task else []))
+    fingerprints = score_fingerprints(
+        space,
+        index,
+        upstream={asset: content_hash_of(inputs[asset]) for asset in scored_on},
+        settings=config.block_scores,
+    )
+    known = read_known(store, fingerprints)
+    inputs.reporter.note(f"{len(fingerprints)} candidates wanted, {len(fingerprints) - len(known)} to score")
     with num_threads(inputs.execution.num_threads):
         scores = score_blocks(
             place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
@@ -39,15 +48,18 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             work_dir=out_dir / WORK_DIR,
             max_activation_bytes=inputs.execution.max_activation_bytes,
             reporter=inputs.reporter,
+            known=known,
         )
     table = score_table(scores, space)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_scores(out_dir, table)
+    write_known(out_dir, scores, fingerprints)
     num_non_finite = sum(not math.isfinite(one.divergence.kl) for one in scores.candidates)
     composed = joint_against_sums(table, space).filter(pl.col("joint").is_finite() & (pl.col("sum") > 0))
     return StageResult(
         metrics={
             "num_candidates": len(scores.candidates),
+            "num_scored_candidates": len(scores.candidates) - len(known),
             "num_non_finite_scores": num_non_finite,
             "num_tokens": scores.base.num_tokens,
             "parent_lm_loss": scores.base.lm_loss,

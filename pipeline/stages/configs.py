@@ -107,6 +107,7 @@ class RefinedStage(Frozen):
     profile: ProfileConfig
     task: MultipleChoiceSet | None
     precision: Precision
+    num_random_starts: int
 
 
 class BaselinesStage(Frozen):

@@ -10,17 +10,17 @@ from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
 from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
-from pipeline.puzzle.baselines import influence_order
+from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
 from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.importance import block_influence
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
-from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, POOL, Refinement, ScoredSolution, refine
+from pipeline.puzzle.refinement import POOL, ROUND, Refinement, ScoredSolution, refine
 from pipeline.puzzle.score_table import read_scores, score_table, write_scores
 from pipeline.puzzle.scoring import score_blocks
-from pipeline.puzzle.search import read_costs, read_pool, write_solution
+from pipeline.puzzle.search import build_problem, read_costs, read_pool, write_solution
 from pipeline.puzzle.search_space import resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.report.drawings import save_figures
@@ -80,18 +80,27 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         read_costs(inputs["block_profile"], profile=config.profile),
         [one.limit for one in pool[0].limits],
     )
+    scores = read_scores(inputs["block_scores"])
     with num_threads(inputs.execution.num_threads):
+        influence = block_influence(
+            parent, functions[0].packed, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
+        )
+        problem = build_problem(scores, costs=costs, requirements=requirements, settings=config.search)
         refinement = refine(
             pool,
-            read_scores(inputs["block_scores"]),
-            dropping_order=influence_order(
-                block_influence(
-                    parent,
-                    functions[0].packed,
-                    work_dir=out_dir / WORK_DIR / "influence",
-                    max_activation_bytes=max_bytes,
-                )
-            ),
+            scores,
+            others={
+                **choices_from_parent(
+                    space, costs, requirements, influence=influence, speed_margin=config.search.speed_margin
+                ),
+                **choices_from_library(
+                    problem,
+                    architecture,
+                    num_random=config.num_random_starts,
+                    settings=config.search,
+                    note=inputs.reporter.note,
+                ),
+            },
             score_whole_models=score_whole_models,
             score_around=score_around,
             costs=costs,
@@ -138,8 +147,9 @@ def _composition(refinement: Refinement, config: RefinedStage) -> dict[str, Numb
     ratios: dict[str, list[float]] = {"sum_of_scores": [], "sum_around_a_child": []}
     for one in refinement.scored:
         ratio = _sum_over_whole(one, config)
-        if ratio is not None and one.origin != LAYERS_LEFT_OUT:
-            ratios["sum_of_scores" if one.origin.startswith(POOL) else "sum_around_a_child"].append(ratio)
+        for origin, name in ((POOL, "sum_of_scores"), (ROUND, "sum_around_a_child")):
+            if ratio is not None and one.origin.startswith(origin):
+                ratios[name].append(ratio)
     return {f"{name}_over_whole": statistics.median(found) for name, found in ratios.items() if found}
 
 

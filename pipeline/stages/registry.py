@@ -96,6 +96,7 @@ def _refined(recipe: Recipe, target: str) -> Frozen:
         profile=recipe.block_profile,
         task=recipe.block_scores.task,
         precision=recipe.block_scores.precision,
+        num_random_starts=recipe.baselines.num_random,
     )
 
 
@@ -245,7 +246,7 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=5,
+        version=6,
         inputs=("parent_checkpoint", "distillation_mix", "block_library", "evaluation_sets"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
@@ -337,7 +338,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=5,
+        version=6,
         inputs=(
             "mip_solution",
             "block_scores",

@@ -227,12 +227,12 @@ def test_hidden_states_of_a_closed_form_start_in_files_count_as_working_disk():
     assert estimate("block_library", settings).working_disk.expected == 2 * files  # of the sender and the receiver
 
 
-def test_refinement_is_planned_with_the_child_without_layers_and_the_pass_that_orders_them():
+def test_refinement_is_planned_with_what_other_methods_choose_and_the_pass_that_orders_layers():
     recipe = load_recipe("tiny")
     search = recipe.search.model_copy(update={"refinement": recipe.search.refinement.model_copy(update={"rounds": 0})})
     settings = case(recipe.model_copy(update={"search": search}))
     length, tokens = recipe.distillation_mix.sequence_length, search.refinement.tokens
-    num_models = search.pool.num_solutions + 1
+    num_models = search.pool.num_solutions + 5 + recipe.baselines.num_random
     planned = estimate("refined_solution", settings)
     assert planned.tokens == Range.of((num_models + 1) * tokens)
     layers = settings.sizes.parent_flops(context_tokens=length, with_head=False)

@@ -10,7 +10,7 @@ from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.predictions import linear_limits
-from pipeline.puzzle.refinement import LAYERS_LEFT_OUT, Refinement, refine, search_again
+from pipeline.puzzle.refinement import Refinement, refine, search_again
 from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
 from pipeline.recipe import LayerPattern, Pin, PoolConfig, RefinementConfig, Requirements, SearchConfig
@@ -69,7 +69,7 @@ def run(
     rounds: int,
     max_changed_layers: int = 4,
     layers: LayerPattern = "heterogeneous",
-    dropping_order: Sequence[int] = (),
+    others: Mapping[str, Sequence[BlockSpec] | None] | None = None,
     pins: tuple[Pin, ...] = (),
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
@@ -96,7 +96,7 @@ def run(
     outcome = refine(
         pool,
         scores,
-        dropping_order=dropping_order,
+        others=others or {},
         score_whole_models=score_whole_models,
         score_around=score_around_noting,
         costs=costs,
@@ -126,13 +126,15 @@ def test_refine_comes_near_the_best_child_where_sums_of_single_scores_mislead():
     assert min(values) == outcome.best.value("kl")
 
 
-def test_refine_starts_from_layers_left_out_in_the_given_order_where_that_is_the_better_child():
+# A quarter of the parameters is two of five layers, and these two are no neighbours.
+LEFT_OUT = {"drop": [OPTIONS[2], OPTIONS[0], OPTIONS[2], OPTIONS[0], OPTIONS[0]]}
+
+
+def test_refine_starts_from_what_another_method_chose_where_that_is_the_better_child():
     centres: list[tuple[str, ...]] = []
-    outcome, _ = run(rounds=1, dropping_order=[0, 2, 4, 1, 3], around=centres)
-    start = next(one for one in outcome.scored if one.origin == LAYERS_LEFT_OUT)
-    # A quarter of the parameters is two of five layers, and these two are no neighbours.
-    kept, gone = OPTIONS[0].key, OPTIONS[2].key
-    assert [block.key for block in start.record.blocks] == [gone, kept, gone, kept, kept]
+    outcome, _ = run(rounds=1, others=LEFT_OUT, around=centres)
+    start = next(one for one in outcome.scored if one.origin == "drop")
+    assert [block.key for block in start.record.blocks] == [block.key for block in LEFT_OUT["drop"]]
     assert start.value("kl") < outcome.scored[0].value("kl")
     assert start.record.objective == pytest.approx(0.3 * (1 + 1.2))
     assert (start.record.status, outcome.scored[0].record.status) == ("feasible", "optimal")
@@ -197,12 +199,12 @@ def test_refine_goes_on_without_the_answers_that_the_solver_has_no_time_for(monk
     ]
 
 
-def test_no_layers_are_left_out_against_a_pin_or_a_pattern():
+def test_no_other_method_is_heard_against_a_pin_a_pattern_or_a_limit():
     pin = Pin(layers=(0,), attention="no_op", ffn="parent")
     for outcome, _ in (
-        run(rounds=0, dropping_order=[0, 2, 4, 1, 3], pins=(pin,)),
-        run(rounds=0, dropping_order=[0, 2, 4, 1, 3], layers="homogeneous_ffn"),
-        run(rounds=0, dropping_order=[0]),
+        run(rounds=0, others=LEFT_OUT, pins=(pin,)),
+        run(rounds=0, others=LEFT_OUT, layers="homogeneous_ffn"),
+        run(rounds=0, others={"drop": [OPTIONS[2], *[OPTIONS[0]] * 4], "uniform": None}),
     ):
         assert [one.origin for one in outcome.scored] == ["pool 0"]
 

@@ -1,9 +1,12 @@
 """The block library and its scores as stages, on a tiny parent."""
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline.artifacts import ArtifactStore
@@ -19,6 +22,7 @@ from pipeline.recipe import (
     MultipleChoiceSet,
     SearchSpaceConfig,
 )
+from pipeline.stage import StageResult
 from pipeline.stages import (
     block_library,
     block_scores,
@@ -33,6 +37,7 @@ from pipeline.stages.configs import (
 )
 from tests.pipeline.puzzle.builders import limit
 from tests.pipeline.puzzle.line import BLD, PROFILE, SEARCH, SPACE, Line, target
+from tests.pipeline.puzzle.workplace import publish
 
 
 def test_block_library_trains_each_variant_once_and_names_it_in_the_index(line: Line):
@@ -99,6 +104,33 @@ def test_block_scores_table_holds_every_composed_block_and_the_parents(line: Lin
     assert others["kl"].to_numpy().min() > 0
 
 
+def test_block_scores_of_a_larger_space_score_only_what_no_search_scored_before(line: Line, tmp_path: Path):
+    larger = SearchSpaceConfig.model_validate(SPACE.model_dump() | {"ffn": ("parent", 32, 16, "no_op")})
+
+    def score(name: str, *, knows: bool, tokens: int = 32, **changes: float) -> tuple[float, pl.DataFrame]:
+        store = ArtifactStore(tmp_path / name)
+        shutil.copytree(line.workplace.store_root, store.root)
+        if knows:
+            publish(store, "block_scores", "x", line.scores)
+        inputs = replace(line.workplace, store_root=store.root).inputs(block_library=store.root / "library")
+        library = BlockLibraryStage(search_space=larger, block_library=BLD.model_copy(update=changes))
+        block_library.run(library, inputs, store.root / "library")
+        scores = BlockScoresConfig(tokens=tokens, task=None, precision="fp32")
+        found = block_scores.run(BlockScoresStage(search_space=larger, block_scores=scores), inputs, tmp_path / "out")
+        return found.metrics["num_scored_candidates"], read_table(tmp_path / "out", SCORES)
+
+    num_all, anew = score("anew", knows=False)
+    num_new, reused = score("reused", knows=True)
+    assert (num_all, num_new) == (3 * 11, 3 * 3)  # one width beside three kinds of attention, in three layers
+    # Candidates run in batches: in other company the last bits of a sum may differ.
+    for measure in ("kl", "lm_loss", "hidden_cosine", "top1_error"):
+        assert reused[measure].to_list() == pytest.approx(anew[measure].to_list(), rel=1e-4, abs=1e-7)
+    assert score("fewer tokens", knows=True, tokens=16)[0] == 3 * 11
+    # Every trained block is another: what is left are those of the parent's halves and no-ops.
+    num_retrained, _ = score("retrained", knows=True, learning_rate=1e-4)
+    assert num_retrained == 3 * (11 - 3)
+
+
 def test_block_scores_say_how_far_joint_scores_are_from_sums_of_single_ones(line: Line):
     table = read_table(line.scores_dir, SCORES)
     kl = {
@@ -120,11 +152,13 @@ def test_block_scores_say_how_far_joint_scores_are_from_sums_of_single_ones(line
 
 
 def test_block_scores_with_a_task_can_be_minimised_and_refined(line: Line, tmp_path: Path):
-    sets_dir = tmp_path / "sets"
+    store = ArtifactStore(tmp_path)
+    sets_dir = store.directory("evaluation_sets", "x")
     items = [
         MultipleChoiceItem(prompt=f"{a} and", choices=(b, "zzz", a), gold=a < b) for a, b in combinations("abcd", 2)
     ]
     save_search_task(sets_dir, items)
+    publish(store, "evaluation_sets", "x", StageResult())
     task = MultipleChoiceSet(name="piqa", num_items=len(items))
     inputs = line.workplace.inputs(block_library=line.library_dir, evaluation_sets=sets_dir)
     config = BlockScoresConfig(tokens=32, task=task, precision="fp32")
@@ -154,6 +188,7 @@ def test_block_scores_with_a_task_can_be_minimised_and_refined(line: Line, tmp_p
             profile=PROFILE,
             task=task,
             precision="fp32",
+            num_random_starts=1,
         ),
         line.workplace.inputs(
             mip_solution=tmp_path / "mip",

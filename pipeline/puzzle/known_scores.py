@@ -1,0 +1,72 @@
+"""Scores by what decides them: a candidate that any finished block_scores of the store holds is not scored again.
+
+    <block_scores artifact>/known.json    fingerprint of a candidate -> its measures
+
+So one more width in the search space costs the scores of that width, and a block that was trained anew costs the
+candidates that it is part of.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.artifacts import ArtifactStore, write_atomically
+from pipeline.fingerprint import fingerprint
+from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.library import LibraryIndex
+from pipeline.puzzle.scoring import LayerBlock, Scores
+from pipeline.puzzle.search_space import SearchSpace
+from pipeline.recipe import BlockScoresConfig
+
+SCORES_ASSET = "block_scores"
+KNOWN = "known.json"
+
+# Raised by hand when scoring computes something else for the same inputs.
+SCORES_VERSION = 1
+
+
+def score_fingerprints(
+    space: SearchSpace, index: LibraryIndex, *, upstream: Mapping[str, str], settings: BlockScoresConfig
+) -> dict[LayerBlock, str]:
+    """Return the hash of everything that decides a candidate's score, by layer and block.
+
+    Args:
+        space: the candidates.
+        index: the library, whose entries name the weights of each by content.
+        upstream: content hashes of the parent and of what is scored on, by asset name.
+        settings: the scores' settings.
+    """
+    shared = {"version": SCORES_VERSION, "upstream": dict(upstream), "settings": settings.model_dump(mode="json")}
+    return {
+        (layer, block.key): fingerprint(
+            {
+                **shared,
+                "layer": layer,
+                "block": block.key,
+                "weights": {
+                    f"{key.subblock} {key.variant}": index.entry(key).content_hash
+                    for key in index.parts(block, layer=layer, parent=space.parent)
+                },
+            }
+        )
+        for layer, options in enumerate(space.layers)
+        for block in options.blocks
+        if block.key != space.parent.key
+    }
+
+
+def read_known(store: ArtifactStore, wanted: Mapping[LayerBlock, str]) -> dict[LayerBlock, Divergence]:
+    """Return the measures of those candidates that a finished block_scores of the store holds."""
+    known: dict[str, Divergence] = {}
+    for directory in store.finished(SCORES_ASSET):
+        if (directory / KNOWN).is_file():
+            measures = json.loads((directory / KNOWN).read_text(encoding="utf-8"))
+            known |= {name: Divergence(**one) for name, one in measures.items()}
+    return {candidate: known[name] for candidate, name in wanted.items() if name in known}
+
+
+def write_known(directory: Path, scores: Scores, fingerprints: Mapping[LayerBlock, str]) -> None:
+    """Write known.json."""
+    rows = {fingerprints[one.layer, one.block.key]: asdict(one.divergence) for one in scores.candidates}
+    write_atomically(directory / KNOWN, (json.dumps(rows, indent=1) + "\n").encode())
