@@ -139,14 +139,19 @@ def refined_solution(case: Case) -> Estimate:
     proposals = search.refinement.max_changed_layers.bit_length()
     num_rounds = search.most_rounds(num_layers=len(case.sizes.space.layers))
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
-    tokens = search.refinement.tokens
+    tokens, of_round = search.refinement.tokens, search.refinement.tokens_per_round
     # Besides the pool a child without whole layers, which are ordered in a pass of the parent up to its logits.
     num_starts = search.pool.num_solutions + NUM_METHODS - 1 + case.recipe.baselines.num_random
-    scored = _scoring(case, tokens=tokens, rounds=rounds, num_models=rounds.times(proposals) + num_starts)
+    around = _scoring(case, tokens=of_round, rounds=rounds, num_models=Range.of(0))
+    whole = _scoring(case, tokens=tokens, rounds=Range.of(0), num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
         context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False
     )
-    return replace(scored, tokens=scored.tokens + tokens, work=(*scored.work, (Range.of(influence), devices.FORWARD)))
+    return replace(
+        max(around, whole, key=lambda one: one.memory.expected),
+        tokens=around.tokens + whole.tokens + tokens,
+        work=(*around.work, *whole.work, (Range.of(influence), devices.FORWARD)),
+    )
 
 
 def baselines(case: Case) -> Estimate:

@@ -9,7 +9,11 @@ With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
 
 is linear again and exact for one change; it is solved for r, r/2, r/4, ... 1, its answers are scored as whole models,
-and the best of them becomes x while it is better. (The scoring is Puzzle's, section 4.2; the rounds are ours.)
+and the best of them becomes x where it is better.
+
+What chooses among hundreds of blocks by few tokens fits those tokens. So every round measures on others, a round that
+brings nothing better is followed by one whose d is the mean over all that was measured around the same x, and whole
+models, of which there are few, are compared on more. (The scoring is Puzzle's, section 4.2; the rounds are ours.)
 """
 
 import math
@@ -24,6 +28,7 @@ from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
+from pipeline.puzzle.score_table import MEASURES
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
@@ -67,6 +72,7 @@ def refine(
     others: Mapping[str, Sequence[BlockSpec] | None],
     score_whole_models: ScoreWholeModels,
     score_around: ScoreAround,
+    num_parts: int,
     costs: CostModel,
     requirements: Requirements,
     settings: SearchConfig,
@@ -80,7 +86,8 @@ def refine(
         others: children by the method that chose them; one that is no choice of the programme, as where it breaks a
             limit, a pin or the pattern of layers, is left out.
         score_whole_models: measures children.
-        score_around: measures every block in the company of a child's other blocks, in the given round.
+        score_around: measures every block in the company of a child's other blocks, on the tokens of the given round.
+        num_parts: how many rounds have tokens of their own before the first one's come again.
         costs: what blocks cost.
         requirements: the target's.
         settings: the recipe's search section.
@@ -114,27 +121,32 @@ def refine(
             starts[method] = recorded(choice, problem, scores)
     scored = measure(starts)
     best = min(scored, key=lambda one: one.value(objective))
+    around: list[pl.DataFrame] = []
     for number in range(1, settings.most_rounds(num_layers=len(best.record.blocks)) + 1):
         reporter.note(
             f"round {number}: {best.origin} has {objective} {best.value(objective):.4f} as a whole model, "
             f"{best.record.objective:.4f} by its sum"
         )
-        scores = score_around(best.record.blocks, number)
+        around.append(score_around(best.record.blocks, number))
+        scores = _mean(around)
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
         proposals = {
             f"{ROUND} {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
             for max_changed, solution in _proposals(
-                problem, best.record.blocks, settings=settings, note=reporter.note
+                problem,
+                best.record.blocks,
+                known=[one.record.blocks for one in scored],
+                settings=settings,
+                note=reporter.note,
             ).items()
         }
-        if not proposals:
-            break
-        found = measure(proposals)
+        found = measure(proposals) if proposals else []
         scored += found
-        better = min(found, key=lambda one: one.value(objective))
-        if better.value(objective) >= best.value(objective):
+        better = min([best, *found], key=lambda one: one.value(objective))
+        if better is not best:
+            best, around = better, []
+        elif len(around) == num_parts:
             break
-        best = better
     return Refinement(scored=tuple(scored), best=best, scores=scores)
 
 
@@ -199,12 +211,28 @@ def _as_solution(problem: Problem, blocks: Sequence[BlockSpec], *, least: float)
     return None
 
 
+def _mean(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Return the mean of scores around one model on as many tokens each."""
+    keys = ("layer", "attention", "ffn", "is_base")
+    return (
+        pl.concat(tables)
+        .group_by(keys, maintain_order=True)
+        .agg(pl.col(*MEASURES).mean(), pl.col("num_tokens").sum())
+        .select(tables[0].columns)
+    )
+
+
 def _proposals(
-    problem: Problem, blocks: Sequence[BlockSpec], *, settings: SearchConfig, note: Callable[[str], None]
+    problem: Problem,
+    blocks: Sequence[BlockSpec],
+    *,
+    known: Sequence[Sequence[BlockSpec]],
+    settings: SearchConfig,
+    note: Callable[[str], None],
 ) -> dict[int, Solution]:
-    """Return the answers for shrinking numbers of layers that may change; none twice, and not `blocks` itself."""
+    """Return the answers for shrinking numbers of layers that may change; none twice, and none of the `known`."""
     found: dict[int, Solution] = {}
-    seen = {tuple(block.key for block in blocks)}
+    seen = {tuple(block.key for block in one) for one in known}
     max_changed = settings.refinement.max_changed_layers
     while max_changed:
         solution = _solve_near(problem, blocks, max_changed_layers=max_changed, settings=settings, note=note)

@@ -36,10 +36,16 @@ class RefinementConfig(Frozen):
     """Scoring of whole children, and the rounds that improve the best of them.
 
     Each of at most `rounds` rounds measures every block again with the best child's other blocks in place, and solves
-    the programme with at most `max_changed_layers` layers changed. It ends when no answer is better as a whole model.
+    the programme with at most `max_changed_layers` layers changed; the best answer as a whole model is the next child.
+    What chooses among hundreds of blocks by few tokens fits those tokens: every round reads others, one that finds
+    nothing better is followed by one that averages over both, and whole children are compared on more.
     """
 
-    tokens: Positive = Field(description="validation tokens of distillation_mix on which whole children are scored")
+    tokens: Positive = Field(description="validation tokens of distillation_mix on which whole children are compared")
+    tokens_per_round: Positive = Field(
+        description="validation tokens on which a round measures every block: those behind the round's before it, and "
+        "from the first again at their end"
+    )
     rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none")
     max_changed_layers: Positive = Field(
         description="most layers in which an answer may differ from the child that it starts from"

@@ -114,6 +114,11 @@ class Recipe(Frozen):
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
             ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
             ("search.refinement.tokens", self.search.refinement.tokens, self.distillation_mix.validation_tokens),
+            (
+                "search.refinement.tokens_per_round",
+                self.search.refinement.tokens_per_round,
+                self.distillation_mix.validation_tokens,
+            ),
             ("dependency_matrix.tokens", self.dependency_matrix.tokens, self.distillation_mix.validation_tokens),
             ("fusion.calibration_tokens", self.fusion.calibration_tokens, self.distillation_mix.validation_tokens),
             ("kd.tokens", self.kd.tokens, self.distillation_mix.tokens),

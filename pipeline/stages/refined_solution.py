@@ -8,6 +8,7 @@ import polars as pl
 
 from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
+from pipeline.data.packed import load_packed
 from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
 from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
@@ -45,6 +46,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         device=device,
     )
     functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
+    validation = load_packed(inputs["distillation_mix"], "validation")
     max_bytes = inputs.execution.max_activation_bytes
 
     def score_whole_models(children: Mapping[str, Sequence[BlockSpec]]) -> dict[str, Divergence]:
@@ -62,11 +64,13 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         # Named after what stands around: a run that was killed may find another centre in the same round.
         centre = fingerprint([block.key for block in blocks])
         work_dir = out_dir / WORK_DIR / f"round-{round_number}-{centre}"
+        tokens = config.search.refinement.tokens_per_round
         scores = score_blocks(
             parent,
             space,
             load_variants,
-            functions,
+            # Part 0 is what block_scores begins with.
+            score_functions(inputs, tokens=tokens, task=config.task, part=round_number),
             work_dir=work_dir,
             max_activation_bytes=max_bytes,
             reporter=inputs.reporter,
@@ -103,6 +107,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
             },
             score_whole_models=score_whole_models,
             score_around=score_around,
+            num_parts=validation.num_parts(config.search.refinement.tokens_per_round),
             costs=costs,
             requirements=requirements,
             settings=config.search,

@@ -358,7 +358,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=4,
+        version=5,
         inputs=(
             "refined_solution",
             "block_scores",

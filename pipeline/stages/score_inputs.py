@@ -8,9 +8,11 @@ from pipeline.recipe import MultipleChoiceSet
 from pipeline.stage import StageInputs
 
 
-def score_functions(inputs: StageInputs, *, tokens: int, task: MultipleChoiceSet | None) -> tuple[ScoreFunction, ...]:
-    """Return the functions on the first validation tokens of the mixture and on the items of the task."""
-    packed = load_packed(inputs["distillation_mix"], "validation").take(tokens)
+def score_functions(
+    inputs: StageInputs, *, tokens: int, task: MultipleChoiceSet | None, part: int = 0
+) -> tuple[ScoreFunction, ...]:
+    """Return the functions on the first validation tokens of the mixture, or a later part, and on the task's items."""
+    packed = load_packed(inputs["distillation_mix"], "validation").take(tokens, part=part)
     divergence = DivergenceScore(packed=packed)
     if task is None:
         return (divergence,)

@@ -54,7 +54,7 @@ def settings(*, rounds: int, max_changed_layers: int, layers: LayerPattern = "he
         objective="kl",
         layers=layers,
         pool=PoolConfig(num_solutions=1, max_overlap=0.5),
-        refinement=RefinementConfig(tokens=1, rounds=rounds, max_changed_layers=max_changed_layers),
+        refinement=RefinementConfig(tokens=1, tokens_per_round=1, rounds=rounds, max_changed_layers=max_changed_layers),
         batch_choice="lowest_loss",
         time_limit_s=10,
         relative_gap=0.0,
@@ -73,12 +73,13 @@ def run(
     pins: tuple[Pin, ...] = (),
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
+    num_parts: int = 1,
     reporter: Reporter | None = None,
 ) -> tuple[Refinement, float]:
     """Search and refine; return the outcome and the best value of all children within the limit.
 
-    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told that what
-    is worse is better.
+    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told in its
+    first round that what is worse is better.
     """
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
@@ -90,7 +91,8 @@ def run(
         if around is not None:
             around.append(tuple(block.key for block in base))
         table = score_around(base, number)
-        return table.with_columns(kl=-pl.col("kl")) if is_misled else table
+        # Every second time as wrong the other way: the mean of two is right.
+        return table.with_columns(kl=pl.col("kl") * (-1 if number % 2 else 3)) if is_misled else table
 
     pool = search(scores, costs=costs, target_name="t", requirements=requirements, settings=chosen)
     outcome = refine(
@@ -99,6 +101,7 @@ def run(
         others=others or {},
         score_whole_models=score_whole_models,
         score_around=score_around_noting,
+        num_parts=num_parts,
         costs=costs,
         requirements=requirements,
         settings=chosen,
@@ -230,6 +233,16 @@ def test_refine_ends_when_what_a_round_promises_is_worse_as_a_whole_model():
     assert len(centres) == 1
     assert len(outcome.scored) > 1
     assert outcome.best == outcome.scored[0]
+
+
+def test_refine_averages_over_the_tokens_of_all_rounds_around_a_child_that_nothing_improved():
+    centres: list[tuple[str, ...]] = []
+    outcome, _ = run(rounds=2, around=centres, is_misled=True, num_parts=8)
+    right, _ = run(rounds=1)
+    assert centres[0] == centres[1]
+    assert outcome.best.value("kl") == right.best.value("kl") < outcome.scored[0].value("kl")
+    assert outcome.best.origin == right.best.origin.replace("round 1", "round 2")
+    assert outcome.scores["num_tokens"].to_list() == [2] * len(outcome.scores)
 
 
 def test_layers_of_a_depth_only_search_stay_whole_or_go():
