@@ -41,6 +41,31 @@ def parent_flops_per_token(architecture: Architecture, *, num_layers: int, conte
     return num_layers * _forward_flops(architecture, architecture.homogeneous_block(), context_tokens=context_tokens)
 
 
+def flops_per_token(architecture: Architecture, keys: Sequence[BlockKey], *, context_tokens: int) -> float:
+    """Return the FLOPs of one run that trains these blocks, over one token; the parent runs as far as the last."""
+    num_layers = max((key.layer for key in keys), default=-1) + 1
+    parent = parent_flops_per_token(architecture, num_layers=num_layers, context_tokens=context_tokens)
+    return parent + training_flops_per_token(architecture, keys, context_tokens=context_tokens)
+
+
+def separate_runs_over_one(
+    architecture: Architecture, keys: Sequence[BlockKey], *, context_tokens: int
+) -> dict[str, float]:
+    """Return how many times the arithmetic of one run all blocks take in a run for each variant, and for each block."""
+    by_variant: dict[str, list[BlockKey]] = {}
+    for key in keys:
+        by_variant.setdefault(f"{key.subblock} {key.variant}", []).append(key)
+    runs = {"variant": list(by_variant.values()), "block": [[key] for key in keys]}
+    together = flops_per_token(architecture, keys, context_tokens=context_tokens)
+    return {
+        f"arithmetic_of_a_run_per_{name}": sum(
+            flops_per_token(architecture, one, context_tokens=context_tokens) for one in groups
+        )
+        / together
+        for name, groups in runs.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldBytes:
     """What blocks that are trained at once hold beside activations, added up block by block in the order of layers.

@@ -26,6 +26,7 @@ from pipeline.puzzle.bld_cost import (
     bounded_rounds,
     layer_costs,
     parent_flops_per_token,
+    separate_runs_over_one,
     split_layers,
     training_flops_per_token,
 )
@@ -96,7 +97,7 @@ def run(config: BlockLibraryStage, inputs: StageInputs, out_dir: Path) -> StageR
             "share_of_blocks_improved": statistics.fmean(improved) if improved else 1.0,
             "num_tokens": config.block_library.tokens,
             "blocks_mib": round(size_bytes / MIB, 1),
-            **training.cost_metrics(),
+            **training.cost_metrics(list(missing)),
         },
         facts={f"failed: {key}": training.reasons[str(key)] for key in failed},
         figures=save_figures({"library": draw_library(losses)} if records else {}, out_dir=out_dir),
@@ -236,8 +237,11 @@ class _Training:
         self._flops += per_token * training.num_steps * self._settings.batch_size * length
         self._seconds += training.seconds
 
-    def cost_metrics(self) -> dict[str, float]:
-        """Return what this rank computed per second, and what matrix products alone reach on its device."""
+    def cost_metrics(self, trained: Sequence[BlockKey]) -> dict[str, float]:
+        """Return what this rank computed per second, what matrix products alone reach on its device, and savings.
+
+        Those are of all ranks' blocks: the arithmetic of runs of their own over that of this one.
+        """
         if not self._flops:
             return {}
         peak = matmul_peak(
@@ -249,9 +253,10 @@ class _Training:
         achieved = self._flops / self._seconds
         return {
             "training_s": round(self._seconds, 1),
-            "achieved_gflops_per_s": round(achieved / 1e9, 1),
-            "matmul_peak_gflops_per_s": round(peak / 1e9, 1),
-            "share_of_matmul_peak": round(achieved / peak, 4),
+            "achieved_gflops_per_s": float(f"{achieved / 1e9:.4g}"),
+            "matmul_peak_gflops_per_s": float(f"{peak / 1e9:.4g}"),
+            "share_of_matmul_peak": float(f"{achieved / peak:.4g}"),
+            **separate_runs_over_one(self._architecture, trained, context_tokens=self._train.sequence_length),
         }
 
 

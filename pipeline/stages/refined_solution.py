@@ -15,6 +15,7 @@ from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
 from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
+from pipeline.puzzle.half_scores import measured_around, with_sums
 from pipeline.puzzle.importance import block_influence
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
@@ -38,9 +39,11 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
     space = resolve(config.search_space, architecture)
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
+    index = read_index(inputs["block_library"])
+    has_pairs = any("pair" in subblocks for subblocks in index.layers.values())
     load_variants = library_variants(
         architecture,
-        index=read_index(inputs["block_library"]),
+        index=index,
         store=ArtifactStore(inputs.store_root),
         dtype=dtype,
         device=device,
@@ -65,9 +68,11 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         centre = fingerprint([block.key for block in blocks])
         work_dir = out_dir / WORK_DIR / f"round-{round_number}-{centre}"
         tokens = config.search.refinement.tokens_per_round
+        # What was trained as a pair is no sum of halves.
+        measured = space if has_pairs else measured_around(space, blocks)
         scores = score_blocks(
             parent,
-            space,
+            measured,
             load_variants,
             # Part 0 is what block_scores begins with.
             score_functions(inputs, tokens=tokens, task=config.task, part=round_number),
@@ -76,7 +81,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
             reporter=inputs.reporter,
             base=blocks,
         )
-        return score_table(scores, space)
+        return with_sums(score_table(scores, measured), space, blocks)
 
     pool = read_pool(inputs["mip_solution"]).solutions
     requirements, costs = settle(

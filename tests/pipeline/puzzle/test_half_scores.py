@@ -1,0 +1,97 @@
+"""Scores put together from halves: exact where halves add up, measured where a half is no candidate."""
+
+import polars as pl
+import pytest
+
+from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec, gqa, swiglu
+from pipeline.puzzle.half_scores import measured_around, with_sums
+from pipeline.puzzle.search_space import SearchSpace, resolve
+from pipeline.puzzle.tables import SCHEMAS, SCORES
+from pipeline.recipe import SearchSpaceConfig
+from tests.pipeline.puzzle.builders import make_architecture
+
+ARCHITECTURE: Architecture = make_architecture(num_layers=3)
+OWN = ARCHITECTURE.homogeneous_block()
+WORTH = {"kv2": 0.0, "kv1": 0.25, "no_op": 1.0, "ffn64": 0.0, "ffn32": 0.5, "ffn16": 2.0}
+
+
+def space_of(*, portable: bool) -> SearchSpace:
+    options = SearchSpaceConfig(
+        attention=("parent", 1, "no_op"), ffn=("parent", 32, 16, "no_op"), overrides=(), portable=portable
+    )
+    return resolve(options.model_copy(update={"portable": False}), ARCHITECTURE) if not portable else cut(options)
+
+
+def cut(options: SearchSpaceConfig) -> SearchSpace:
+    """A space in which an FFN goes only with the attention before it, as portable spaces have it."""
+    space = resolve(options.model_copy(update={"portable": False}), ARCHITECTURE)
+    layers = tuple(
+        type(layer)(
+            attention=layer.attention,
+            ffn=layer.ffn,
+            blocks=tuple(
+                block for block in layer.blocks if block.ffn.kind != "no_op" or block.attention.kind == "no_op"
+            ),
+        )
+        for layer in space.layers
+    )
+    return SearchSpace(parent=space.parent, layers=layers)
+
+
+def measures(space: SearchSpace, base: list[BlockSpec]) -> pl.DataFrame:
+    """A model whose loss is what its halves are worth, and ten times as much where a layer has neither."""
+
+    def worth(block: BlockSpec) -> float:
+        if (block.attention, block.ffn) == (NO_ATTENTION, NO_FFN):
+            return 30.0
+        return WORTH[block.attention.key] + (3.0 if block.ffn == NO_FFN else WORTH[block.ffn.key])
+
+    total = sum(map(worth, base))
+    rows = [
+        (
+            layer,
+            block.attention.key,
+            block.ffn.key,
+            block.key == base[layer].key,
+            *[scale * (total - worth(base[layer]) + worth(block)) for scale in (1.0, 2.0, 3.0, 4.0)],
+            None,
+            8,
+        )
+        for layer, options in enumerate(space.layers)
+        for block in options.blocks
+    ]
+    return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
+
+
+def test_sums_of_halves_are_the_joint_scores_where_halves_add_up():
+    space = space_of(portable=True)
+    base = [OWN, BlockSpec(attention=NO_ATTENTION, ffn=swiglu(32), parent_layers=(1,)), OWN]
+    measured = measured_around(space, base)
+    found, wanted = with_sums(measures(measured, base), space, base), measures(space, base)
+    assert found.drop("kl", "lm_loss", "hidden_cosine", "top1_error").equals(
+        wanted.drop("kl", "lm_loss", "hidden_cosine", "top1_error")
+    )
+    for measure in ("kl", "lm_loss", "hidden_cosine", "top1_error"):
+        assert found[measure].to_list() == pytest.approx(wanted[measure].to_list())
+    # Of ten blocks around the parent's own: two attentions, two FFNs, the layer gone whole, and the block itself.
+    assert [len(options.blocks) for options in measured.layers] == [6, 7, 6]
+
+
+def test_the_parents_block_and_those_without_a_candidate_for_each_half_are_measured():
+    space = space_of(portable=True)
+    gone = BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(1,))
+    measured = measured_around(space, [OWN, gone, OWN]).layers[1].blocks
+    # Behind a layer that went whole, attention alone is no candidate: nothing there can be a sum of halves.
+    assert [block.key for block in measured] == [block.key for block in space.layers[1].blocks]
+    linear = BlockSpec(attention=gqa(1), ffn=swiglu(16), parent_layers=(1,))
+    assert OWN.key in {block.key for block in measured_around(space, [OWN, linear, OWN]).layers[1].blocks}
+
+
+def test_where_every_half_is_a_candidate_a_whole_layer_gone_is_a_sum():
+    space = space_of(portable=False)
+    measured = measured_around(space, [OWN] * 3).layers[0].blocks
+    assert {block.key for block in measured} == {
+        OWN.key,
+        *(OWN.model_copy(update={"attention": one}).key for one in (gqa(1), NO_ATTENTION)),
+        *(OWN.model_copy(update={"ffn": one}).key for one in (swiglu(32), swiglu(16), NO_FFN)),
+    }
