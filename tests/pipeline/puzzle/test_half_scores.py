@@ -1,5 +1,7 @@
 """Scores put together from halves: exact where halves add up, measured where a half is no candidate."""
 
+from dataclasses import replace
+
 import polars as pl
 import pytest
 
@@ -15,27 +17,27 @@ OWN = ARCHITECTURE.homogeneous_block()
 WORTH = {"kv2": 0.0, "kv1": 0.25, "no_op": 1.0, "ffn64": 0.0, "ffn32": 0.5, "ffn16": 2.0}
 
 
-def space_of(*, portable: bool) -> SearchSpace:
+def whole_space() -> SearchSpace:
+    """Every attention beside every FFN."""
     options = SearchSpaceConfig(
-        attention=("parent", 1, "no_op"), ffn=("parent", 32, 16, "no_op"), overrides=(), portable=portable
+        attention=("parent", 1, "no_op"), ffn=("parent", 32, 16, "no_op"), overrides=(), portable=False
     )
-    return resolve(options.model_copy(update={"portable": False}), ARCHITECTURE) if not portable else cut(options)
+    return resolve(options, ARCHITECTURE)
 
 
-def cut(options: SearchSpaceConfig) -> SearchSpace:
-    """A space in which an FFN goes only with the attention before it, as portable spaces have it."""
-    space = resolve(options.model_copy(update={"portable": False}), ARCHITECTURE)
+def portable_space() -> SearchSpace:
+    """The same without attention that has no FFN behind it."""
+    whole = whole_space()
     layers = tuple(
-        type(layer)(
-            attention=layer.attention,
-            ffn=layer.ffn,
+        replace(
+            layer,
             blocks=tuple(
                 block for block in layer.blocks if block.ffn.kind != "no_op" or block.attention.kind == "no_op"
             ),
         )
-        for layer in space.layers
+        for layer in whole.layers
     )
-    return SearchSpace(parent=space.parent, layers=layers)
+    return replace(whole, layers=layers)
 
 
 def measures(space: SearchSpace, base: list[BlockSpec]) -> pl.DataFrame:
@@ -64,7 +66,7 @@ def measures(space: SearchSpace, base: list[BlockSpec]) -> pl.DataFrame:
 
 
 def test_sums_of_halves_are_the_joint_scores_where_halves_add_up():
-    space = space_of(portable=True)
+    space = portable_space()
     base = [OWN, BlockSpec(attention=NO_ATTENTION, ffn=swiglu(32), parent_layers=(1,)), OWN]
     measured = measured_around(space, base)
     found, wanted = with_sums(measures(measured, base), space, base), measures(space, base)
@@ -78,17 +80,17 @@ def test_sums_of_halves_are_the_joint_scores_where_halves_add_up():
 
 
 def test_the_parents_block_and_those_without_a_candidate_for_each_half_are_measured():
-    space = space_of(portable=True)
+    space = portable_space()
     gone = BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(1,))
     measured = measured_around(space, [OWN, gone, OWN]).layers[1].blocks
     # Behind a layer that went whole, attention alone is no candidate: nothing there can be a sum of halves.
     assert [block.key for block in measured] == [block.key for block in space.layers[1].blocks]
-    linear = BlockSpec(attention=gqa(1), ffn=swiglu(16), parent_layers=(1,))
-    assert OWN.key in {block.key for block in measured_around(space, [OWN, linear, OWN]).layers[1].blocks}
+    narrow = BlockSpec(attention=gqa(1), ffn=swiglu(16), parent_layers=(1,))
+    assert OWN.key in {block.key for block in measured_around(space, [OWN, narrow, OWN]).layers[1].blocks}
 
 
 def test_where_every_half_is_a_candidate_a_whole_layer_gone_is_a_sum():
-    space = space_of(portable=False)
+    space = whole_space()
     measured = measured_around(space, [OWN] * 3).layers[0].blocks
     assert {block.key for block in measured} == {
         OWN.key,
