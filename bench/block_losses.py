@@ -1,8 +1,9 @@
 """Which loss, start and learning rate make the best blocks: python bench/block_losses.py --help.
 
-Trains the same variants of a few layers of the recipe's parent under settings that differ in one thing from the
-recipe's own, and compares what the parent loses with each in place: replace-1-block KL on held-out windows of the
-mixture. The geometric mean over blocks is shown as a ratio to the weights that surgery cuts.
+Trains the same variants of a few layers of the recipe's parent under the recipe's own settings, with the closed form
+from all tokens, and under changes of one of them, or of those that --settings names together. What is compared is what
+the parent loses with each block in place: replace-1-block KL on held-out windows of the mixture. The geometric mean
+over blocks is shown as a ratio to the weights that surgery cuts.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--settings",
         nargs="+",
-        help="some of the settings alone, or several changes at once: recipe rate-times-3+twice-tokens",
+        help="some of the settings alone, or several changes at once: base rate-times-3+twice-tokens",
     )
     parser.add_argument("--scored-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
@@ -131,7 +132,7 @@ def changes(own: BlockLibraryConfig, *, tokens: int) -> dict[str, dict[str, Any]
     """Return what each setting that is compared changes of the recipe's own."""
     rate = own.learning_rate
     return {
-        "recipe": {},
+        "base": {},
         **{f"loss-{loss}": {"loss": loss} for loss in get_args(BlockLoss) if loss != own.loss},
         "no-closed-form": {"closed_form_tokens": 0},
         "quarter-closed-form": {"closed_form_tokens": tokens // 4},
@@ -144,6 +145,8 @@ def changes(own: BlockLibraryConfig, *, tokens: int) -> dict[str, dict[str, Any]
 def variations(own: BlockLibraryConfig, *, tokens: int, names: Sequence[str] | None) -> dict[str, BlockLibraryConfig]:
     """Return the recipe's settings at this budget, the closed form from all of it, with the changes that are named."""
     known = changes(own, tokens=tokens)
+    if unknown := {one for name in names or () for one in name.split("+")} - known.keys():
+        raise SystemExit(f"no setting {', '.join(sorted(unknown))}; the settings are {', '.join(known)}")
     budget = {"tokens": tokens, "closed_form_tokens": tokens}
     return {
         name: own.model_copy(update=dict(ChainMap(*(known[one] for one in name.split("+")), budget)))

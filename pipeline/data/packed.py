@@ -130,29 +130,22 @@ class PackedTokens:
         """Tokens that carry loss after the shift by one."""
         return sum(int((labels_RT[:, 1:] != IGNORED_LABEL).sum()) for labels_RT in _parts(self.labels_NT))
 
-    def num_parts(self, num_tokens: int) -> int:
-        """Return how many whole parts of at least so many tokens there are; `take` gives each."""
-        return len(self) // self._num_windows(num_tokens)
-
-    def _num_windows(self, num_tokens: int) -> int:
-        return math.ceil(num_tokens / self.sequence_length)
-
-    def take(self, num_tokens: int, *, part: int = 0) -> "PackedTokens":
+    def take(self, num_tokens: int) -> "PackedTokens":
         """Return the first windows that together hold at least `num_tokens` tokens, as views of these.
-
-        `part` 1 are as many windows behind those, and so on; behind the last whole part the first follows.
 
         Raises:
             DataError: when there are fewer.
         """
-        num_windows = self._num_windows(num_tokens)
+        num_windows = math.ceil(num_tokens / self.sequence_length)
         if num_windows > len(self):
             raise DataError(
                 f"{num_tokens:,} tokens asked of a set of {self.num_tokens:,} ({len(self):,} windows of "
                 f"{self.sequence_length:,}): ask for fewer, or enlarge the mixture in the recipe"
             )
-        start = part % self.num_parts(num_tokens) * num_windows
-        rows = slice(start, start + num_windows)
+        return self.rows(slice(num_windows))
+
+    def rows(self, rows: slice) -> "PackedTokens":
+        """Return these windows, as views."""
         return PackedTokens(
             tokens_NT=self.tokens_NT[rows],
             labels_NT=self.labels_NT[rows],

@@ -17,6 +17,8 @@ from pipeline.puzzle.bld_cost import (
     training_flops_per_token,
 )
 from pipeline.puzzle.block_keys import library_keys
+from pipeline.puzzle.half_scores import measured_around
+from pipeline.puzzle.search_space import SearchSpace
 from pipeline.recipe import Backend, Scenario
 
 NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws: five, and the search without distillation
@@ -133,16 +135,19 @@ def block_scores(case: Case) -> Estimate:
 
 
 def refined_solution(case: Case) -> Estimate:
-    """Return what scoring the pool as whole models, and every block again in each round, costs."""
-    search = case.recipe.search
-    # A round proposes one child for max_changed_layers, its half, ... and 1; rounds end when none is better.
+    """Return what scoring whole models, and blocks again in each round, costs."""
+    search, space = case.recipe.search, case.sizes.space
+    # A round proposes one child for max_changed_layers, its half, ... and 1.
     proposals = search.refinement.max_changed_layers.bit_length()
-    num_rounds = search.most_rounds(num_layers=len(case.sizes.space.layers))
+    num_rounds = search.most_rounds(num_layers=len(space.layers))
+    # They end early only where all tokens for rounds were read around one child.
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
     tokens, of_round = search.refinement.tokens, search.refinement.tokens_per_round
-    # Besides the pool a child without whole layers, which are ordered in a pass of the parent up to its logits.
-    num_starts = search.pool.num_solutions + NUM_METHODS - 1 + case.recipe.baselines.num_random
-    around = _scoring(case, tokens=of_round, rounds=rounds, num_models=Range.of(0))
+    # Besides the pool what other methods choose; layers are ordered for them in a pass of the parent up to its logits.
+    num_starts = search.pool.num_solutions + NUM_METHODS - 1
+    has_pairs = case.recipe.block_library.mode != "decoupled"
+    measured = space if has_pairs else measured_around(space, [space.parent] * len(space.layers))
+    around = _scoring(case, tokens=of_round, rounds=rounds, num_models=Range.of(0), measured=measured)
     whole = _scoring(case, tokens=tokens, rounds=Range.of(0), num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
         context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False
@@ -172,9 +177,14 @@ def baselines(case: Case) -> Estimate:
     )
 
 
-def _scoring(case: Case, *, tokens: int, rounds: Range, num_models: Range) -> Estimate:
-    """Return that many rounds of every block's score on these tokens, and that many whole children scored."""
-    precision, space = case.recipe.block_scores.precision, case.sizes.space
+def _scoring(
+    case: Case, *, tokens: int, rounds: Range, num_models: Range, measured: SearchSpace | None = None
+) -> Estimate:
+    """Return that many rounds of every block's score on these tokens, and that many whole children scored.
+
+    `measured` are the blocks of a round; all of the space, unless told otherwise.
+    """
+    precision, space = case.recipe.block_scores.precision, measured or case.sizes.space
     length = case.recipe.distillation_mix.sequence_length
     head, num_layers = case.sizes.head_flops, len(space.layers)
     layer = case.sizes.parent_flops(context_tokens=length, with_head=False) / num_layers

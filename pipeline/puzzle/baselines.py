@@ -20,9 +20,9 @@ from functools import partial
 
 from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec
 from pipeline.costs import block_parameters
+from pipeline.errors import StageError
 from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
 from pipeline.puzzle.predictions import CostModel, linear_limits
-from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search_space import SearchSpace
 from pipeline.recipe import Requirements, SearchConfig
 
@@ -43,10 +43,11 @@ def choices_from_library(
 ) -> dict[str, Blocks]:
     """Return what other rules choose of the programme's own candidates.
 
-    Greedy is missing where it breaks a limit, and a rule for which the solver has no time is, of which `note` is told.
+    Greedy is missing where it breaks a limit, and so is a rule to which the solver has no answer, of which `note` is
+    told.
 
     Raises:
-        InfeasibleError, StageError: as the programme.
+        InfeasibleError: as the programme.
     """
     by_greed = greedy(problem)
     found: dict[str, Blocks] = {} if by_greed is None else {"greedy": tuple(one.block for one in by_greed)}
@@ -60,8 +61,8 @@ def choices_from_library(
     for name, choose in rules.items():
         try:
             found[name] = choose()
-        except OutOfTimeError:
-            note(f"{name} is left out: no answer within search.time_limit_s of {settings.time_limit_s:g} s")
+        except StageError as err:
+            note(f"{name} is left out: {err}")
     return found
 
 
@@ -72,6 +73,7 @@ def choices_from_parent(
     *,
     influence: Sequence[float],
     speed_margin: float,
+    may_drop: Callable[[int], bool] = lambda _: True,
 ) -> dict[str, Blocks | None]:
     """Return what methods choose that need no library; None for one that cannot meet the limits.
 
@@ -83,6 +85,7 @@ def choices_from_parent(
         requirements: the target's.
         influence: each layer's on the hidden states.
         speed_margin: as the search asks for.
+        may_drop: which layers may be left out; any, unless told otherwise.
     """
     options = [block for layer in space.layers for block in layer.blocks]
     limits = linear_limits(
@@ -96,8 +99,13 @@ def choices_from_parent(
         return not violated_limits(blocks, limits)
 
     return {
-        "drop_by_influence": drop_layers(costs.parent, influence_order(influence), is_feasible=is_feasible),
-        "drop_last": drop_layers(costs.parent, last_order(len(space.layers)), is_feasible=is_feasible),
+        **{
+            method: drop_layers(costs.parent, list(filter(may_drop, order)), is_feasible=is_feasible)
+            for method, order in (
+                ("drop_by_influence", influence_order(influence)),
+                ("drop_last", last_order(len(space.layers))),
+            )
+        },
         "uniform": uniform(costs.parent, [layer.blocks for layer in space.layers], is_feasible=is_feasible),
     }
 

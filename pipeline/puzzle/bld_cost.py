@@ -48,22 +48,18 @@ def flops_per_token(architecture: Architecture, keys: Sequence[BlockKey], *, con
     return parent + training_flops_per_token(architecture, keys, context_tokens=context_tokens)
 
 
-def separate_runs_over_one(
+def flops_of_separate_runs(
     architecture: Architecture, keys: Sequence[BlockKey], *, context_tokens: int
-) -> dict[str, float]:
-    """Return how many times the arithmetic of one run all blocks take in a run for each variant, and for each block."""
+) -> tuple[float, float]:
+    """Return the FLOPs over one token of a run for each variant, all layers in it, and of a run for each block."""
     by_variant: dict[str, list[BlockKey]] = {}
     for key in keys:
         by_variant.setdefault(f"{key.subblock} {key.variant}", []).append(key)
-    runs = {"variant": list(by_variant.values()), "block": [[key] for key in keys]}
-    together = flops_per_token(architecture, keys, context_tokens=context_tokens)
-    return {
-        f"arithmetic_of_a_run_per_{name}": sum(
-            flops_per_token(architecture, one, context_tokens=context_tokens) for one in groups
-        )
-        / together
-        for name, groups in runs.items()
-    }
+    per_variant, per_block = (
+        sum(flops_per_token(architecture, one, context_tokens=context_tokens) for one in runs)
+        for runs in (by_variant.values(), [[key] for key in keys])
+    )
+    return per_variant, per_block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

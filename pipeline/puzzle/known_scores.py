@@ -3,15 +3,16 @@
     <block_scores artifact>/known.json    fingerprint of a candidate -> its measures
 
 So one more width in the search space costs the scores of that width, and a block that was trained anew costs the
-candidates that it is part of.
+candidates that it is part of. Candidates run in batches: in other company the last bits of a score may differ.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from pipeline.artifacts import ArtifactStore, write_atomically
+from pipeline.artifacts import ArtifactStore, read_json, write_atomically
 from pipeline.fingerprint import fingerprint
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.library import LibraryIndex
@@ -57,13 +58,17 @@ def score_fingerprints(
 
 
 def read_known(store: ArtifactStore, wanted: Mapping[LayerBlock, str]) -> dict[LayerBlock, Divergence]:
-    """Return the measures of those candidates that a finished block_scores of the store holds."""
-    known: dict[str, Divergence] = {}
+    """Return the measures of those candidates that a finished block_scores of the store holds.
+
+    Raises:
+        ArtifactError: for one that is broken, which says what to delete.
+    """
+    known: dict[str, Any] = {}
     for directory in store.finished(SCORES_ASSET):
         if (directory / KNOWN).is_file():
-            measures = json.loads((directory / KNOWN).read_text(encoding="utf-8"))
-            known |= {name: Divergence(**one) for name, one in measures.items()}
-    return {candidate: known[name] for candidate, name in wanted.items() if name in known}
+            store.open(SCORES_ASSET, directory.name)  # refuses one whose files are not of the size they had
+            known |= read_json(directory / KNOWN)
+    return {candidate: Divergence(**known[name]) for candidate, name in wanted.items() if name in known}
 
 
 def write_known(directory: Path, scores: Scores, fingerprints: Mapping[LayerBlock, str]) -> None:

@@ -70,6 +70,11 @@ class LibraryIndex(Frozen):
 
     layers: dict[str, dict[Subblock, dict[str, LibraryEntry]]] = Field(min_length=1)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any layer's halves were trained as one."""
+        return any("pair" in subblocks for subblocks in self.layers.values())
+
     def parts(self, block: BlockSpec, *, layer: int, parent: BlockSpec) -> tuple[BlockKey, ...]:
         """Return which blocks of the library a layer of the child is made of; none where the parent's own stay."""
         pair = BlockKey(layer=layer, subblock="pair", variant=block.key)

@@ -1,15 +1,14 @@
 """From a pool of answers to the child that is best as a whole model, and from there to better ones.
 
 Sums of replace-1-block scores choose badly where many layers go: what a layer is worth depends on which others stay.
-So the answers are scored as whole models, beside what simpler methods choose of the same blocks (pipeline.puzzle.
-baselines), which sums lose to where much has to go. Around the best, x, every block is measured again with x's other
-blocks in place.
+So the answers are scored as whole models, beside what simpler methods choose of the same blocks (baselines.py), which
+sums lose to where much has to go. Around the best, x, blocks are measured again with x's other blocks in place.
 With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
 
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
 
-is linear again and exact for one change; it is solved for r, r/2, r/4, ... 1, its answers are scored as whole models,
-and the best of them becomes x where it is better.
+is linear again and exact for one change of one half (half_scores.py); it is solved for r, r/2, r/4, ... 1, its answers
+are scored as whole models, and the best of them becomes x where it is better.
 
 What chooses among hundreds of blocks by few tokens fits those tokens. So every round measures on others, a round that
 brings nothing better is followed by one whose d is the mean over all that was measured around the same x, and whole
@@ -28,8 +27,8 @@ from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
-from pipeline.puzzle.score_table import MEASURES
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
+from pipeline.puzzle.tables import MEASURES
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
 POOL = "pool"
@@ -86,7 +85,7 @@ def refine(
         others: children by the method that chose them; one that is no choice of the programme, as where it breaks a
             limit, a pin or the pattern of layers, is left out.
         score_whole_models: measures children.
-        score_around: measures every block in the company of a child's other blocks, on the tokens of the given round.
+        score_around: measures blocks in the company of a child's other blocks, on the tokens of the given round.
         num_parts: how many rounds have tokens of their own before the first one's come again.
         costs: what blocks cost.
         requirements: the target's.
@@ -117,7 +116,9 @@ def refine(
     least = math.fsum(pool[0].layer_scores)
     for method, blocks in others.items():
         choice = None if blocks is None else _as_solution(problem, blocks, least=least)
-        if choice is not None:
+        if choice is None:
+            reporter.note(f"{method} chooses no child that the programme may")
+        else:
             starts[method] = recorded(choice, problem, scores)
     scored = measure(starts)
     best = min(scored, key=lambda one: one.value(objective))
@@ -200,11 +201,11 @@ def _scored_blocks(scores: pl.DataFrame, num_layers: int) -> list[BlockSpec] | N
 
 def _as_solution(problem: Problem, blocks: Sequence[BlockSpec], *, least: float) -> Solution | None:
     """Return a child as an answer to the programme; None where it is none. `least` is the sum of the best answer."""
-    if violated_limits(blocks, problem.limits):
-        return None
     for alternative in problem.alternatives:
         own = [{candidate.block.key: candidate for candidate in candidates} for candidates in alternative.layers]
         if all(block.key in one for block, one in zip(blocks, own, strict=True)):
+            if violated_limits(blocks, problem.limits):
+                return None
             chosen = tuple(one[block.key] for block, one in zip(blocks, own, strict=True))
             total = math.fsum(candidate.score for candidate in chosen)
             return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)

@@ -6,9 +6,7 @@ import polars as pl
 
 from pipeline.puzzle.scoring import Scores
 from pipeline.puzzle.search_space import SearchSpace
-from pipeline.puzzle.tables import SCHEMAS, SCORES, read_table, write_table
-
-MEASURES = ("kl", "lm_loss", "hidden_cosine", "top1_error", "task_error")
+from pipeline.puzzle.tables import MEASURES, SCHEMAS, SCORES, read_table, write_table
 
 
 def score_table(scores: Scores, space: SearchSpace) -> pl.DataFrame:

@@ -231,10 +231,10 @@ def _write_sums(path: Path, blocks: Sequence[BlockSpec], sums: Sequence[Sequence
 
 
 def _read_sums(path: Path, blocks: Sequence[BlockSpec], functions: Sequence[ScoreFunction]) -> list[list[Any]] | None:
-    """Return a finished layer's sums, or None when there are none for just these candidates."""
+    """Return a finished layer's sums of these candidates, or None when any of theirs is missing."""
     if not path.is_file():
         return None
     rows = json.loads(path.read_text(encoding="utf-8"))
-    if set(rows) != {block.key for block in blocks}:
+    if not {block.key for block in blocks} <= set(rows):
         return None
     return [sums_from_json(functions, rows[block.key]) for block in blocks]

@@ -8,6 +8,9 @@ from pipeline.errors import ArtifactError
 
 Schema = dict[str, type[pl.DataType]]
 
+# The columns of scores.parquet that say how far a model is from the parent.
+MEASURES = ("kl", "lm_loss", "hidden_cosine", "top1_error", "task_error")
+
 SCORES = "scores.parquet"
 PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
@@ -20,7 +23,7 @@ DEPENDENCIES = "dependencies.parquet"
 SCHEMAS: dict[str, Schema] = {
     # One row per layer and composed block: the base model with that block in that layer, against the parent. The base's
     # own blocks are rows too (is_base), all with the base's own measures. Measures as in pipeline.puzzle.divergence; no
-    # task, no task_error.
+    # task, no task_error. Around a child, some are sums of halves (pipeline.puzzle.half_scores).
     SCORES: {
         "layer": pl.Int64,
         "attention": pl.String,

@@ -35,16 +35,19 @@ BatchChoice = Literal["lowest_loss", "highest_throughput"]
 class RefinementConfig(Frozen):
     """Scoring of whole children, and the rounds that improve the best of them.
 
-    Each of at most `rounds` rounds measures every block again with the best child's other blocks in place, and solves
-    the programme with at most `max_changed_layers` layers changed; the best answer as a whole model is the next child.
+    Each of at most `rounds` rounds measures blocks again with the best child's other blocks in place, and solves the
+    programme with at most `max_changed_layers` layers changed; the best answer as a whole model is the next child.
     What chooses among hundreds of blocks by few tokens fits those tokens: every round reads others, one that finds
-    nothing better is followed by one that averages over both, and whole children are compared on more.
+    nothing better is followed by one that averages over both, until no others are left. Whole children are compared on
+    more, and the baselines on as many that chose nothing: distillation_mix.validation_tokens holds all of these.
     """
 
-    tokens: Positive = Field(description="validation tokens of distillation_mix on which whole children are compared")
+    tokens: Positive = Field(
+        description="first validation tokens of distillation_mix, on which whole children are compared; as many, the "
+        "last, are for the baselines"
+    )
     tokens_per_round: Positive = Field(
-        description="validation tokens on which a round measures every block: those behind the round's before it, and "
-        "from the first again at their end"
+        description="validation tokens between those two on which a round measures blocks, each round on its own"
     )
     rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none")
     max_changed_layers: Positive = Field(

@@ -113,10 +113,9 @@ class Recipe(Frozen):
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
             ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
-            ("search.refinement.tokens", self.search.refinement.tokens, self.distillation_mix.validation_tokens),
             (
-                "search.refinement.tokens_per_round",
-                self.search.refinement.tokens_per_round,
+                "twice search.refinement.tokens with tokens_per_round",
+                2 * self.search.refinement.tokens + self.search.refinement.tokens_per_round,
                 self.distillation_mix.validation_tokens,
             ),
             ("dependency_matrix.tokens", self.dependency_matrix.tokens, self.distillation_mix.validation_tokens),

@@ -1,5 +1,7 @@
 """baselines: what simpler methods choose under the target's own limits, scored as whole models and measured.
 
+All are scored on validation windows by which nothing was chosen: the search began at some of these children, too, and
+took the best of all on others (pipeline.stages.score_inputs).
 Each child is compared before any distillation, beside the refined solution and its twin without block distillation.
 Where a target pins blocks, only methods that choose single blocks are compared.
 """
@@ -40,7 +42,7 @@ from pipeline.puzzle.verification import CHILD, PARENT
 from pipeline.puzzle.whole_models import score_models
 from pipeline.stage import WORK_DIR, StageInputs, StageResult, Table
 from pipeline.stages.configs import BaselinesStage
-from pipeline.stages.score_inputs import score_functions
+from pipeline.stages.score_inputs import SearchWindows, load_validation, score_functions
 
 ARCHITECTURES = "architectures.json"
 
@@ -51,7 +53,8 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     space = resolve(config.search_space, architecture)
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
-    functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
+    windows = SearchWindows.of(load_validation(inputs), config.search.refinement)
+    functions = score_functions(inputs, windows.unseen, task=config.task)
     solution = read_solution(inputs["refined_solution"])
     requirements, costs = settle(
         config.requirements,
@@ -102,7 +105,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
                 config.requirements,
                 influence=block_influence(
                     parent,
-                    functions[0].packed,
+                    windows.compared,
                     work_dir=out_dir / WORK_DIR / "influence",
                     max_activation_bytes=inputs.execution.max_activation_bytes,
                 ),
@@ -136,6 +139,8 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
     best = min(others, key=lambda name: others[name], default=None)
     missing = [name for name, blocks in from_parent.items() if blocks is None]
     missing += [] if "greedy" in from_library else ["greedy"]
+    wanted = ["max_parameters", *(f"random {seed}" for seed in range(config.baselines.num_random))]
+    without_answer = [name for name in wanted if name not in from_library]
     return StageResult(
         metrics={
             "num_children": len(table),
@@ -150,6 +155,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
                 {"left out": "drop_by_influence, drop_last, uniform: the target pins blocks"} if not from_parent else {}
             ),
             **({"do not meet the limits": ", ".join(missing)} if missing else {}),
+            **({"the solver had no answer for": ", ".join(without_answer)} if without_answer else {}),
         },
         tables={
             "children": Table.of(

@@ -24,9 +24,10 @@ from pipeline.model.checkpoint import TORCH_DTYPES, TensorReader, load_layers, r
 from pipeline.puzzle.bld import FailedBlock, TrainedBlock, train_blocks
 from pipeline.puzzle.bld_cost import (
     bounded_rounds,
+    flops_of_separate_runs,
+    flops_per_token,
     layer_costs,
     parent_flops_per_token,
-    separate_runs_over_one,
     split_layers,
     training_flops_per_token,
 )
@@ -144,7 +145,7 @@ class _Training:
         self._ranks, self._store, self._inputs, self._architecture = ranks, store, inputs, architecture
         self._settings = config.block_library
         self._train = load_packed(inputs["distillation_mix"], "train").take(self._settings.tokens)
-        self._flops = self._seconds = 0.0
+        self._flops = self._seconds = self._flops_per_token = 0.0
 
     def run(self, wanted: Mapping[BlockKey, str], missing: Mapping[BlockKey, str], *, work_dir: Path) -> None:
         """Train and publish everything missing.
@@ -173,6 +174,9 @@ class _Training:
                 continue
             if len(rounds) > 1:
                 self._inputs.reporter.note(f"round {number} of {len(rounds)}: {len(keys)} blocks")
+            self._flops_per_token += flops_per_token(
+                self._architecture, keys, context_tokens=self._train.sequence_length
+            )
             directory = work_dir / f"bld-{number}"
             _wait_for_one_view(directory, [missing[key] for key in keys], self._ranks)
             if parent is not None:
@@ -238,9 +242,10 @@ class _Training:
         self._seconds += training.seconds
 
     def cost_metrics(self, trained: Sequence[BlockKey]) -> dict[str, float]:
-        """Return what this rank computed per second, what matrix products alone reach on its device, and savings.
+        """Return what this rank computed per second, what matrix products alone reach on its device, and what is saved.
 
-        Those are of all ranks' blocks: the arithmetic of runs of their own over that of this one.
+        That is over all ranks: the FLOPs of runs for each variant, and for each block, over those of this one, in which
+        the parent runs once a round.
         """
         if not self._flops:
             return {}
@@ -251,12 +256,16 @@ class _Training:
             device=self._ranks.device,
         )
         achieved = self._flops / self._seconds
+        per_variant, per_block = flops_of_separate_runs(
+            self._architecture, trained, context_tokens=self._train.sequence_length
+        )
         return {
             "training_s": round(self._seconds, 1),
             "achieved_gflops_per_s": float(f"{achieved / 1e9:.4g}"),
             "matmul_peak_gflops_per_s": float(f"{peak / 1e9:.4g}"),
             "share_of_matmul_peak": float(f"{achieved / peak:.4g}"),
-            **separate_runs_over_one(self._architecture, trained, context_tokens=self._train.sequence_length),
+            "flops_of_runs_per_variant_over_this": round(per_variant / self._flops_per_token, 3),
+            "flops_of_runs_per_block_over_this": round(per_block / self._flops_per_token, 3),
         }
 
 

@@ -21,7 +21,7 @@ from pipeline.puzzle.search_space import resolve
 from pipeline.report.drawings import draw_scores, save_figures
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockScoresStage
-from pipeline.stages.score_inputs import score_functions
+from pipeline.stages.score_inputs import load_validation, score_functions
 
 
 def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageResult:
@@ -44,7 +44,9 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
             space,
             library_variants(architecture, index=index, store=store, dtype=dtype, device=device),
-            score_functions(inputs, tokens=config.block_scores.tokens, task=config.block_scores.task),
+            score_functions(
+                inputs, load_validation(inputs).take(config.block_scores.tokens), task=config.block_scores.task
+            ),
             work_dir=out_dir / WORK_DIR,
             max_activation_bytes=inputs.execution.max_activation_bytes,
             reporter=inputs.reporter,

@@ -221,7 +221,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             comparison="<=",
             bound=1,
             blocking=False,
-            description="As whole models, before any distillation, no simpler method's child is closer to the parent.",
+            description="As whole models, before any distillation, on text by which nothing was chosen, no simpler "
+            "method's child is closer to the parent.",
         ),
     ),
     "pareto": (

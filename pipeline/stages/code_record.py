@@ -23,7 +23,7 @@ RECORD = Path(__file__).parent / "code_record.json"
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 # Versions beside those of stages, and the module from which all that they guard is reached. A stage that runs again
-# still finds its trained blocks, its scores or its evaluations in the store; only these make it measure them anew.
+# still finds its trained blocks, its scores or its evaluations in the store; only these make it do them anew.
 CONSTANTS = {
     "pipeline.puzzle.library.BLD_VERSION": "pipeline.stages.block_library",
     "pipeline.puzzle.known_scores.SCORES_VERSION": "pipeline.stages.block_scores",

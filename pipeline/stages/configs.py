@@ -107,7 +107,6 @@ class RefinedStage(Frozen):
     profile: ProfileConfig
     task: MultipleChoiceSet | None
     precision: Precision
-    num_random_starts: int
 
 
 class BaselinesStage(Frozen):

@@ -1,4 +1,4 @@
-"""refined_solution: the programme's answers and a child without whole layers as whole models; the best improved."""
+"""refined_solution: the programme's answers and other methods' as whole models; the best of them improved."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,9 @@ import polars as pl
 
 from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
-from pipeline.data.packed import load_packed
 from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
-from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
+from pipeline.puzzle.baselines import choices_from_library, choices_from_parent, dropped
 from pipeline.puzzle.batches import settle
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
@@ -30,7 +29,7 @@ from pipeline.report.figures import architecture_strip
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import RefinedStage
 from pipeline.stages.mip_solution import layer_table, limit_table
-from pipeline.stages.score_inputs import score_functions
+from pipeline.stages.score_inputs import SearchWindows, load_validation, score_functions
 
 
 def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult:
@@ -40,7 +39,6 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
     dtype, device = TORCH_DTYPES[config.precision], Ranks().device
     parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
     index = read_index(inputs["block_library"])
-    has_pairs = any("pair" in subblocks for subblocks in index.layers.values())
     load_variants = library_variants(
         architecture,
         index=index,
@@ -48,8 +46,9 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         dtype=dtype,
         device=device,
     )
-    functions = score_functions(inputs, tokens=config.search.refinement.tokens, task=config.task)
-    validation = load_packed(inputs["distillation_mix"], "validation")
+    windows = SearchWindows.of(load_validation(inputs), config.search.refinement)
+    # The task's items are the same in every round.
+    num_parts = 1 if config.search.objective == "task_error" else len(windows.rounds)
     max_bytes = inputs.execution.max_activation_bytes
 
     def score_whole_models(children: Mapping[str, Sequence[BlockSpec]]) -> dict[str, Divergence]:
@@ -57,7 +56,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
             parent,
             children,
             load_variants,
-            functions,
+            score_functions(inputs, windows.compared, task=config.task),
             work_dir=out_dir / WORK_DIR / "whole-models",
             max_activation_bytes=max_bytes,
             reporter=inputs.reporter,
@@ -67,15 +66,13 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         # Named after what stands around: a run that was killed may find another centre in the same round.
         centre = fingerprint([block.key for block in blocks])
         work_dir = out_dir / WORK_DIR / f"round-{round_number}-{centre}"
-        tokens = config.search.refinement.tokens_per_round
         # What was trained as a pair is no sum of halves.
-        measured = space if has_pairs else measured_around(space, blocks)
+        measured = space if index.has_pairs else measured_around(space, blocks)
         scores = score_blocks(
             parent,
             measured,
             load_variants,
-            # Part 0 is what block_scores begins with.
-            score_functions(inputs, tokens=tokens, task=config.task, part=round_number),
+            score_functions(inputs, windows.rounds[(round_number - 1) % num_parts], task=config.task),
             work_dir=work_dir,
             max_activation_bytes=max_bytes,
             reporter=inputs.reporter,
@@ -92,7 +89,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
     scores = read_scores(inputs["block_scores"])
     with num_threads(inputs.execution.num_threads):
         influence = block_influence(
-            parent, functions[0].packed, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
+            parent, windows.compared, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
         )
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=config.search)
         refinement = refine(
@@ -100,19 +97,24 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
             scores,
             others={
                 **choices_from_parent(
-                    space, costs, requirements, influence=influence, speed_margin=config.search.speed_margin
+                    space,
+                    costs,
+                    requirements,
+                    influence=influence,
+                    speed_margin=config.search.speed_margin,
+                    may_drop=lambda layer: dropped(layer).key in {one.block.key for one in problem.layers[layer]},
                 ),
                 **choices_from_library(
                     problem,
                     architecture,
-                    num_random=config.num_random_starts,
+                    num_random=0,
                     settings=config.search,
                     note=inputs.reporter.note,
                 ),
             },
             score_whole_models=score_whole_models,
             score_around=score_around,
-            num_parts=validation.num_parts(config.search.refinement.tokens_per_round),
+            num_parts=num_parts,
             costs=costs,
             requirements=requirements,
             settings=config.search,

@@ -96,7 +96,6 @@ def _refined(recipe: Recipe, target: str) -> Frozen:
         profile=recipe.block_profile,
         task=recipe.block_scores.task,
         precision=recipe.block_scores.precision,
-        num_random_starts=recipe.baselines.num_random,
     )
 
 
@@ -349,7 +348,7 @@ STAGES: tuple[Stage, ...] = (
             "evaluation_sets",
         ),
         config=_refined,
-        description="Answers and a child without whole layers scored as whole models; the best improved in rounds.",
+        description="Answers and what other methods choose, scored as whole models; the best improved in rounds.",
         per_target=True,
         in_child=True,
         checks=CHECKS["refined_solution"],

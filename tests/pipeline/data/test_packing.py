@@ -202,3 +202,5 @@ def test_packed_tokens_taken_are_whole_windows_or_an_error():
     assert packed.take(16).tokens_NT.shape == (2, 8)
     with pytest.raises(DataError, match="97 tokens asked of a set of 96"):
         packed.take(97)
+    assert packed.take(0).tokens_NT.shape == (0, 8)
+    assert torch.equal(packed.rows(slice(-2, None)).tokens_NT, packed.tokens_NT[10:])

@@ -36,7 +36,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     parent_dir.mkdir(parents=True)
     architecture = make_random_parent(parent, out_dir=parent_dir)
     generator = torch.Generator().manual_seed(5)
-    windows: dict[Split, int] = {"train": 12, "validation": 4}
+    windows: dict[Split, int] = {"train": 12, "validation": 8}
     for split, num_windows in windows.items():
         tokens_NT = torch.randint(0, architecture.vocab_size, (num_windows, SEQUENCE_LENGTH), generator=generator)
         positions_NT = torch.arange(SEQUENCE_LENGTH).expand_as(tokens_NT)

@@ -111,7 +111,6 @@ class Line:
             profile=self.profile_config,
             task=None,
             precision="fp32",
-            num_random_starts=1,
         )
         inputs = self.workplace.inputs(
             mip_solution=mip_dir,

@@ -6,7 +6,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.architecture import Architecture
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM, attention_inputs, build_layer, build_model
-from pipeline.puzzle.bld_cost import parent_flops_per_token, separate_runs_over_one, training_flops_per_token
+from pipeline.puzzle.bld_cost import (
+    flops_of_separate_runs,
+    flops_per_token,
+    parent_flops_per_token,
+    training_flops_per_token,
+)
 from pipeline.puzzle.block_keys import BlockKey
 from pipeline.recipe import Subblock
 from tests.pipeline.puzzle.builders import make_architecture
@@ -87,10 +92,7 @@ def test_runs_of_their_own_take_the_parents_pass_as_often_and_as_far_as_their_la
     keys = [BlockKey(layer=layer, subblock="ffn", variant=variant) for layer, variant in places]
     one_layer = parent_flops_per_token(ARCHITECTURE, num_layers=1, context_tokens=TOKENS)
     blocks = training_flops_per_token(ARCHITECTURE, keys, context_tokens=TOKENS)
-    together = 3 * one_layer + blocks
-    assert separate_runs_over_one(ARCHITECTURE, keys, context_tokens=TOKENS) == pytest.approx(
-        {
-            "arithmetic_of_a_run_per_variant": ((3 + 2) * one_layer + blocks) / together,
-            "arithmetic_of_a_run_per_block": ((1 + 3 + 2) * one_layer + blocks) / together,
-        }
+    assert flops_per_token(ARCHITECTURE, keys, context_tokens=TOKENS) == pytest.approx(3 * one_layer + blocks)
+    assert flops_of_separate_runs(ARCHITECTURE, keys, context_tokens=TOKENS) == pytest.approx(
+        ((3 + 2) * one_layer + blocks, (1 + 3 + 2) * one_layer + blocks)
     )

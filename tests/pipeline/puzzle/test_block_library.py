@@ -238,7 +238,7 @@ def test_cost_metrics_say_how_near_the_training_comes_to_matrix_products(workpla
         metrics["achieved_gflops_per_s"] / metrics["matmul_peak_gflops_per_s"], rel=1e-2
     )
     # Six blocks of two variants in three layers: the parent's pass is done twice, or once for each as far as its layer.
-    assert 1 < metrics["arithmetic_of_a_run_per_variant"] < metrics["arithmetic_of_a_run_per_block"] < 6
+    assert 1 < metrics["flops_of_runs_per_variant_over_this"] < metrics["flops_of_runs_per_block_over_this"] < 6
     blocks = sum(path.stat().st_size for path in (tmp_path / "store/bld_block").glob("*/block.*"))
     assert metrics["blocks_mib"] == pytest.approx(blocks / 2**20, abs=0.05)
     assert "training_s" not in run(workplace, tmp_path).metrics  # nothing was trained

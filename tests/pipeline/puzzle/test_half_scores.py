@@ -79,21 +79,20 @@ def test_sums_of_halves_are_the_joint_scores_where_halves_add_up():
     assert [len(options.blocks) for options in measured.layers] == [6, 7, 6]
 
 
-def test_the_parents_block_and_those_without_a_candidate_for_each_half_are_measured():
-    space = portable_space()
-    gone = BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(1,))
-    measured = measured_around(space, [OWN, gone, OWN]).layers[1].blocks
-    # Behind a layer that went whole, attention alone is no candidate: nothing there can be a sum of halves.
-    assert [block.key for block in measured] == [block.key for block in space.layers[1].blocks]
+def test_the_parents_block_is_measured_around_a_layer_without_a_half_in_common():
     narrow = BlockSpec(attention=gqa(1), ffn=swiglu(16), parent_layers=(1,))
-    assert OWN.key in {block.key for block in measured_around(space, [OWN, narrow, OWN]).layers[1].blocks}
+    measured = measured_around(portable_space(), [OWN, narrow, OWN]).layers[1].blocks
+    assert OWN.key in {block.key for block in measured}
+    assert len(measured) < len(portable_space().layers[1].blocks)
 
 
-def test_where_every_half_is_a_candidate_a_whole_layer_gone_is_a_sum():
-    space = whole_space()
-    measured = measured_around(space, [OWN] * 3).layers[0].blocks
-    assert {block.key for block in measured} == {
+def test_a_layer_gone_whole_is_measured_and_so_is_everything_where_it_is_gone():
+    space, gone = whole_space(), BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(1,))
+    measured = measured_around(space, [OWN, gone, OWN]).layers
+    assert {block.key for block in measured[0].blocks} == {
         OWN.key,
+        gone.key,
         *(OWN.model_copy(update={"attention": one}).key for one in (gqa(1), NO_ATTENTION)),
         *(OWN.model_copy(update={"ffn": one}).key for one in (swiglu(32), swiglu(16), NO_FFN)),
     }
+    assert measured[1].blocks == space.layers[1].blocks

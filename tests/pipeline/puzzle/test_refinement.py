@@ -78,8 +78,8 @@ def run(
 ) -> tuple[Refinement, float]:
     """Search and refine; return the outcome and the best value of all children within the limit.
 
-    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told in its
-    first round that what is worse is better.
+    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told in every
+    odd round that what is worse is better.
     """
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
@@ -208,6 +208,10 @@ def test_no_other_method_is_heard_against_a_pin_a_pattern_or_a_limit():
         run(rounds=0, others=LEFT_OUT, pins=(pin,)),
         run(rounds=0, others=LEFT_OUT, layers="homogeneous_ffn"),
         run(rounds=0, others={"drop": [OPTIONS[2], *[OPTIONS[0]] * 4], "uniform": None}),
+        run(rounds=0, others={"uniform": [OPTIONS[1]] * NUM_LAYERS}, layers="depth_only"),
+        run(
+            rounds=0, others={"uniform": [BlockSpec(attention=gqa(1), ffn=swiglu(8), parent_layers=(0,))] * NUM_LAYERS}
+        ),
     ):
         assert [one.origin for one in outcome.scored] == ["pool 0"]
 
