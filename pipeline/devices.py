@@ -1,4 +1,4 @@
-"""Accelerators by their makers' data sheets: how fast each computes, reads and talks to its peers. No torch."""
+"""How fast devices compute, read and talk to their peers: accelerators by their makers' data sheets. No torch."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class Device:
     """One rank's device: dense bf16 peak, memory bandwidth, and memory and links where they are known.
 
-    `link_bytes_per_s` is what one device sends to its peers in the node, one direction.
+    `link_bytes_per_s` is what one device sends to its peers in the node, one direction. Of a measured device peak and
+    bandwidth are what was reached, the peak in the precision that was asked for, and `kernel_s` is what a kernel takes
+    that has nothing to do.
     """
 
     name: str
@@ -16,7 +18,11 @@ class Device:
     memory_bytes: float | None
     link_bytes_per_s: float | None = None
     computes_fp8: bool = False
+    kernel_s: float | None = None
 
+
+THIS_MACHINE = "this-machine"
+"""In a recipe: the device that the stage finds where it runs, measured."""
 
 # Dense bf16, HBM and NVLink figures of the makers' data sheets, whose link figures count both directions.
 DEVICES = {

@@ -1,7 +1,7 @@
 """The command `plan`: which device, then the plan as text."""
 
 from pipeline.execution import Workspace
-from pipeline.planning.devices import device_of_peak, find_device, measure_this_machine
+from pipeline.planning.devices import device_of_peak, find_device
 from pipeline.planning.plan import make_plan
 from pipeline.planning.render import render_plan
 
@@ -15,7 +15,9 @@ def plan_text(
         RecipeError, CheckpointError: see make_plan; or no such device.
     """
     if measure:
-        chosen = measure_this_machine()
+        from pipeline.puzzle.devices import measure_this_machine  # loads torch, which other plans need not pay for
+
+        chosen = measure_this_machine("bf16")
     elif peak_tflops is not None:
         chosen = device_of_peak(peak_tflops)
     else:

@@ -1,7 +1,4 @@
-"""How fast a rank's device computes and reads: named ones by their data sheets, this machine by measurement."""
-
-import time
-from collections.abc import Callable
+"""How fast a rank's device computes and reads, by name or by its peak, and what shares of that stages reach."""
 
 from pipeline.devices import DEVICES, Device
 from pipeline.errors import RecipeError
@@ -21,10 +18,6 @@ DECODING = Range(low=0.1, expected=0.35, high=0.8)
 ACCELERATOR_FLOPS_PER_BYTE = 250.0
 CPU_FLOPS_PER_BYTE = 20.0
 LARGEST_CPU_PEAK = 20e12
-
-_MATMUL_SIZE = 2048
-_COPY_BYTES = 2**28
-_NUM_TRIALS = 7
 
 
 def find_device(name: str) -> Device:
@@ -52,37 +45,4 @@ def device_of_peak(peak_tflops: float) -> Device:
         peak_flops_per_s=peak,
         bandwidth_bytes_per_s=peak / (CPU_FLOPS_PER_BYTE if peak < LARGEST_CPU_PEAK else ACCELERATOR_FLOPS_PER_BYTE),
         memory_bytes=None,
-    )
-
-
-def measure_this_machine() -> Device:
-    """Measure the bf16 matmul peak and the copy bandwidth of this machine; a few seconds.
-
-    The fastest of seven trials each, so that a moment's load does not count.
-    """
-    import torch  # a plan that measures nothing must not pay for it
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    left = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device).to(torch.bfloat16)
-    source = torch.ones(_COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-
-    def fastest_s(call: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(_NUM_TRIALS):
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
-    matmul_s = fastest_s(lambda: left @ left)
-    copy_s = fastest_s(lambda: target.copy_(source))
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return Device(
-        name="this machine, measured",
-        peak_flops_per_s=2 * _MATMUL_SIZE**3 / matmul_s,
-        bandwidth_bytes_per_s=2 * _COPY_BYTES / copy_s,
-        memory_bytes=memory,
     )

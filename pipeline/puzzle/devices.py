@@ -1,8 +1,8 @@
-"""Where Puzzle's stages compute: device, threads, autocast, and the share of one rank among several."""
+"""Where Puzzle's stages compute: device and its rates, threads, autocast, and the share of one rank among several."""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
@@ -10,11 +10,18 @@ import torch
 from torch import nn
 
 from pipeline.architecture import Architecture
+from pipeline.devices import Device
+from pipeline.model.checkpoint import TORCH_DTYPES
 from pipeline.recipe import Precision
 from pipeline.training.distributed import init_distributed
 
 # The fastest of so many products counts, so that a moment's load does not.
 NUM_TRIALS = 30
+# Of this machine's own rates: a product of square matrices, a copy, and calls that have next to nothing to do.
+_MATMUL_SIZE = 2048
+_COPY_BYTES = 2**28
+_NUM_MEASURED = 7
+_NUM_SMALL_CALLS = 1000
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -71,3 +78,37 @@ def matmul_peak(architecture: Architecture, *, num_tokens: int, dtype: torch.dty
                 torch.cuda.synchronize(device)
             best = max(best, 2.0 * num_tokens * inner * outer / (time.perf_counter() - began))
     return best
+
+
+def measure_this_machine(precision: Precision) -> Device:
+    """Measure the matmul peak in a precision, the copy bandwidth and the time of an empty kernel here; a few seconds.
+
+    The fastest of seven trials each, so that a moment's load does not count.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    left = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device).to(TORCH_DTYPES[precision])
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target, small = torch.empty_like(source), torch.ones(1, device=device)
+
+    def fastest_s(call: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(_NUM_MEASURED):
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    def many_small_calls() -> None:
+        for _ in range(_NUM_SMALL_CALLS):
+            torch.add(small, small)
+
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return Device(
+        name="this machine, measured",
+        peak_flops_per_s=2 * _MATMUL_SIZE**3 / fastest_s(lambda: left @ left),
+        bandwidth_bytes_per_s=2 * _COPY_BYTES / fastest_s(lambda: target.copy_(source)),
+        memory_bytes=memory,
+        kernel_s=fastest_s(many_small_calls) / _NUM_SMALL_CALLS,
+    )

@@ -14,6 +14,9 @@ the seven FFN widths between -8 and +10%, the root of the mean square is 7.4%. W
 roofline: the measured times are not linear in the width (half of it takes 0.49 of the time, 62% takes 0.66). Fitted
 anew for each split, 50 to 300 prompt tokens fit alike (7.3 to 7.5%), 600 worse (8.9%), 1,000 badly (14%): the table
 says that the 1,200 tokens were mostly generated, not how many. tests/pipeline/puzzle/test_roofline.py has the figures.
+
+Of a machine that measured itself (pipeline.puzzle.devices) peak and bandwidth are what it reached and count whole, and
+KERNEL_S is its own. The numbers of kernels stay those of fused ones: eager PyTorch runs more of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -103,11 +106,11 @@ class Setting:
     precision: ServedPrecision
 
     @classmethod
-    def of(cls, profile: ProfileConfig) -> "Setting":
-        """Return the setting of a profile whose backend is `roofline`."""
+    def of(cls, profile: ProfileConfig, device: Device | None = None) -> "Setting":
+        """Return the setting of a profile whose backend is `roofline`; `device` where it is no named one."""
         assert profile.device is not None
         return cls(
-            device=DEVICES[profile.device],
+            device=device or DEVICES[profile.device],
             num_devices=profile.num_devices,
             precision=profile.served_precision,
         )
@@ -116,6 +119,27 @@ class Setting:
     def value_bytes(self) -> float:
         """Bytes of a weight or a cached value."""
         return BYTES_PER_PARAMETER[self.precision]
+
+    @property
+    def peak_flops_per_s(self) -> float:
+        """What matmuls reach: a share of a data sheet's peak, or what was measured."""
+        peak = self.device.peak_flops_per_s
+        return peak if self._is_measured else peak * PEAK_AGAINST_BF16[self.precision] * MATMUL_EFFICIENCY
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """What weights and caches are read at."""
+        bandwidth = self.device.bandwidth_bytes_per_s
+        return bandwidth if self._is_measured else bandwidth * BANDWIDTH_EFFICIENCY
+
+    @property
+    def kernel_s(self) -> float:
+        """What a kernel takes beyond its work."""
+        return KERNEL_S if self.device.kernel_s is None else self.device.kernel_s
+
+    @property
+    def _is_measured(self) -> bool:
+        return self.device.kernel_s is not None
 
     @property
     def activation_bytes(self) -> float:
@@ -180,10 +204,9 @@ def fixed_work(model: Architecture, *, one: Pass, setting: Setting) -> Work:
 
 def time_ms(work: Work, *, setting: Setting) -> float:
     """Return how long one device takes for its work and, where several share it, for the sum over them."""
-    peak = setting.device.peak_flops_per_s * PEAK_AGAINST_BF16[setting.precision] * MATMUL_EFFICIENCY
-    bandwidth = setting.device.bandwidth_bytes_per_s * BANDWIDTH_EFFICIENCY
-    seconds = max(work.flops / peak, work.matmul_bytes / bandwidth)
-    seconds += work.elementwise_bytes / bandwidth + work.num_kernels * KERNEL_S
+    bandwidth = setting.bandwidth_bytes_per_s
+    seconds = max(work.flops / setting.peak_flops_per_s, work.matmul_bytes / bandwidth)
+    seconds += work.elementwise_bytes / bandwidth + work.num_kernels * setting.kernel_s
     if setting.num_devices > 1 and work.reduced_values:
         assert setting.device.link_bytes_per_s is not None
         # Each device sends and receives 2 (n - 1) / n of what is summed (ring, or scatter and gather).
@@ -192,9 +215,14 @@ def time_ms(work: Work, *, setting: Setting) -> float:
     return 1000.0 * seconds
 
 
-def roofline_times(model: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> dict[ProfileKey, float]:
-    """Return the milliseconds of every distinct variant and of what is outside the layers."""
-    setting = Setting.of(profile)
+def roofline_times(
+    model: Architecture, space: SearchSpace, *, profile: ProfileConfig, device: Device | None = None
+) -> dict[ProfileKey, float]:
+    """Return the milliseconds of every distinct variant and of what is outside the layers.
+
+    `device` is the measured one where the profile names this machine.
+    """
+    setting = Setting.of(profile, device)
     return {
         (scenario.name, phase, part, variant): time_ms(work, setting=setting)
         for scenario in profile.scenarios

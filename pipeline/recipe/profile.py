@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.architecture import Frozen
-from pipeline.devices import DEVICES
+from pipeline.devices import DEVICES, THIS_MACHINE
 from pipeline.recipe.types import (
     Backend,
     Name,
@@ -39,15 +39,17 @@ class Scenario(Frozen):
 class ProfileConfig(Frozen):
     """What blocks cost in time.
 
-    `torch`, `llama_cpp` and `vllm` measure where the stage runs; `roofline` computes for a named device. Whole models
-    are always measured, in the backend itself or, beside a roofline, in torch.
+    `torch`, `llama_cpp` and `vllm` measure where the stage runs; `roofline` computes for a named device, or for this
+    machine from the three rates that it measures. Whole models are always measured, in the backend itself or, beside a
+    roofline, in torch.
     """
 
     backend: Literal["torch", "llama_cpp", "vllm", "roofline"] = Field(
         description="where block times come from: measured in torch, llama.cpp or vLLM, or computed by a roofline"
     )
     device: Name | None = Field(
-        default=None, description="whose data sheet a roofline computes with; null for the others"
+        default=None,
+        description=f"whose data sheet a roofline computes with, or {THIS_MACHINE}; null for the others",
     )
     tensor_parallel_size: Positive | None = Field(
         default=None, description="devices that hold the model together, for a roofline; null: one"
@@ -96,6 +98,11 @@ class ProfileConfig(Frozen):
         return {name: tuple(one for one in self.scenarios if one.sweep == name) for name in names}
 
     @property
+    def is_of_this_machine(self) -> bool:
+        """Whether the times are of the machine that the stage runs on."""
+        return self.backend != "roofline" or self.device == THIS_MACHINE
+
+    @property
     def num_devices(self) -> int:
         """How many devices hold the model together."""
         return self.tensor_parallel_size or 1
@@ -125,9 +132,18 @@ class ProfileConfig(Frozen):
                     "sequence; set it to 1, or backend: torch"
                 )
             return self
+        if self.device == THIS_MACHINE:
+            if self.num_devices > 1 or self.served_precision == "fp8":
+                raise ValueError(
+                    f"block_profile.device {THIS_MACHINE} is measured alone and in bf16 or fp32, got "
+                    f"tensor_parallel_size {self.num_devices} and served_precision {self.served_precision}: change "
+                    f"these, or name one of {', '.join(DEVICES)}"
+                )
+            return self
         if self.device not in DEVICES:
             raise ValueError(
-                f"block_profile.device is {self.device!r}; backend 'roofline' needs one of {', '.join(DEVICES)}"
+                f"block_profile.device is {self.device!r}; backend 'roofline' needs {THIS_MACHINE} or one of "
+                f"{', '.join(DEVICES)}"
             )
         if self.served_precision == "fp8" and not DEVICES[self.device].computes_fp8:
             able = ", ".join(name for name, device in DEVICES.items() if device.computes_fp8)

@@ -17,11 +17,12 @@ from pipeline.costs import (
     outer_activation_bytes,
     weight_mib,
 )
+from pipeline.devices import THIS_MACHINE, Device
 from pipeline.hardware import describe_hardware
 from pipeline.model.checkpoint import TORCH_DTYPES, read_architecture
 from pipeline.puzzle.backends import profile_outside, runtime_name
 from pipeline.puzzle.calibration import PHASES
-from pipeline.puzzle.devices import Ranks
+from pipeline.puzzle.devices import Ranks, measure_this_machine, num_threads
 from pipeline.puzzle.predictions import FIXED
 from pipeline.puzzle.profiling import Profile, Samples, profile_blocks
 from pipeline.puzzle.roofline import parent_times_ms, roofline_times
@@ -38,7 +39,9 @@ def run(config: BlockProfileStage, inputs: StageInputs, out_dir: Path) -> StageR
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
     if config.profile.backend == "roofline":
-        profile, num_repeats, facts = _roofline(architecture, space, profile=config.profile), 0, _where(config.profile)
+        device = _device(config.profile)
+        profile, num_repeats = _roofline(architecture, space, profile=config.profile, device=device), 0
+        facts = _where(config.profile, device)
     else:
         profile = _measured(architecture, space, config=config, inputs=inputs, out_dir=out_dir)
         num_repeats = config.profile.repeats
@@ -94,9 +97,20 @@ def _measured(
     )
 
 
-def _roofline(architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig) -> Profile:
-    """Return what the named device's data sheet gives; the parent takes the sum of its blocks."""
-    times_ms = roofline_times(architecture, space, profile=profile)
+def _device(profile: ProfileConfig) -> Device | None:
+    """Return this machine, measured, where the profile asks for it; None for a named device."""
+    if profile.device != THIS_MACHINE:
+        return None
+    assert profile.served_precision != "fp8"  # the recipe refuses it here
+    with num_threads(profile.num_threads):
+        return measure_this_machine(profile.served_precision)
+
+
+def _roofline(
+    architecture: Architecture, space: SearchSpace, *, profile: ProfileConfig, device: Device | None
+) -> Profile:
+    """Return what the device's rates give; the parent takes the sum of its blocks."""
+    times_ms = roofline_times(architecture, space, profile=profile, device=device)
     sum_ms = parent_times_ms(architecture, times_ms)
     return Profile(
         samples={key: Samples(times_ms=(value,)) for key, value in times_ms.items()},
@@ -105,8 +119,18 @@ def _roofline(architecture: Architecture, space: SearchSpace, *, profile: Profil
     )
 
 
-def _where(profile: ProfileConfig) -> dict[str, str]:
+def _where(profile: ProfileConfig, device: Device | None) -> dict[str, str]:
     num_devices = profile.num_devices
+    if device is not None and device.kernel_s is not None:
+        return {
+            "runtime": "roofline of this machine",
+            "dtype": profile.served_precision,
+            "threads": str(profile.num_threads),
+            "hardware": describe_hardware(),
+            "matmul peak": f"{device.peak_flops_per_s / 1e9:,.4g} GFLOP/s",
+            "bandwidth": f"{device.bandwidth_bytes_per_s / 1e9:,.4g} GB/s",
+            "empty kernel": f"{device.kernel_s * 1e6:.3g} us",
+        }
     return {
         "runtime": f"roofline of {profile.device}",
         "dtype": profile.served_precision,

@@ -72,8 +72,8 @@ def run(config: ChildStage, inputs: StageInputs, out_dir: Path) -> StageResult:
         checked = check_limits(record, measurements, costs=costs, tolerance=config.search.speed_tolerance)
         log.append(_log_entry(record, checked))
         missed = [limit.record.name for limit in checked if not limit.is_met]
-        # A roofline's times are of the device that it names, which need not be the one at hand: they stay.
-        if not missed or config.profile.backend == "roofline" or len(log) > config.search.max_recalibrations:
+        # Times of a named device, which need not be the one at hand, stay.
+        if not missed or not config.profile.is_of_this_machine or len(log) > config.search.max_recalibrations:
             break
         inputs.reporter.note(f"measured short of {'; '.join(missed)}: calibrating on this child and solving again")
         costs = recalibrated(costs, recalibrate(record, measurements, costs=costs))

@@ -138,8 +138,8 @@ def _fusion_report(recipe: Recipe, _: str) -> Frozen:
 
 
 def _profiled_in(recipe: Recipe) -> tuple[Backend, ...]:
-    backend = recipe.block_profile.backend
-    return () if backend == "roofline" else (backend,)
+    profile = recipe.block_profile
+    return (profile.measured_in,) if profile.is_of_this_machine else ()
 
 
 def _speed(recipe: Recipe, target: str) -> Frozen:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pipeline.architecture import LINEAR_ATTENTION, LINEAR_FFN, NO_ATTENTION, NO_FFN, gqa, swiglu
-from pipeline.devices import DEVICES
+from pipeline.devices import DEVICES, Device
 from pipeline.model.architecture_files import load_architecture
 from pipeline.puzzle.roofline import (
     ALL_REDUCE_S,
@@ -209,3 +209,10 @@ def test_roofline_times_key_every_variant_and_the_parent_is_their_sum():
     for phase in ("prefill", "decode"):
         layer = times["chat", phase, "attention", "kv2"] + times["chat", phase, "ffn", "ffn64"]
         assert sums["chat", phase] == pytest.approx(times["chat", phase, "fixed", "fixed"] + 3 * layer)
+
+
+def test_rates_of_a_measured_device_count_whole():
+    here = Device(name="here", peak_flops_per_s=1e9, bandwidth_bytes_per_s=1e8, memory_bytes=None, kernel_s=1e-5)
+    work = Work(flops=3e6, matmul_bytes=1e5, elementwise_bytes=2e5, num_kernels=4)
+    one = Setting(device=here, num_devices=1, precision="fp32")
+    assert time_ms(work, setting=one) == pytest.approx(3.0 + 2.0 + 4 * 0.01)

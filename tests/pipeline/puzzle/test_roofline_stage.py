@@ -7,6 +7,8 @@ from typing import Any
 import polars as pl
 import pytest
 
+from pipeline.devices import THIS_MACHINE
+from pipeline.errors import RecipeError
 from pipeline.execution import Workspace, materialize, stage_identity
 from pipeline.model.checkpoint import read_architecture
 from pipeline.puzzle.calibration import PHASES, Calibration
@@ -103,3 +105,28 @@ def test_identity_of_a_roofline_names_no_machine_and_that_of_a_measurement_does(
     assert "hardware" in measured
     other = stage_identity(replace(workspace, recipe=roofline_recipe(device="h200-141gb")), STAGE, target)
     assert computed["config"] != other["config"]
+
+
+def test_roofline_of_this_machine_is_measured_here_and_says_so(workspace: Workspace):
+    target = workspace.recipe.default_target
+    here = replace(workspace, recipe=roofline_recipe(device=THIS_MACHINE, served_precision="fp32"))
+    assert "hardware" in stage_identity(here, STAGE, target)
+    artifact = materialize(here, STAGE.name, target=target).artifact
+    facts = artifact.record.result.facts
+    assert facts["runtime"] == "roofline of this machine"
+    rates = [float(facts[name].split()[0].replace(",", "")) for name in ("matmul peak", "bandwidth", "empty kernel")]
+    # A processor: more than a billion operations and bytes a second, less than a tenth of a second for nothing.
+    assert rates[0] > 1
+    assert rates[1] > 1
+    assert 0 < rates[2] < 1e5
+    times = read_table(artifact.path, PROFILE)
+    widths = dict(
+        times.filter((pl.col("phase") == "prefill") & (pl.col("part") == "ffn")).select("variant", "time_ms").rows()
+    )
+    assert widths["ffn192"] > widths["ffn96"] > widths["no_op"] == 0.0
+
+
+@pytest.mark.parametrize("changes", [{"tensor_parallel_size": 2}, {"served_precision": "fp8"}])
+def test_this_machine_is_one_device_and_computes_no_fp8(changes: dict[str, Any]):
+    with pytest.raises(RecipeError, match="this-machine is measured alone and in bf16 or fp32"):
+        roofline_recipe(device=THIS_MACHINE, **changes)
