@@ -72,7 +72,7 @@ def main() -> None:
         keep(given.results, results)
         print(f"{target}: {children.height} children compared before distillation", flush=True)
     # Every speed's first comparison before any speed's second.
-    for place in range(2 + NUM_BASELINES if given.kd_tokens else 0):
+    for place in range(min(given.num_distilled, 2 + NUM_BASELINES) if given.kd_tokens else 0):
         for target, (workspace, artifacts) in searched.items():
             found = results[target]
             weights = {row["method"]: row["weights"] for row in found["before"]}
@@ -108,6 +108,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="smol-full")
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.25, 1.5, 2.0])
     parser.add_argument("--kd-tokens", type=int, default=50_000, help="0: compare before distillation alone")
+    parser.add_argument(
+        "--num-distilled",
+        type=int,
+        default=2 + NUM_BASELINES,
+        help="of each speed: the search's child, the best baseline, the twin without block distillation, the next one",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=refit_home() / "bench-quality" / "results.json")
     parser.add_argument("--work-dir", type=Path, default=refit_home() / "bench-quality")

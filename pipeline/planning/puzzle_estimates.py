@@ -137,8 +137,8 @@ def block_scores(case: Case) -> Estimate:
 def refined_solution(case: Case) -> Estimate:
     """Return what scoring whole models, and blocks again in each round, costs."""
     search, space = case.recipe.search, case.sizes.space
-    # A round proposes one child for max_changed_layers, its half, ... and 1.
-    proposals = search.refinement.max_changed_layers.bit_length()
+    # A round proposes children for max_changed_layers, its half, ... and 1.
+    proposals = search.refinement.max_changed_layers.bit_length() * search.refinement.answers_per_step
     num_rounds = search.most_rounds(num_layers=len(space.layers))
     # They end early only where all tokens for rounds were read around one child.
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)

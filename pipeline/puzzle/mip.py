@@ -167,26 +167,42 @@ def solve_near(
     blocks: Sequence[BlockSpec],
     *,
     max_changed_layers: int,
+    excluded: Sequence[Sequence[BlockSpec]],
     time_limit_s: float,
     relative_gap: float,
 ) -> Solution | None:
-    """Return the best choice that changes at most so many layers of `blocks`; None when none of those meets the limits.
+    """Return the best choice that changes at most so many layers of `blocks`, and is none of those excluded.
+
+    None when no such choice meets the limits.
 
     Raises:
         OutOfTimeError, StageError: as solve_programme.
     """
     programme = problem.programme
-    changed = tuple(
-        tuple(float(candidate.block.key != block.key) for candidate in candidates)
-        for candidates, block in zip(problem.layers, blocks, strict=True)
+    changed = Row(
+        name="changed layers",
+        fixed=0.0,
+        upper=float(max_changed_layers),
+        cost=tuple(tuple(1.0 - same for same in layer) for layer in _alike(problem, blocks)),
     )
-    row = Row(name="changed layers", fixed=0.0, upper=float(max_changed_layers), cost=changed)
+    others = [
+        Row(name="another choice", fixed=0.0, upper=len(problem.layers) - 1.0, cost=_alike(problem, one))
+        for one in excluded
+    ]
     answer = solve_programme(
-        replace(programme, rows=(*programme.rows, row)),
+        replace(programme, rows=(*programme.rows, changed, *others)),
         time_limit_s=time_limit_s,
         relative_gap=relative_gap,
     )
     return None if answer is None else _solution(problem, answer)
+
+
+def _alike(problem: Problem, blocks: Sequence[BlockSpec]) -> Values:
+    """Return 1 for each candidate that is the layer's block of this choice, 0 for the others."""
+    return tuple(
+        tuple(float(candidate.block.key == block.key) for candidate in candidates)
+        for candidates, block in zip(problem.layers, blocks, strict=True)
+    )
 
 
 def violated_limits(blocks: Sequence[BlockSpec], limits: Sequence[LinearLimit]) -> tuple[LinearLimit, ...]:

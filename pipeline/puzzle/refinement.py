@@ -7,8 +7,9 @@ With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
 
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
 
-is linear again and exact for one change of one half (half_scores.py); it is solved for r, r/2, r/4, ... 1, its answers
-are scored as whole models, and the best of them becomes x where it is better.
+is linear again and exact for one change of one half (half_scores.py); it is solved for r, r/2, r/4, ... 1, its best few
+answers to each are scored as whole models, and the best of them becomes x where it is better. Few, and not one: sums
+over several changes promise too much, and the answer that promises most is the one most likely to.
 
 What chooses among hundreds of blocks by few tokens fits those tokens. So every round measures on others, a round that
 brings nothing better is followed by one whose d is the mean over all that was measured around the same x, and whole
@@ -16,7 +17,7 @@ models, of which there are few, are compared on more. (The scoring is Puzzle's, 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -132,14 +133,14 @@ def refine(
         scores = _mean(around)
         problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
         proposals = {
-            f"{ROUND} {number}, at most {max_changed} layers changed": recorded(solution, problem, scores)
-            for max_changed, solution in _proposals(
+            f"{ROUND} {number}, {name}": recorded(solution, problem, scores)
+            for name, solution in _proposals(
                 problem,
                 best.record.blocks,
                 known=[one.record.blocks for one in scored],
                 settings=settings,
                 note=reporter.note,
-            ).items()
+            )
         }
         found = measure(proposals) if proposals else []
         scored += found
@@ -176,6 +177,7 @@ def search_again(
             problem,
             centre,
             max_changed_layers=settings.refinement.max_changed_layers,
+            excluded=(),
             settings=settings,
             note=note,
         )
@@ -230,20 +232,20 @@ def _proposals(
     known: Sequence[Sequence[BlockSpec]],
     settings: SearchConfig,
     note: Callable[[str], None],
-) -> dict[int, Solution]:
-    """Return the answers for shrinking numbers of layers that may change; none twice, and none of the `known`."""
-    found: dict[int, Solution] = {}
-    seen = {tuple(block.key for block in one) for one in known}
+) -> Iterator[tuple[str, Solution]]:
+    """Give the best answers for shrinking numbers of layers that may change, none twice and none of the `known`."""
+    seen = list(known)
     max_changed = settings.refinement.max_changed_layers
     while max_changed:
-        solution = _solve_near(problem, blocks, max_changed_layers=max_changed, settings=settings, note=note)
-        if solution is not None:
-            keys = tuple(block.key for block in solution.blocks)
-            if keys not in seen:
-                seen.add(keys)
-                found[max_changed] = solution
+        for number in range(1, settings.refinement.answers_per_step + 1):
+            solution = _solve_near(
+                problem, blocks, max_changed_layers=max_changed, excluded=seen, settings=settings, note=note
+            )
+            if solution is None:
+                break
+            seen.append(solution.blocks)
+            yield f"at most {max_changed} layers changed, answer {number}", solution
         max_changed //= 2
-    return found
 
 
 def _solve_near(
@@ -251,6 +253,7 @@ def _solve_near(
     blocks: Sequence[BlockSpec],
     *,
     max_changed_layers: int,
+    excluded: Sequence[Sequence[BlockSpec]],
     settings: SearchConfig,
     note: Callable[[str], None],
 ) -> Solution | None:
@@ -260,6 +263,7 @@ def _solve_near(
             problem,
             blocks,
             max_changed_layers=max_changed_layers,
+            excluded=excluded,
             time_limit_s=settings.time_limit_s,
             relative_gap=settings.relative_gap,
         )

@@ -50,6 +50,9 @@ class RefinementConfig(Frozen):
         description="validation tokens between those two on which a round measures blocks, each round on its own"
     )
     rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none")
+    answers_per_step: Positive = Field(
+        description="children that a round proposes for each number of changed layers: the most, its half, ... and 1"
+    )
     max_changed_layers: Positive = Field(
         description="most layers in which an answer may differ from the child that it starts from"
     )

@@ -49,12 +49,20 @@ def score_around(base: Sequence[BlockSpec], _: int = 0) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SCHEMAS[SCORES], orient="row")
 
 
-def settings(*, rounds: int, max_changed_layers: int, layers: LayerPattern = "heterogeneous") -> SearchConfig:
+def settings(
+    *, rounds: int, max_changed_layers: int, layers: LayerPattern = "heterogeneous", answers_per_step: int = 1
+) -> SearchConfig:
     return SearchConfig(
         objective="kl",
         layers=layers,
         pool=PoolConfig(num_solutions=1, max_overlap=0.5),
-        refinement=RefinementConfig(tokens=1, tokens_per_round=1, rounds=rounds, max_changed_layers=max_changed_layers),
+        refinement=RefinementConfig(
+            tokens=1,
+            tokens_per_round=1,
+            rounds=rounds,
+            answers_per_step=answers_per_step,
+            max_changed_layers=max_changed_layers,
+        ),
         batch_choice="lowest_loss",
         time_limit_s=10,
         relative_gap=0.0,
@@ -71,6 +79,7 @@ def run(
     layers: LayerPattern = "heterogeneous",
     others: Mapping[str, Sequence[BlockSpec] | None] | None = None,
     pins: tuple[Pin, ...] = (),
+    answers_per_step: int = 1,
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
     num_parts: int = 1,
@@ -84,7 +93,9 @@ def run(
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
     requirements = Requirements(limits=REQUIREMENTS.limits, pins=pins)
-    chosen = settings(rounds=rounds, max_changed_layers=max_changed_layers, layers=layers)
+    chosen = settings(
+        rounds=rounds, max_changed_layers=max_changed_layers, layers=layers, answers_per_step=answers_per_step
+    )
     scores = score_around([OPTIONS[0]] * NUM_LAYERS)
 
     def score_around_noting(base: Sequence[BlockSpec], number: int) -> pl.DataFrame:
@@ -218,7 +229,8 @@ def test_no_other_method_is_heard_against_a_pin_a_pattern_or_a_limit():
 
 def test_refine_ends_where_no_single_layer_may_change_for_the_better():
     outcome, _ = run(rounds=4, max_changed_layers=1)
-    assert [one.origin for one in outcome.scored] == ["pool 0"]
+    assert [one.origin for one in outcome.scored] == ["pool 0", "round 1, at most 1 layers changed, answer 1"]
+    assert outcome.best == outcome.scored[0]
     assert outcome.scores.filter("is_base")["kl"].unique().to_list() == [outcome.best.value("kl")]
 
 
@@ -237,6 +249,21 @@ def test_refine_ends_when_what_a_round_promises_is_worse_as_a_whole_model():
     assert len(centres) == 1
     assert len(outcome.scored) > 1
     assert outcome.best == outcome.scored[0]
+
+
+def test_refine_scores_several_answers_of_a_step_none_of_them_twice():
+    one, _ = run(rounds=3)
+    several, _ = run(rounds=3, answers_per_step=3)
+    children = [tuple(block.key for block in scored.record.blocks) for scored in several.scored]
+    assert len(set(children)) == len(children)
+    of_a_step = [scored for scored in several.scored if scored.origin.startswith("round 1, at most 2 layers changed")]
+    assert [scored.origin.rpartition(" ")[2] for scored in of_a_step] == ["1", "2", "3"]
+    promised = [scored.record.objective for scored in of_a_step]
+    assert promised == sorted(promised)
+    for scored in of_a_step:
+        pairs = zip(scored.record.blocks, several.scored[0].record.blocks, strict=True)
+        assert sum(new.key != old.key for new, old in pairs) <= 2
+    assert several.best.value("kl") <= one.best.value("kl")
 
 
 def test_refine_averages_over_the_tokens_of_all_rounds_around_a_child_that_nothing_improved():
