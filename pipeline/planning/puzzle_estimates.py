@@ -147,7 +147,8 @@ def refined_solution(case: Case) -> Estimate:
     num_starts = search.pool.num_solutions + NUM_METHODS - 1
     has_pairs = case.recipe.block_library.mode != "decoupled"
     measured = space if has_pairs else measured_around(space, [space.parent] * len(space.layers))
-    around = _scoring(case, tokens=of_round, rounds=rounds, num_models=Range.of(0), measured=measured)
+    steps = search.refinement.path_steps - 1 if num_rounds else 0
+    around = _scoring(case, tokens=of_round, rounds=rounds + steps, num_models=Range.of(0), measured=measured)
     whole = _scoring(case, tokens=tokens, rounds=Range.of(0), num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
         context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False

@@ -2,7 +2,9 @@
 
 Sums of replace-1-block scores choose badly where many layers go: what a layer is worth depends on which others stay.
 So the answers are scored as whole models, beside what simpler methods choose of the same blocks (baselines.py), which
-sums lose to where much has to go. Around the best, x, blocks are measured again with x's other blocks in place.
+sums lose to where much has to go, and beside a child that was reached in steps: the limits are tightened from what the
+parent needs to what is asked, and each step is chosen by scores around the child of the step before.
+Around the best of these, x, blocks are measured again with x's other blocks in place.
 With d[i,j] = measure(x with block j in layer i) - measure(x), the programme
 
     min sum_ij d[i,j] y[i,j]    under the target's limits, at most r layers of y unlike x
@@ -18,14 +20,16 @@ models, of which there are few, are compared on more. (The scoring is Puzzle's, 
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import polars as pl
 
 from pipeline.architecture import BlockSpec
+from pipeline.errors import InfeasibleError
 from pipeline.progress import Reporter
 from pipeline.puzzle.divergence import Divergence
-from pipeline.puzzle.mip import Problem, Solution, solve_near, violated_limits
+from pipeline.puzzle.limits import LinearLimit
+from pipeline.puzzle.mip import Problem, Solution, solve, solve_near, violated_limits
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
@@ -34,6 +38,8 @@ from pipeline.recipe import Objective, Requirements, SearchConfig
 
 POOL = "pool"
 """What the origin of an answer to the programme over the parent's scores begins with."""
+IN_STEPS = "limits tightened in steps"
+"""The origin of the child that was reached by scores around children with less taken away."""
 ROUND = "round"
 """What the origin of an answer to the programme over scores around a child begins with."""
 
@@ -112,7 +118,10 @@ def refine(
             settings=settings,
         )
 
-    problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
+    def build(scores: pl.DataFrame) -> Problem:
+        return build_problem(scores, costs=costs, requirements=requirements, settings=settings)
+
+    problem = build(scores)
     starts = {f"{POOL} {number}": record for number, record in enumerate(pool)}
     least = math.fsum(pool[0].layer_scores)
     for method, blocks in others.items():
@@ -121,17 +130,25 @@ def refine(
             reporter.note(f"{method} chooses no child that the programme may")
         else:
             starts[method] = recorded(choice, problem, scores)
+    num_rounds = settings.most_rounds(num_layers=len(costs.parent.blocks))
+    num_steps = settings.refinement.path_steps if num_rounds else 1
+    if num_steps > 1:
+        reached = _walk(
+            scores, num_steps=num_steps, score_around=score_around, build=build, settings=settings, note=reporter.note
+        )
+        if reached is not None:
+            starts[IN_STEPS] = recorded(*reached)
     scored = measure(starts)
     best = min(scored, key=lambda one: one.value(objective))
     around: list[pl.DataFrame] = []
-    for number in range(1, settings.most_rounds(num_layers=len(best.record.blocks)) + 1):
+    for number in range(1, num_rounds + 1):
         reporter.note(
             f"round {number}: {best.origin} has {objective} {best.value(objective):.4f} as a whole model, "
             f"{best.record.objective:.4f} by its sum"
         )
-        around.append(score_around(best.record.blocks, number))
+        around.append(score_around(best.record.blocks, num_steps - 1 + number))
         scores = _mean(around)
-        problem = build_problem(scores, costs=costs, requirements=requirements, settings=settings)
+        problem = build(scores)
         proposals = {
             f"{ROUND} {number}, {name}": recorded(solution, problem, scores)
             for name, solution in _proposals(
@@ -212,6 +229,61 @@ def _as_solution(problem: Problem, blocks: Sequence[BlockSpec], *, least: float)
             total = math.fsum(candidate.score for candidate in chosen)
             return Solution(chosen=chosen, status="feasible", gap=1 - least / total if total > 0 else 0.0)
     return None
+
+
+def _walk(
+    scores: pl.DataFrame,
+    *,
+    num_steps: int,
+    score_around: ScoreAround,
+    build: Callable[[pl.DataFrame], Problem],
+    settings: SearchConfig,
+    note: Callable[[str], None],
+) -> tuple[Solution, Problem, pl.DataFrame] | None:
+    """Return the child of the last step, and the problem and scores that it answers; None where a step has no answer.
+
+    A step leaves what the parent needs beyond the limits but for its share of it, and gives nothing back: a layer's
+    candidates are those that need no more, of any limit, than its block of the step before.
+    """
+    problem = build(scores)
+
+    def answer(step: int) -> Solution | None:
+        eased = replace(problem, limits=tuple(_eased(one, share=1 - step / num_steps) for one in problem.limits))
+        try:
+            return solve(eased, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
+        except (InfeasibleError, OutOfTimeError) as err:
+            note(f"step {step} of {num_steps} from the parent has no answer: {err}")
+            return None
+
+    for step in range(1, num_steps):
+        found = answer(step)
+        if found is None:
+            return None
+        note(f"step {step} of {num_steps} from the parent")
+        scores = score_around(found.blocks, step)
+        problem = _no_larger(build(scores), found.blocks)
+    last = answer(num_steps)
+    return None if last is None else (last, problem, scores)
+
+
+def _eased(limit: LinearLimit, *, share: float) -> LinearLimit:
+    """Return a limit with room for a share of what the parent needs beyond it."""
+    return replace(limit, upper=limit.upper + share * max(0.0, limit.reference - limit.upper))
+
+
+def _no_larger(problem: Problem, blocks: Sequence[BlockSpec]) -> Problem:
+    """Return the problem with the candidates that need no more of any limit than these blocks."""
+    return replace(
+        problem,
+        layers=tuple(
+            tuple(
+                candidate
+                for candidate in candidates
+                if all(limit.cost[candidate.block.key] <= limit.cost[own.key] for limit in problem.limits)
+            )
+            for candidates, own in zip(problem.layers, blocks, strict=True)
+        ),
+    )
 
 
 def _mean(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:

@@ -49,7 +49,11 @@ class RefinementConfig(Frozen):
     tokens_per_round: Positive = Field(
         description="validation tokens between those two on which a round measures blocks, each round on its own"
     )
-    rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none")
+    path_steps: Positive = Field(
+        description="steps in which limits are tightened from the parent's needs to the target's for one more child to "
+        "begin at, each chosen by scores around the child before it, which cost what a round's do; 1: no such child"
+    )
+    rounds: Annotated[int, Field(ge=0)] = Field(description="most rounds; 0: none, and no steps")
     answers_per_step: Positive = Field(
         description="children that a round proposes for each number of changed layers: the most, its half, ... and 1"
     )

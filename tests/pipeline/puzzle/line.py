@@ -67,7 +67,9 @@ SEARCH = SearchConfig(
     objective="kl",
     layers="heterogeneous",
     pool=PoolConfig(num_solutions=3, max_overlap=0.7),
-    refinement=RefinementConfig(tokens=32, tokens_per_round=32, rounds=2, answers_per_step=1, max_changed_layers=2),
+    refinement=RefinementConfig(
+        tokens=32, tokens_per_round=32, path_steps=1, rounds=2, answers_per_step=1, max_changed_layers=2
+    ),
     batch_choice="lowest_loss",
     time_limit_s=10,
     relative_gap=0.0,

@@ -28,7 +28,9 @@ SETTINGS = SearchConfig(
     objective="kl",
     layers="heterogeneous",
     pool=PoolConfig(num_solutions=1, max_overlap=0.0),
-    refinement=RefinementConfig(tokens=1, tokens_per_round=1, rounds=0, answers_per_step=1, max_changed_layers=1),
+    refinement=RefinementConfig(
+        tokens=1, tokens_per_round=1, path_steps=1, rounds=0, answers_per_step=1, max_changed_layers=1
+    ),
     batch_choice="lowest_loss",
     time_limit_s=10,
     relative_gap=0.0,

@@ -97,7 +97,9 @@ def run(*limits: Limit, choice: BatchChoice = "lowest_loss", num_solutions: int 
         objective="kl",
         layers="heterogeneous",
         pool=PoolConfig(num_solutions=num_solutions, max_overlap=0.8),
-        refinement=RefinementConfig(tokens=1, tokens_per_round=1, rounds=0, answers_per_step=1, max_changed_layers=1),
+        refinement=RefinementConfig(
+            tokens=1, tokens_per_round=1, path_steps=1, rounds=0, answers_per_step=1, max_changed_layers=1
+        ),
         batch_choice=choice,
         time_limit_s=10,
         relative_gap=0.0,

@@ -1,8 +1,6 @@
 """block_scores killed at random moments: the table it ends with is that of an undisturbed run, byte for byte."""
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -56,7 +54,7 @@ def test_block_scores_killed_at_random_ends_with_the_table_of_an_undisturbed_run
             while process.poll() is None and not _has_come(out_dir, num_layers=num_layers):
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, spent_s / 10))
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()  # nothing, where the run was over first
         layers_left.append(len(list(out_dir.glob("_work/layer-*.json"))))
     assert any(0 < count < 3 for count in layers_left)  # some kill fell between two layers
     assert layers_left == sorted(layers_left)  # what is finished is never lost

@@ -10,7 +10,7 @@ from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec, gqa, swiglu
 from pipeline.progress import Reporter, SilentReporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.predictions import linear_limits
-from pipeline.puzzle.refinement import Refinement, refine, search_again
+from pipeline.puzzle.refinement import IN_STEPS, Refinement, refine, search_again
 from pipeline.puzzle.search import search
 from pipeline.puzzle.tables import SCHEMAS, SCORES
 from pipeline.recipe import LayerPattern, Pin, PoolConfig, RefinementConfig, Requirements, SearchConfig
@@ -50,7 +50,12 @@ def score_around(base: Sequence[BlockSpec], _: int = 0) -> pl.DataFrame:
 
 
 def settings(
-    *, rounds: int, max_changed_layers: int, layers: LayerPattern = "heterogeneous", answers_per_step: int = 1
+    *,
+    rounds: int,
+    max_changed_layers: int,
+    layers: LayerPattern = "heterogeneous",
+    answers_per_step: int = 1,
+    path_steps: int = 1,
 ) -> SearchConfig:
     return SearchConfig(
         objective="kl",
@@ -59,6 +64,7 @@ def settings(
         refinement=RefinementConfig(
             tokens=1,
             tokens_per_round=1,
+            path_steps=path_steps,
             rounds=rounds,
             answers_per_step=answers_per_step,
             max_changed_layers=max_changed_layers,
@@ -80,6 +86,7 @@ def run(
     others: Mapping[str, Sequence[BlockSpec] | None] | None = None,
     pins: tuple[Pin, ...] = (),
     answers_per_step: int = 1,
+    path_steps: int = 1,
     around: list[tuple[str, ...]] | None = None,
     is_misled: bool = False,
     num_parts: int = 1,
@@ -94,7 +101,11 @@ def run(
     costs = make_costs(architecture, OPTIONS)
     requirements = Requirements(limits=REQUIREMENTS.limits, pins=pins)
     chosen = settings(
-        rounds=rounds, max_changed_layers=max_changed_layers, layers=layers, answers_per_step=answers_per_step
+        rounds=rounds,
+        max_changed_layers=max_changed_layers,
+        layers=layers,
+        answers_per_step=answers_per_step,
+        path_steps=path_steps,
     )
     scores = score_around([OPTIONS[0]] * NUM_LAYERS)
 
@@ -264,6 +275,25 @@ def test_refine_scores_several_answers_of_a_step_none_of_them_twice():
         pairs = zip(scored.record.blocks, several.scored[0].record.blocks, strict=True)
         assert sum(new.key != old.key for new, old in pairs) <= 2
     assert several.best.value("kl") <= one.best.value("kl")
+
+
+def test_a_child_reached_in_steps_is_chosen_by_scores_around_those_before_it():
+    centres: list[tuple[str, ...]] = []
+    outcome, best = run(rounds=1, path_steps=3, around=centres)
+    walked = next(one for one in outcome.scored if one.origin == IN_STEPS)
+    # A third of what has to go, then two thirds, then all, and what went stays gone.
+    keys = [block.key for block in OPTIONS]
+    path = [*centres[:2], [block.key for block in walked.record.blocks]]
+    for before, after in itertools.pairwise(path):
+        assert all(keys.index(one) <= keys.index(other) for one, other in zip(before, after, strict=True))
+    assert any(key != keys[0] for key in path[0])
+    assert all(limit.is_met for limit in walked.record.limits)
+    assert best <= walked.value("kl") < outcome.scored[0].value("kl")
+    assert centres[2] == tuple(
+        block.key for block in min(outcome.scored[:2], key=lambda one: one.value("kl")).record.blocks
+    )
+    without, _ = run(rounds=0, path_steps=3)
+    assert [one.origin for one in without.scored] == ["pool 0"]
 
 
 def test_refine_averages_over_the_tokens_of_all_rounds_around_a_child_that_nothing_improved():

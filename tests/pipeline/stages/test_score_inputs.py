@@ -23,7 +23,12 @@ def numbers(packed: PackedTokens) -> list[int]:
 
 def test_parts_lie_apart_and_rounds_are_read_from_the_end():
     refinement = RefinementConfig(
-        tokens=3 * LENGTH - 1, tokens_per_round=2 * LENGTH, rounds=9, answers_per_step=1, max_changed_layers=1
+        tokens=3 * LENGTH - 1,
+        tokens_per_round=2 * LENGTH,
+        path_steps=1,
+        rounds=9,
+        answers_per_step=1,
+        max_changed_layers=1,
     )
     parts = SearchWindows.of(windows(11), refinement)
     assert numbers(parts.compared) == [0, 1, 2]
@@ -33,7 +38,7 @@ def test_parts_lie_apart_and_rounds_are_read_from_the_end():
 
 def test_too_few_windows_for_a_single_round_are_refused():
     refinement = RefinementConfig(
-        tokens=3 * LENGTH, tokens_per_round=2 * LENGTH, rounds=0, answers_per_step=1, max_changed_layers=1
+        tokens=3 * LENGTH, tokens_per_round=2 * LENGTH, path_steps=1, rounds=0, answers_per_step=1, max_changed_layers=1
     )
     with pytest.raises(DataError, match="7 validation windows of 4 tokens do not hold"):
         SearchWindows.of(windows(7), refinement)
