@@ -144,10 +144,11 @@ def refined_solution(case: Case) -> Estimate:
     rounds = Range(low=min(1, num_rounds), expected=num_rounds, high=num_rounds)
     tokens, of_round = search.refinement.tokens, search.refinement.tokens_per_round
     # Besides the pool what other methods choose; layers are ordered for them in a pass of the parent up to its logits.
-    num_starts = search.pool.num_solutions + NUM_METHODS - 1
+    steps = search.refinement.path_steps - 1 if num_rounds else 0
+    num_starts = search.pool.num_solutions + NUM_METHODS - 1 + (steps > 0)
+    # Where layers are gone whole more is measured, up to all of the space.
     has_pairs = case.recipe.block_library.mode != "decoupled"
     measured = space if has_pairs else measured_around(space, [space.parent] * len(space.layers))
-    steps = search.refinement.path_steps - 1 if num_rounds else 0
     around = _scoring(case, tokens=of_round, rounds=rounds + steps, num_models=Range.of(0), measured=measured)
     whole = _scoring(case, tokens=tokens, rounds=Range.of(0), num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
@@ -254,6 +255,8 @@ def _cache_bytes(case: Case, *, scenarios: Sequence[Scenario]) -> float:
 def block_profile(case: Case) -> Estimate:
     """Return what timing every variant costs."""
     profile = case.recipe.block_profile
+    if profile.backend == "roofline":
+        return Estimate(extra_s=START_S)
     # Each round runs the parent twice and a model of all variants, no shallower than the parent, once.
     num_files, timings = 0, 3.0
     if profile.backend in OUTSIDE_TIMINGS:

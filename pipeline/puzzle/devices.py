@@ -17,10 +17,11 @@ from pipeline.training.distributed import init_distributed
 
 # The fastest of so many products counts, so that a moment's load does not.
 NUM_TRIALS = 30
-# Of this machine's own rates: a product of square matrices, a copy, and calls that have next to nothing to do.
-_MATMUL_SIZE = 2048
+# Of this machine's own rates: a product of square matrices, a copy, and calls that have next to nothing to do. A GPU
+# takes less for the smaller product than for starting it.
+_MATMUL_SIZES = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = 2**28
-_NUM_MEASURED = 7
+_NUM_RATE_TRIALS = 7
 _NUM_SMALL_CALLS = 1000
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -86,13 +87,14 @@ def measure_this_machine(precision: Precision) -> Device:
     The fastest of seven trials each, so that a moment's load does not count.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    left = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device).to(TORCH_DTYPES[precision])
+    size = _MATMUL_SIZES[device.type]
+    left = torch.randn(size, size, device=device).to(TORCH_DTYPES[precision])
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target, small = torch.empty_like(source), torch.ones(1, device=device)
 
     def fastest_s(call: Callable[[], object]) -> float:
         seconds = []
-        for _ in range(_NUM_MEASURED):
+        for _ in range(_NUM_RATE_TRIALS):
             began = time.perf_counter()
             call()
             if device.type == "cuda":
@@ -107,7 +109,7 @@ def measure_this_machine(precision: Precision) -> Device:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return Device(
         name="this machine, measured",
-        peak_flops_per_s=2 * _MATMUL_SIZE**3 / fastest_s(lambda: left @ left),
+        peak_flops_per_s=2 * size**3 / fastest_s(lambda: left @ left),
         bandwidth_bytes_per_s=2 * _COPY_BYTES / fastest_s(lambda: target.copy_(source)),
         memory_bytes=memory,
         kernel_s=fastest_s(many_small_calls) / _NUM_SMALL_CALLS,

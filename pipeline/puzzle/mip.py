@@ -162,6 +162,16 @@ def solve_pool(
     return tuple(_solution(problem, answer) for answer in answers)
 
 
+def find(problem: Problem, *, time_limit_s: float, relative_gap: float) -> Solution | None:
+    """Return what solve does; None, and no account of why, when no choice meets the limits.
+
+    Raises:
+        OutOfTimeError, StageError: as solve_programme.
+    """
+    answer = solve_programme(problem.programme, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    return None if answer is None else _solution(problem, answer)
+
+
 def solve_near(
     problem: Problem,
     blocks: Sequence[BlockSpec],
@@ -186,7 +196,7 @@ def solve_near(
         cost=tuple(tuple(1.0 - same for same in layer) for layer in _alike(problem, blocks)),
     )
     others = [
-        Row(name="another choice", fixed=0.0, upper=len(problem.layers) - 1.0, cost=_alike(problem, one))
+        Row(name="another choice", fixed=1.0, upper=float(len(problem.layers)), cost=_alike(problem, one))
         for one in excluded
     ]
     answer = solve_programme(

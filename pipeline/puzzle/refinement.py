@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from pipeline.architecture import BlockSpec
-from pipeline.errors import InfeasibleError
+from pipeline.errors import StageError
 from pipeline.progress import Reporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.limits import LinearLimit
-from pipeline.puzzle.mip import Problem, Solution, solve, solve_near, violated_limits
+from pipeline.puzzle.mip import Problem, Solution, find, solve_near, violated_limits
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
@@ -40,6 +40,8 @@ POOL = "pool"
 """What the origin of an answer to the programme over the parent's scores begins with."""
 IN_STEPS = "limits tightened in steps"
 """The origin of the child that was reached by scores around children with less taken away."""
+# From the largest to the smallest, whatever their sizes.
+KINDS = ("gqa", "swiglu", "linear", "no_op")
 ROUND = "round"
 """What the origin of an answer to the programme over scores around a child begins with."""
 
@@ -127,11 +129,13 @@ def refine(
     for method, blocks in others.items():
         choice = None if blocks is None else _as_solution(problem, blocks, least=least)
         if choice is None:
-            reporter.note(f"{method} chooses no child that the programme may")
+            why = "meets no limits" if blocks is None else "chooses no child that the programme may"
+            reporter.note(f"{method} {why}")
         else:
             starts[method] = recorded(choice, problem, scores)
     num_rounds = settings.most_rounds(num_layers=len(costs.parent.blocks))
-    num_steps = settings.refinement.path_steps if num_rounds else 1
+    asks_for_less = any(limit.reference > limit.upper for limit in problem.limits)
+    num_steps = settings.refinement.path_steps if num_rounds and asks_for_less else 1
     if num_steps > 1:
         reached = _walk(
             scores, num_steps=num_steps, score_around=score_around, build=build, settings=settings, note=reporter.note
@@ -240,26 +244,27 @@ def _walk(
     settings: SearchConfig,
     note: Callable[[str], None],
 ) -> tuple[Solution, Problem, pl.DataFrame] | None:
-    """Return the child of the last step, and the problem and scores that it answers; None where a step has no answer.
+    """Return the child of the last step, and the problem and scores that it answers.
 
-    A step leaves what the parent needs beyond the limits but for its share of it, and gives nothing back: a layer's
-    candidates are those that need no more, of any limit, than its block of the step before.
+    None where a step has no answer. A step leaves what the parent needs beyond the limits but for its share of it, and
+    gives nothing back: neither half of a layer's block becomes larger than it was in the step before.
     """
     problem = build(scores)
 
     def answer(step: int) -> Solution | None:
         eased = replace(problem, limits=tuple(_eased(one, share=1 - step / num_steps) for one in problem.limits))
         try:
-            return solve(eased, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
-        except (InfeasibleError, OutOfTimeError) as err:
-            note(f"step {step} of {num_steps} from the parent has no answer: {err}")
-            return None
+            found = find(eased, time_limit_s=settings.time_limit_s, relative_gap=settings.relative_gap)
+            reason = "nothing smaller than the step before meets its limits"
+        except StageError as err:
+            found, reason = None, str(err)
+        note(f"step {step} of {num_steps} from the parent" + ("" if found is not None else f" has no answer: {reason}"))
+        return found
 
     for step in range(1, num_steps):
         found = answer(step)
         if found is None:
             return None
-        note(f"step {step} of {num_steps} from the parent")
         scores = score_around(found.blocks, step)
         problem = _no_larger(build(scores), found.blocks)
     last = answer(num_steps)
@@ -272,17 +277,29 @@ def _eased(limit: LinearLimit, *, share: float) -> LinearLimit:
 
 
 def _no_larger(problem: Problem, blocks: Sequence[BlockSpec]) -> Problem:
-    """Return the problem with the candidates that need no more of any limit than these blocks."""
+    """Return the problem with the candidates neither half of which is larger than that of these blocks."""
     return replace(
         problem,
         layers=tuple(
-            tuple(
-                candidate
-                for candidate in candidates
-                if all(limit.cost[candidate.block.key] <= limit.cost[own.key] for limit in problem.limits)
-            )
+            tuple(candidate for candidate in candidates if _is_no_larger(candidate.block, own))
             for candidates, own in zip(problem.layers, blocks, strict=True)
         ),
+    )
+
+
+def _is_no_larger(block: BlockSpec, own: BlockSpec) -> bool:
+    """Return whether each half stays as it is or comes later in the order of a search space: smaller, linear, none."""
+    return all(
+        KINDS.index(one.kind) > KINDS.index(other.kind) or (one.kind == other.kind and size <= other_size)
+        for one, other, size, other_size in (
+            (
+                block.attention,
+                own.attention,
+                block.attention.num_key_value_heads or 0,
+                own.attention.num_key_value_heads or 0,
+            ),
+            (block.ffn, own.ffn, block.ffn.intermediate_size or 0, own.ffn.intermediate_size or 0),
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Prefill and decode time of every subblock variant on a named device, in closed form from its data sheet. Pure.
+"""Prefill and decode time of every subblock variant on a device, in closed form from its rates. Pure.
 
     time = max(FLOPs / (peak * MATMUL_EFFICIENCY), bytes / (bandwidth * BANDWIDTH_EFFICIENCY))
          + elementwise bytes / (bandwidth * BANDWIDTH_EFFICIENCY) + kernels * KERNEL_S + all-reduce

@@ -133,11 +133,11 @@ class ProfileConfig(Frozen):
                 )
             return self
         if self.device == THIS_MACHINE:
-            if self.num_devices > 1 or self.served_precision == "fp8":
+            if self.num_devices > 1 or self.served_precision != self.precision:
                 raise ValueError(
-                    f"block_profile.device {THIS_MACHINE} is measured alone and in bf16 or fp32, got "
-                    f"tensor_parallel_size {self.num_devices} and served_precision {self.served_precision}: change "
-                    f"these, or name one of {', '.join(DEVICES)}"
+                    f"block_profile.device {THIS_MACHINE} is measured alone, and in the precision of all timings, got "
+                    f"tensor_parallel_size {self.num_devices} and served_precision {self.served_precision} "
+                    f"beside precision {self.precision}: change these, or name one of {', '.join(DEVICES)}"
                 )
             return self
         if self.device not in DEVICES:

@@ -61,6 +61,11 @@ class RefinementConfig(Frozen):
         description="most layers in which an answer may differ from the child that it starts from"
     )
 
+    @property
+    def num_reads(self) -> int:
+        """How many steps and rounds there may be, each of which reads tokens of its own."""
+        return self.path_steps - 1 + self.rounds if self.rounds else 0
+
 
 class SearchConfig(Frozen):
     """The integer programme: which score it minimises, when the solver may stop, and what is done with its answers.
@@ -88,7 +93,7 @@ class SearchConfig(Frozen):
     )
     max_recalibrations: Annotated[int, Field(ge=0)] = Field(
         description="times that the search is repeated with what the measured child says of speed, when it misses a "
-        "limit; never with a roofline"
+        "limit; never with the roofline of a named device"
     )
     speed_margin: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share by which predicted times must beat their bounds"

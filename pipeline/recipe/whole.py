@@ -1,5 +1,6 @@
 """The whole recipe: its sections, and what they must say of one another."""
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -113,11 +114,6 @@ class Recipe(Frozen):
             ("channel_importance.tokens", self.channel_importance.tokens, self.distillation_mix.tokens),
             ("block_library.tokens", self.block_library.tokens, self.distillation_mix.tokens),
             ("block_scores.tokens", self.block_scores.tokens, self.distillation_mix.validation_tokens),
-            (
-                "twice search.refinement.tokens with tokens_per_round",
-                2 * self.search.refinement.tokens + self.search.refinement.tokens_per_round,
-                self.distillation_mix.validation_tokens,
-            ),
             ("dependency_matrix.tokens", self.dependency_matrix.tokens, self.distillation_mix.validation_tokens),
             ("fusion.calibration_tokens", self.fusion.calibration_tokens, self.distillation_mix.validation_tokens),
             ("kd.tokens", self.kd.tokens, self.distillation_mix.tokens),
@@ -125,6 +121,7 @@ class Recipe(Frozen):
         ):
             if tokens > available:
                 raise ValueError(f"{stage} is {tokens:,} tokens, its mixture holds {available:,}: enlarge the mixture")
+        _require_search_windows(self.search, self.block_scores, self.distillation_mix)
         for task in self.reasoning_tasks:
             if task.name not in TRACED_TASKS:
                 raise ValueError(
@@ -176,6 +173,25 @@ def _require_own_tasks(evaluation: EvaluationConfig, sets: EvaluationSetsConfig)
             raise ValueError(
                 f"evaluation.lm_eval names {task.name}, but of this recipe's evaluation_sets there are {known}"
             )
+
+
+def _require_search_windows(search: SearchConfig, block_scores: BlockScoresConfig, mix: MixtureConfig) -> None:
+    """Refuse fewer validation windows than the search shares out (pipeline.stages.score_inputs)."""
+    refinement, length = search.refinement, mix.sequence_length
+    compared, of_round = (math.ceil(count / length) for count in (refinement.tokens, refinement.tokens_per_round))
+    wanted = 2 * compared + refinement.num_reads * of_round
+    if wanted * length > mix.validation_tokens:
+        raise ValueError(
+            f"distillation_mix.validation_tokens is {mix.validation_tokens:,}; search.refinement shares out "
+            f"{wanted * length:,}: tokens twice, and tokens_per_round for each of {refinement.num_reads} steps and "
+            f"rounds, in windows of {length:,}; enlarge the one, or ask for less of the other"
+        )
+    if block_scores.tokens > mix.validation_tokens - compared * length:
+        raise ValueError(
+            f"block_scores.tokens is {block_scores.tokens:,} of {mix.validation_tokens:,} "
+            f"distillation_mix.validation_tokens, the last {compared * length:,} of which are to choose nothing "
+            "(search.refinement.tokens): enlarge the mixture, or ask for fewer"
+        )
 
 
 def _require_backends(report: SpeedReportConfig, profile: ProfileConfig) -> None:

@@ -101,9 +101,8 @@ def _device(profile: ProfileConfig) -> Device | None:
     """Return this machine, measured, where the profile asks for it; None for a named device."""
     if profile.device != THIS_MACHINE:
         return None
-    assert profile.served_precision != "fp8"  # the recipe refuses it here
     with num_threads(profile.num_threads):
-        return measure_this_machine(profile.served_precision)
+        return measure_this_machine(profile.precision)
 
 
 def _roofline(
@@ -121,7 +120,8 @@ def _roofline(
 
 def _where(profile: ProfileConfig, device: Device | None) -> dict[str, str]:
     num_devices = profile.num_devices
-    if device is not None and device.kernel_s is not None:
+    if device is not None:
+        assert device.kernel_s is not None
         return {
             "runtime": "roofline of this machine",
             "dtype": profile.served_precision,

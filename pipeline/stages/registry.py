@@ -337,7 +337,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=6,
+        version=7,
         inputs=(
             "mip_solution",
             "block_scores",
@@ -357,7 +357,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=5,
+        version=6,
         inputs=(
             "refined_solution",
             "block_scores",

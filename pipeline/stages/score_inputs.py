@@ -34,16 +34,17 @@ class SearchWindows:
         """Return the parts that the recipe asks for.
 
         Raises:
-            DataError: when the windows do not hold them, as a recipe's check in tokens can miss by a window's rest.
+            DataError: when the windows do not hold them, which a recipe's own check finds before any stage.
         """
         num_compared = math.ceil(refinement.tokens / validation.sequence_length)
         per_round = math.ceil(refinement.tokens_per_round / validation.sequence_length)
         num_rounds = (len(validation) - 2 * num_compared) // per_round
-        if num_rounds < 1:
+        if num_rounds < refinement.num_reads or len(validation) < 2 * num_compared:
             raise DataError(
                 f"{len(validation):,} validation windows of {validation.sequence_length:,} tokens do not hold "
-                f"search.refinement.tokens twice ({num_compared:,} windows each) and tokens_per_round once "
-                f"({per_round:,}): enlarge distillation_mix.validation_tokens, or ask for fewer"
+                f"search.refinement.tokens twice ({num_compared:,} windows each) and tokens_per_round ({per_round:,}) "
+                f"for each of {refinement.num_reads} steps and rounds: enlarge distillation_mix.validation_tokens, or "
+                "ask for fewer"
             )
         end = len(validation) - num_compared
         return cls(

@@ -23,6 +23,14 @@ EDITS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no targets": ({"targets": {}}, ["targets", "at least 1"]),
     "mixture of an unknown source": ({"distillation_mix.entries.0.source": "web"}, ["'web'", "corpora.sources"]),
     "more tokens than its mixture": ({"kd.tokens": 10**9}, ["kd.tokens is 1,000,000,000 tokens", "holds 16,384"]),
+    "a search of more tokens than there are": (
+        {"search.refinement.rounds": 8},
+        ["distillation_mix.validation_tokens is 2,048", "for each of 9 steps and rounds"],
+    ),
+    "scores on what is to choose nothing": (
+        {"block_scores.tokens": 2048},
+        ["block_scores.tokens is 2,048", "the last 512 of which are to choose nothing"],
+    ),
     "windows that its mixture lacks": (
         {"kd.long_context": [{"sequence_length": 256, "tokens": 4096, "global_batch_size": 1, "learning_rate": 1e-4}]},
         ["kd.long_context asks for 4,096 tokens in windows of 256", "distillation_mix.long_context holds 0"],

@@ -88,14 +88,15 @@ def run(
     answers_per_step: int = 1,
     path_steps: int = 1,
     around: list[tuple[str, ...]] | None = None,
+    numbers: list[int] | None = None,
     is_misled: bool = False,
     num_parts: int = 1,
     reporter: Reporter | None = None,
 ) -> tuple[Refinement, float]:
     """Search and refine; return the outcome and the best value of all children within the limit.
 
-    `around` gets the blocks that each round measures around, `reporter` hears of them; a misled one is told in every
-    odd round that what is worse is better.
+    `around` gets the blocks that each step and round measures around, `numbers` their numbers, `reporter` hears of
+    them; a misled one is told in every odd one that what is worse is better.
     """
     architecture = make_architecture(num_layers=NUM_LAYERS)
     costs = make_costs(architecture, OPTIONS)
@@ -110,6 +111,8 @@ def run(
     scores = score_around([OPTIONS[0]] * NUM_LAYERS)
 
     def score_around_noting(base: Sequence[BlockSpec], number: int) -> pl.DataFrame:
+        if numbers is not None:
+            numbers.append(number)
         if around is not None:
             around.append(tuple(block.key for block in base))
         table = score_around(base, number)
@@ -279,7 +282,9 @@ def test_refine_scores_several_answers_of_a_step_none_of_them_twice():
 
 def test_a_child_reached_in_steps_is_chosen_by_scores_around_those_before_it():
     centres: list[tuple[str, ...]] = []
-    outcome, best = run(rounds=1, path_steps=3, around=centres)
+    numbers: list[int] = []
+    outcome, best = run(rounds=1, path_steps=3, around=centres, numbers=numbers)
+    assert numbers == [1, 2, 3]  # a round reads other tokens than the steps before it
     walked = next(one for one in outcome.scored if one.origin == IN_STEPS)
     # A third of what has to go, then two thirds, then all, and what went stays gone.
     keys = [block.key for block in OPTIONS]

@@ -115,10 +115,11 @@ def test_roofline_of_this_machine_is_measured_here_and_says_so(workspace: Worksp
     facts = artifact.record.result.facts
     assert facts["runtime"] == "roofline of this machine"
     rates = [float(facts[name].split()[0].replace(",", "")) for name in ("matmul peak", "bandwidth", "empty kernel")]
-    # A processor: more than a billion operations and bytes a second, less than a tenth of a second for nothing.
-    assert rates[0] > 1
-    assert rates[1] > 1
-    assert 0 < rates[2] < 1e5
+    # GFLOP/s, GB/s and microseconds of any processor of these years, in fp32.
+    assert 1 < rates[0] < 1e6
+    assert 0.5 < rates[1] < 1e5
+    assert 0.05 < rates[2] < 1e4
+    assert (facts["dtype"], facts["threads"]) == ("fp32", str(here.recipe.block_profile.num_threads))
     times = read_table(artifact.path, PROFILE)
     widths = dict(
         times.filter((pl.col("phase") == "prefill") & (pl.col("part") == "ffn")).select("variant", "time_ms").rows()
@@ -126,7 +127,7 @@ def test_roofline_of_this_machine_is_measured_here_and_says_so(workspace: Worksp
     assert widths["ffn192"] > widths["ffn96"] > widths["no_op"] == 0.0
 
 
-@pytest.mark.parametrize("changes", [{"tensor_parallel_size": 2}, {"served_precision": "fp8"}])
-def test_this_machine_is_one_device_and_computes_no_fp8(changes: dict[str, Any]):
-    with pytest.raises(RecipeError, match="this-machine is measured alone and in bf16 or fp32"):
+@pytest.mark.parametrize("changes", [{"tensor_parallel_size": 2}, {"served_precision": "bf16"}])
+def test_this_machine_is_one_device_and_computes_in_the_precision_of_timings(changes: dict[str, Any]):
+    with pytest.raises(RecipeError, match="this-machine is measured alone, and in the precision"):
         roofline_recipe(device=THIS_MACHINE, **changes)

@@ -21,25 +21,29 @@ def numbers(packed: PackedTokens) -> list[int]:
     return packed.tokens_NT[:, 0].tolist()
 
 
-def test_parts_lie_apart_and_rounds_are_read_from_the_end():
-    refinement = RefinementConfig(
-        tokens=3 * LENGTH - 1,
+def refinement(*, tokens: int, path_steps: int, rounds: int) -> RefinementConfig:
+    return RefinementConfig(
+        tokens=tokens,
         tokens_per_round=2 * LENGTH,
-        path_steps=1,
-        rounds=9,
+        path_steps=path_steps,
+        rounds=rounds,
         answers_per_step=1,
         max_changed_layers=1,
     )
-    parts = SearchWindows.of(windows(11), refinement)
+
+
+def test_parts_lie_apart_and_rounds_are_read_from_the_end():
+    parts = SearchWindows.of(windows(11), refinement(tokens=3 * LENGTH - 1, path_steps=2, rounds=1))
     assert numbers(parts.compared) == [0, 1, 2]
     assert [numbers(one) for one in parts.rounds] == [[6, 7], [4, 5]]
     assert numbers(parts.unseen) == [8, 9, 10]
 
 
-def test_too_few_windows_for_a_single_round_are_refused():
-    refinement = RefinementConfig(
-        tokens=3 * LENGTH, tokens_per_round=2 * LENGTH, path_steps=1, rounds=0, answers_per_step=1, max_changed_layers=1
-    )
-    with pytest.raises(DataError, match="7 validation windows of 4 tokens do not hold"):
-        SearchWindows.of(windows(7), refinement)
-    assert len(SearchWindows.of(windows(8), refinement).rounds) == 1
+def test_fewer_windows_than_steps_and_rounds_read_are_refused():
+    with pytest.raises(
+        DataError, match=r"9 validation windows of 4 tokens do not hold .* for each of 2 steps and rounds"
+    ):
+        SearchWindows.of(windows(9), refinement(tokens=3 * LENGTH, path_steps=2, rounds=1))
+    assert len(SearchWindows.of(windows(10), refinement(tokens=3 * LENGTH, path_steps=2, rounds=1)).rounds) == 2
+    # Without rounds nothing is asked of what lies between.
+    assert SearchWindows.of(windows(6), refinement(tokens=3 * LENGTH, path_steps=2, rounds=0)).rounds == ()
