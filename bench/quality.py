@@ -77,7 +77,7 @@ def main() -> None:
             found = results[target]
             weights = {row["method"]: row["weights"] for row in found["before"]}
             baselines = [name for name in weights if name not in (PUZZLE, WITHOUT_BLD)][:NUM_BASELINES]
-            method = [PUZZLE, *baselines[:1], WITHOUT_BLD, *baselines[1:]][place]
+            method = [PUZZLE, *baselines, WITHOUT_BLD][place]
             if method in found.setdefault("after", {}):
                 continue
             began = time.monotonic()
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
         "--num-distilled",
         type=int,
         default=2 + NUM_BASELINES,
-        help="of each speed: the search's child, the best baseline, the twin without block distillation, the next one",
+        help="of each speed: the search's child, the two best baselines, the twin without block distillation",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=refit_home() / "bench-quality" / "results.json")
