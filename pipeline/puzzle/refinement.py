@@ -33,6 +33,7 @@ from pipeline.puzzle.mip import Problem, Solution, find, solve_near, violated_li
 from pipeline.puzzle.predictions import CostModel
 from pipeline.puzzle.programme import OutOfTimeError
 from pipeline.puzzle.search import SolutionRecord, base_value, block_of, build_problem, record_solution, search
+from pipeline.puzzle.search_space import attention_rank, ffn_rank
 from pipeline.puzzle.tables import MEASURES
 from pipeline.recipe import Objective, Requirements, SearchConfig
 
@@ -40,8 +41,6 @@ POOL = "pool"
 """What the origin of an answer to the programme over the parent's scores begins with."""
 IN_STEPS = "limits tightened in steps"
 """The origin of the child that was reached by scores around children with less taken away."""
-# From the largest to the smallest, whatever their sizes.
-KINDS = ("gqa", "swiglu", "linear", "no_op")
 ROUND = "round"
 """What the origin of an answer to the programme over scores around a child begins with."""
 
@@ -281,25 +280,14 @@ def _no_larger(problem: Problem, blocks: Sequence[BlockSpec]) -> Problem:
     return replace(
         problem,
         layers=tuple(
-            tuple(candidate for candidate in candidates if _is_no_larger(candidate.block, own))
+            tuple(
+                one
+                for one in candidates
+                if attention_rank(one.block.attention) >= attention_rank(own.attention)
+                and ffn_rank(one.block.ffn) >= ffn_rank(own.ffn)
+            )
             for candidates, own in zip(problem.layers, blocks, strict=True)
         ),
-    )
-
-
-def _is_no_larger(block: BlockSpec, own: BlockSpec) -> bool:
-    """Return whether each half stays as it is or comes later in the order of a search space: smaller, linear, none."""
-    return all(
-        KINDS.index(one.kind) > KINDS.index(other.kind) or (one.kind == other.kind and size <= other_size)
-        for one, other, size, other_size in (
-            (
-                block.attention,
-                own.attention,
-                block.attention.num_key_value_heads or 0,
-                own.attention.num_key_value_heads or 0,
-            ),
-            (block.ffn, own.ffn, block.ffn.intermediate_size or 0, own.ffn.intermediate_size or 0),
-        )
     )
 
 

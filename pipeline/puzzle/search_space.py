@@ -279,17 +279,21 @@ def _is_portable_block(attention: AttentionSpec, ffn: FFNSpec, *, is_first: bool
     return attention.kind == "no_op" or ffn.kind != "no_op"
 
 
+def attention_rank(spec: AttentionSpec) -> tuple[int, int]:
+    """Return what orders attention from the largest: by falling number of key/value heads, then linear, then none."""
+    return ("gqa", "linear", "no_op").index(spec.kind), -(spec.num_key_value_heads or 0)
+
+
+def ffn_rank(spec: FFNSpec) -> tuple[int, int]:
+    """Return what orders FFNs from the largest: by falling width, then linear, then none."""
+    return ("swiglu", "linear", "no_op").index(spec.kind), -(spec.intermediate_size or 0)
+
+
 def _ordered_attention(specs: Sequence[AttentionSpec], *, parent: AttentionSpec) -> tuple[AttentionSpec, ...]:
-    kinds = ("gqa", "linear", "no_op")
     distinct = {spec.key: spec for spec in specs}.values()
-    return tuple(
-        sorted(distinct, key=lambda one: (one != parent, kinds.index(one.kind), -(one.num_key_value_heads or 0)))
-    )
+    return tuple(sorted(distinct, key=lambda one: (one != parent, attention_rank(one))))
 
 
 def _ordered_ffn(specs: Sequence[FFNSpec], *, parent: FFNSpec) -> tuple[FFNSpec, ...]:
-    kinds = ("swiglu", "linear", "no_op")
     distinct = {spec.key: spec for spec in specs}.values()
-    return tuple(
-        sorted(distinct, key=lambda one: (one != parent, kinds.index(one.kind), -(one.intermediate_size or 0)))
-    )
+    return tuple(sorted(distinct, key=lambda one: (one != parent, ffn_rank(one))))
