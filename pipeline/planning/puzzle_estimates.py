@@ -21,7 +21,7 @@ from pipeline.puzzle.half_scores import measured_around
 from pipeline.puzzle.search_space import SearchSpace
 from pipeline.recipe import Backend, Scenario
 
-NUM_METHODS = 6  # of pipeline.stages.baselines, besides the random draws: five, and the search without distillation
+NUM_METHODS = 7  # of pipeline.stages.baselines, besides the random draws: six, and the search without distillation
 MAX_DECODE_STEPS = 8  # of one timing; pipeline.puzzle.timing
 # Of one model in one round: llama-bench repeats five times after a warm-up and a filling; vLLM reads the prompt again
 # before it decodes.
@@ -130,8 +130,29 @@ def _block_training_parts(held: HeldBytes, *, kept_states: float | None) -> list
 
 def block_scores(case: Case) -> Estimate:
     """Return what scoring every block around the parent costs."""
-    config = case.recipe.block_scores
-    return _scoring(case, tokens=config.tokens, rounds=Range.of(1), num_models=Range.of(0))
+    config, space = case.recipe.block_scores, case.sizes.space
+    scored = _scoring(case, tokens=config.tokens, rounds=Range.of(1), num_models=Range.of(0))
+    # The first step's are candidates of nearly every space.
+    steps = [_without_layers(case, num_gone=number) for number in range(1, min(config.depth_steps, len(space.layers)))]
+    return replace(
+        scored,
+        tokens=scored.tokens + config.tokens * sum(len(space.layers) - number for number in range(1, len(steps) + 1)),
+        work=(*scored.work, (Range.of(config.tokens * sum(steps)), devices.FORWARD)),
+    )
+
+
+def _without_layers(case: Case, *, num_gone: int) -> float:
+    """Return the FLOPs a token of leaving out every remaining layer once, and those of the model around it."""
+    length, num_layers = case.recipe.distillation_mix.sequence_length, len(case.sizes.space.layers)
+    layer = case.sizes.parent_flops(context_tokens=length, with_head=False) / num_layers
+    num_left = num_layers - num_gone
+    # Behind the layer that is left out half of the others run, on the average. Around: the parent, the model without
+    # those that are gone twice, and the head of both.
+    return (
+        num_left * ((num_left - 1) / 2 * layer + case.sizes.head_flops)
+        + (num_layers + 2 * num_left) * layer
+        + 2 * case.sizes.head_flops
+    )
 
 
 def refined_solution(case: Case) -> Estimate:

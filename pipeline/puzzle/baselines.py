@@ -4,6 +4,7 @@
     max_parameters      the largest child within the limits, whatever its scores
     random              random scores in the programme: a library child with nothing known about quality
     drop_by_influence   whole layers left out, least influence on the hidden states first
+    drop_by_score       whole layers left out, each time the one without which the model is closest (depth.py)
     drop_last           whole layers left out from the end, the very last kept
     uniform             one narrower FFN and one number of key/value heads for all layers: the largest that fits
 
@@ -18,9 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, Architecture, BlockSpec
+from pipeline.architecture import Architecture, BlockSpec
 from pipeline.costs import block_parameters
 from pipeline.errors import StageError
+from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
 from pipeline.puzzle.predictions import CostModel, linear_limits
 from pipeline.puzzle.search_space import SearchSpace
@@ -72,6 +74,7 @@ def choices_from_parent(
     requirements: Requirements,
     *,
     influence: Sequence[float],
+    depth_order: Sequence[int],
     speed_margin: float,
     may_drop: Callable[[int], bool] = lambda _: True,
 ) -> dict[str, Blocks | None]:
@@ -84,6 +87,7 @@ def choices_from_parent(
         costs: what blocks cost.
         requirements: the target's.
         influence: each layer's on the hidden states.
+        depth_order: the layers by scores of leaving them out, the first to go first.
         speed_margin: as the search asks for.
         may_drop: which layers may be left out; any, unless told otherwise.
     """
@@ -103,6 +107,7 @@ def choices_from_parent(
             method: drop_layers(costs.parent, list(filter(may_drop, order)), is_feasible=is_feasible)
             for method, order in (
                 ("drop_by_influence", influence_order(influence)),
+                ("drop_by_score", depth_order),
                 ("drop_last", last_order(len(space.layers))),
             )
         },
@@ -178,11 +183,6 @@ def drop_layers(
             return tuple(blocks)
         blocks[layer] = dropped(layer)
     return tuple(blocks) if is_feasible(blocks) else None
-
-
-def dropped(layer: int) -> BlockSpec:
-    """Return what is left of a layer that is left out."""
-    return BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(layer,))
 
 
 def influence_order(influence: Sequence[float]) -> list[int]:

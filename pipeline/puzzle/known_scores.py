@@ -1,22 +1,23 @@
 """Scores by what decides them: a candidate that any finished block_scores of the store holds is not scored again.
 
-    <block_scores artifact>/known.json    fingerprint of a candidate -> its measures
+    <block_scores artifact>/known.json    fingerprint of a candidate, or of a layer that goes after others -> measures
 
 So one more width in the search space costs the scores of that width, and a block that was trained anew costs the
 candidates that it is part of. Candidates run in batches: in other company the last bits of a score may differ.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import ArtifactStore, read_json, write_atomically
 from pipeline.fingerprint import fingerprint
+from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.library import LibraryIndex
-from pipeline.puzzle.scoring import LayerBlock, Scores
+from pipeline.puzzle.scoring import LayerBlock
 from pipeline.puzzle.search_space import SearchSpace
 from pipeline.recipe import BlockScoresConfig
 
@@ -38,7 +39,7 @@ def score_fingerprints(
         upstream: content hashes of the parent and of what is scored on, by asset name.
         settings: the scores' settings.
     """
-    shared = {"version": SCORES_VERSION, "upstream": dict(upstream), "settings": settings.model_dump(mode="json")}
+    shared = _shared(upstream, settings.model_dump(mode="json", exclude={"depth_steps"}))
     return {
         (layer, block.key): fingerprint(
             {
@@ -57,8 +58,22 @@ def score_fingerprints(
     }
 
 
-def read_known(store: ArtifactStore, wanted: Mapping[LayerBlock, str]) -> dict[LayerBlock, Divergence]:
-    """Return the measures of those candidates that a finished block_scores of the store holds.
+def depth_fingerprints(
+    layers: Iterable[int], *, gone: Sequence[int], upstream: Mapping[str, str], settings: BlockScoresConfig
+) -> dict[LayerBlock, str]:
+    """Return the same of leaving out each of these layers where others are gone, in whichever order they went."""
+    shared = _shared(upstream, settings.model_dump(mode="json", include={"tokens", "precision"}))
+    return {
+        (layer, dropped(layer).key): fingerprint({**shared, "gone": sorted(gone), "layer": layer}) for layer in layers
+    }
+
+
+def _shared(upstream: Mapping[str, str], settings: Mapping[str, object]) -> dict[str, object]:
+    return {"version": SCORES_VERSION, "upstream": dict(upstream), "settings": dict(settings)}
+
+
+def read_known(store: ArtifactStore) -> dict[str, Divergence]:
+    """Return all measures that finished block_scores of the store hold, by fingerprint.
 
     Raises:
         ArtifactError: for one that is broken, which says what to delete.
@@ -68,10 +83,15 @@ def read_known(store: ArtifactStore, wanted: Mapping[LayerBlock, str]) -> dict[L
         if (directory / KNOWN).is_file():
             store.open(SCORES_ASSET, directory.name)  # refuses one whose files are not of the size they had
             known |= read_json(directory / KNOWN)
-    return {candidate: Divergence(**known[name]) for candidate, name in wanted.items() if name in known}
+    return {name: Divergence(**measures) for name, measures in known.items()}
 
 
-def write_known(directory: Path, scores: Scores, fingerprints: Mapping[LayerBlock, str]) -> None:
+def known_among(known: Mapping[str, Divergence], wanted: Mapping[LayerBlock, str]) -> dict[LayerBlock, Divergence]:
+    """Return the measures of those candidates that are known."""
+    return {candidate: known[name] for candidate, name in wanted.items() if name in known}
+
+
+def write_known(directory: Path, found: Mapping[str, Divergence]) -> None:
     """Write known.json."""
-    rows = {fingerprints[one.layer, one.block.key]: asdict(one.divergence) for one in scores.candidates}
+    rows = {name: asdict(divergence) for name, divergence in found.items()}
     write_atomically(directory / KNOWN, (json.dumps(rows, indent=1) + "\n").encode())

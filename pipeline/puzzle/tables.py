@@ -12,6 +12,7 @@ Schema = dict[str, type[pl.DataType]]
 MEASURES = ("kl", "lm_loss", "hidden_cosine", "top1_error", "task_error")
 
 SCORES = "scores.parquet"
+DEPTH = "depth.parquet"
 PROFILE = "profile.parquet"
 MEMORY = "memory.parquet"
 ACTIVATIONS = "activations.parquet"
@@ -34,6 +35,15 @@ SCHEMAS: dict[str, Schema] = {
         "hidden_cosine": pl.Float64,
         "top1_error": pl.Float64,
         "task_error": pl.Float64,
+        "num_tokens": pl.Int64,
+    },
+    # One row per layer, the first to be left out first: the model without it and without the num_gone layers that had
+    # gone when it was measured. Beyond the measured steps all are as the last step measured them.
+    DEPTH: {
+        "place": pl.Int64,
+        "layer": pl.Int64,
+        "num_gone": pl.Int64,
+        "kl": pl.Float64,
         "num_tokens": pl.Int64,
     },
     # part is attention, ffn or fixed (all that is outside the layers). A decode time is one step of the whole batch.

@@ -205,5 +205,9 @@ class BlockScoresConfig(Frozen):
     """
 
     tokens: Positive = Field(description="validation tokens of distillation_mix")
+    depth_steps: Positive = Field(
+        description="how often leaving out each whole layer is measured, one more gone each time; 1: around the parent "
+        "alone. It orders layers for the child of the method drop_by_score"
+    )
     task: MultipleChoiceSet | None = Field(description="null: no task")
     precision: Precision = Field(description="of weights and arithmetic")

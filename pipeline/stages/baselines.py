@@ -27,6 +27,7 @@ from pipeline.puzzle.baselines import (
     choices_from_parent,
 )
 from pipeline.puzzle.batches import settle
+from pipeline.puzzle.depth import read_depth_order
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.importance import block_influence, load_importance
@@ -109,6 +110,7 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
                     work_dir=out_dir / WORK_DIR / "influence",
                     max_activation_bytes=inputs.execution.max_activation_bytes,
                 ),
+                depth_order=read_depth_order(inputs["block_scores"]),
                 speed_margin=config.search.speed_margin,
             )
         )
@@ -152,7 +154,9 @@ def run(config: BaselinesStage, inputs: StageInputs, out_dir: Path) -> StageResu
         facts={
             "best baseline": best or "none meets the limits",
             **(
-                {"left out": "drop_by_influence, drop_last, uniform: the target pins blocks"} if not from_parent else {}
+                {"left out": "drop_by_influence, drop_by_score, drop_last, uniform: the target pins blocks"}
+                if not from_parent
+                else {}
             ),
             **({"do not meet the limits": ", ".join(missing)} if missing else {}),
             **({"the solver had no answer for": ", ".join(without_answer)} if without_answer else {}),

@@ -1,23 +1,34 @@
 """block_scores: replace-1-block measures of every composed block on the mixture's validation tokens.
 
 It also says what scores of whole blocks were worth: how far their KL is from the sum of the scores of their halves.
+And in which order whole layers may go, for the method drop_by_score, which knows no other block.
 """
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
+from pipeline.puzzle.depth import depth_table, measure_depth
 from pipeline.puzzle.devices import Ranks, num_threads, place
+from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.initial import library_variants
-from pipeline.puzzle.known_scores import read_known, score_fingerprints, write_known
+from pipeline.puzzle.known_scores import (
+    depth_fingerprints,
+    known_among,
+    read_known,
+    score_fingerprints,
+    write_known,
+)
 from pipeline.puzzle.library import content_hash_of, read_index
 from pipeline.puzzle.score_table import joint_against_sums, score_table, write_scores
-from pipeline.puzzle.scoring import Scores, score_blocks
+from pipeline.puzzle.scoring import LayerBlock, Scores, score_blocks
 from pipeline.puzzle.search_space import resolve
+from pipeline.puzzle.tables import DEPTH, write_table
 from pipeline.report.drawings import draw_scores, save_figures
 from pipeline.stage import WORK_DIR, Number, StageInputs, StageResult, Table
 from pipeline.stages.configs import BlockScoresStage
@@ -28,34 +39,53 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
     """Write scores.parquet: one row per layer and composed block, the parent's own with a KL of 0."""
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
-    dtype, device = TORCH_DTYPES[config.block_scores.precision], Ranks().device
+    settings = config.block_scores
+    dtype, device = TORCH_DTYPES[settings.precision], Ranks().device
     index, store = read_index(inputs["block_library"]), ArtifactStore(inputs.store_root)
-    scored_on = ("parent_checkpoint", "distillation_mix", *(["evaluation_sets"] if config.block_scores.task else []))
-    fingerprints = score_fingerprints(
-        space,
-        index,
-        upstream={asset: content_hash_of(inputs[asset]) for asset in scored_on},
-        settings=config.block_scores,
-    )
-    known = read_known(store, fingerprints)
+    text = {asset: content_hash_of(inputs[asset]) for asset in ("parent_checkpoint", "distillation_mix")}
+    items = {"evaluation_sets": content_hash_of(inputs["evaluation_sets"])} if settings.task else {}
+    fingerprints = score_fingerprints(space, index, upstream={**text, **items}, settings=settings)
+    known_before = read_known(store)
+    known = known_among(known_before, fingerprints)
     inputs.reporter.note(f"{len(fingerprints)} candidates wanted, {len(fingerprints) - len(known)} to score")
+    parent = place(load_model(inputs["parent_checkpoint"], dtype=dtype), device)
+    functions = score_functions(inputs, load_validation(inputs).take(settings.tokens), task=settings.task)
     with num_threads(inputs.execution.num_threads):
         scores = score_blocks(
-            place(load_model(inputs["parent_checkpoint"], dtype=dtype), device),
+            parent,
             space,
             library_variants(architecture, index=index, store=store, dtype=dtype, device=device),
-            score_functions(
-                inputs, load_validation(inputs).take(config.block_scores.tokens), task=config.block_scores.task
-            ),
+            functions,
             work_dir=out_dir / WORK_DIR,
             max_activation_bytes=inputs.execution.max_activation_bytes,
             reporter=inputs.reporter,
             known=known,
         )
+
+        def known_without(gone: Sequence[int]) -> dict[LayerBlock, Divergence]:
+            scored = {} if gone else {(one.layer, one.block.key): one.divergence for one in scores.candidates}
+            names = depth_fingerprints(range(len(space.layers)), gone=gone, upstream=text, settings=settings)
+            return known_among(known_before, names) | scored
+
+        depth = measure_depth(
+            parent,
+            space.parent,
+            functions[:1],
+            num_steps=settings.depth_steps,
+            known=known_without,
+            work_dir=out_dir / WORK_DIR,
+            max_activation_bytes=inputs.execution.max_activation_bytes,
+            reporter=inputs.reporter,
+        )
     table = score_table(scores, space)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_scores(out_dir, table)
-    write_known(out_dir, scores, fingerprints)
+    write_table(out_dir, DEPTH, depth_table(depth))
+    found = {fingerprints[one.layer, one.block.key]: one.divergence for one in scores.candidates}
+    for step in depth:
+        names = depth_fingerprints(step.found, gone=step.gone, upstream=text, settings=settings)
+        found |= {name: step.found[layer] for (layer, _), name in names.items()}
+    write_known(out_dir, found)
     num_non_finite = sum(not math.isfinite(one.divergence.kl) for one in scores.candidates)
     composed = joint_against_sums(table, space).filter(pl.col("joint").is_finite() & (pl.col("sum") > 0))
     return StageResult(
@@ -73,6 +103,7 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             "kl_nats_per_token": _heat_map(scores),
             "by_block": _by_block(scores),
             **({} if composed.is_empty() else {"joint_against_sums": _composition(composed)}),
+            "depth": _depth(depth_table(depth)),
         },
     )
 
@@ -85,6 +116,12 @@ def _heat_map(scores: Scores) -> Table:
     return Table.of(
         ("layer", *columns), [(layer, *(_shown(kl.get((layer, key))) for key in columns)) for layer in layers]
     )
+
+
+def _depth(table: pl.DataFrame) -> Table:
+    """Return in which order layers go, and how far the model is without each and those that had gone before."""
+    shown = table.with_columns(pl.col("kl").round(5))
+    return Table.of(tuple(shown.columns), shown.rows())
 
 
 def _by_block(scores: Scores) -> Table:

@@ -10,8 +10,9 @@ from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
 from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
-from pipeline.puzzle.baselines import choices_from_library, choices_from_parent, dropped
+from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
 from pipeline.puzzle.batches import settle
+from pipeline.puzzle.depth import dropped, read_depth_order
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.half_scores import measured_around, with_sums
@@ -101,6 +102,7 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
                     costs,
                     requirements,
                     influence=influence,
+                    depth_order=read_depth_order(inputs["block_scores"]),
                     speed_margin=config.search.speed_margin,
                     may_drop=lambda layer: dropped(layer).key in {one.block.key for one in problem.layers[layer]},
                 ),

@@ -245,12 +245,12 @@ STAGES: tuple[Stage, ...] = (
         name="block_scores",
         group="puzzle",
         module="pipeline.stages.block_scores",
-        version=6,
+        version=7,
         inputs=("parent_checkpoint", "distillation_mix", "block_library", "evaluation_sets"),
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
         ),
-        description="Replace-1-block measures of every composed block: KL, LM loss, a task where the recipe names one.",
+        description="Replace-1-block measures of every composed block: KL, LM loss, a task; and the order for layers to go.",
         in_child=True,
         checks=CHECKS["block_scores"],
     ),
@@ -337,7 +337,7 @@ STAGES: tuple[Stage, ...] = (
         name="refined_solution",
         group="target",
         module="pipeline.stages.refined_solution",
-        version=7,
+        version=8,
         inputs=(
             "mip_solution",
             "block_scores",
@@ -357,7 +357,7 @@ STAGES: tuple[Stage, ...] = (
         name="baselines",
         group="target",
         module="pipeline.stages.baselines",
-        version=6,
+        version=7,
         inputs=(
             "refined_solution",
             "block_scores",

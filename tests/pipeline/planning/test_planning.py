@@ -232,7 +232,7 @@ def test_refinement_is_planned_with_what_other_methods_choose_and_the_pass_that_
     search = recipe.search.model_copy(update={"refinement": recipe.search.refinement.model_copy(update={"rounds": 0})})
     settings = case(recipe.model_copy(update={"search": search}))
     length, tokens = recipe.distillation_mix.sequence_length, search.refinement.tokens
-    num_models = search.pool.num_solutions + 5
+    num_models = search.pool.num_solutions + 6
     planned = estimate("refined_solution", settings)
     assert planned.tokens == Range.of((num_models + 1) * tokens)
     layers = settings.sizes.parent_flops(context_tokens=length, with_head=False)

@@ -150,7 +150,9 @@ def make_line(workplace: Workplace) -> Line:
     )
     publish(store, "block_library", "x", library)
     scores = block_scores.run(
-        BlockScoresStage(search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, task=None, precision="fp32")),
+        BlockScoresStage(
+            search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, depth_steps=2, task=None, precision="fp32")
+        ),
         workplace.inputs(block_library=library_dir),
         scores_dir,
     )

@@ -10,7 +10,6 @@ from pipeline.costs import block_parameters
 from pipeline.errors import RecipeError
 from pipeline.puzzle.baselines import (
     drop_layers,
-    dropped,
     greedy,
     influence_order,
     last_order,
@@ -18,6 +17,7 @@ from pipeline.puzzle.baselines import (
     random_choice,
     uniform,
 )
+from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem
 from pipeline.puzzle.predictions import linear_limits

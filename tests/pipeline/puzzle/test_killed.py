@@ -36,7 +36,7 @@ def test_block_scores_killed_at_random_ends_with_the_table_of_an_undisturbed_run
     )
     publish(store, "block_library", "killed", library)
     config = BlockScoresStage(
-        search_space=SPACE, block_scores=BlockScoresConfig(tokens=64, task=None, precision="fp32")
+        search_space=SPACE, block_scores=BlockScoresConfig(tokens=64, depth_steps=3, task=None, precision="fp32")
     )
     # Nothing fits in memory: files of states are there to be left behind.
     execution = ExecutionSettings(num_threads=1, max_activation_mib=0)

@@ -120,7 +120,7 @@ def test_block_scores_of_a_larger_space_score_only_what_no_search_scored_before(
         inputs = replace(line.workplace, store_root=store.root).inputs(block_library=store.root / "library")
         library = BlockLibraryStage(search_space=larger, block_library=BLD.model_copy(update=changes))
         block_library.run(library, inputs, store.root / "library")
-        scores = BlockScoresConfig(tokens=tokens, task=None, precision="fp32")
+        scores = BlockScoresConfig(tokens=tokens, depth_steps=1, task=None, precision="fp32")
         config = BlockScoresStage(search_space=larger, block_scores=scores)
         found = block_scores.run(config, inputs, store.root / "out")
         return found.metrics["num_scored_candidates"], read_table(store.root / "out", SCORES)["kl"].to_list()
@@ -170,7 +170,7 @@ def test_block_scores_with_a_task_can_be_minimised_and_refined(line: Line, tmp_p
     publish(store, "evaluation_sets", "x", StageResult())
     task = MultipleChoiceSet(name="piqa", num_items=len(items))
     inputs = line.workplace.inputs(block_library=line.library_dir, evaluation_sets=sets_dir)
-    config = BlockScoresConfig(tokens=32, task=task, precision="fp32")
+    config = BlockScoresConfig(tokens=32, depth_steps=2, task=task, precision="fp32")
     scores = block_scores.run(BlockScoresStage(search_space=SPACE, block_scores=config), inputs, tmp_path / "scores")
     table = read_table(tmp_path / "scores", SCORES)
     assert table.filter("is_base")["task_error"].unique().to_list() == [scores.metrics["parent_task_error"]]

@@ -15,6 +15,7 @@ from pipeline.costs import num_parameters
 from pipeline.errors import InfeasibleError, RecipeError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.model.repacking import portable
+from pipeline.puzzle.depth import read_depth_order
 from pipeline.puzzle.library import BlockKey, load_block, read_index
 from pipeline.puzzle.limits import memory_of
 from pipeline.puzzle.search import read_pool, read_solution
@@ -116,7 +117,17 @@ def test_baselines_meet_the_limits_and_stand_beside_the_refined_solution(line: L
     left_out = set(filter(None, result.facts.get("do not meet the limits", "").split(", ")))
     assert left_out <= {"uniform"}
     assert methods == {baselines.PUZZLE, baselines.WITHOUT_BLD} | (
-        {"greedy", "max_parameters", "random 0", "random 1", "drop_by_influence", "drop_last", "uniform"} - left_out
+        {
+            "greedy",
+            "max_parameters",
+            "random 0",
+            "random 1",
+            "drop_by_influence",
+            "drop_by_score",
+            "drop_last",
+            "uniform",
+        }
+        - left_out
     )
     assert result.metrics["num_children"] == len(table) == len(methods)
     puzzle = table.filter(table["method"] == baselines.PUZZLE)
@@ -137,6 +148,7 @@ def test_baselines_meet_the_limits_and_stand_beside_the_refined_solution(line: L
     alike = [torch.nn.functional.cosine_similarity(*pair, dim=-1).mean().item() for pair in pairwise(states)]
     for method, order in (
         ("drop_by_influence", sorted(range(3), key=lambda layer: -alike[layer])),
+        ("drop_by_score", read_depth_order(line.scores_dir)),
         ("drop_last", [1, 0, 2]),
     ):
         blocks = Architecture.model_validate(architectures[method]).blocks
