@@ -250,7 +250,7 @@ STAGES: tuple[Stage, ...] = (
         config=lambda recipe, _: configs.BlockScoresStage(
             search_space=recipe.search_space, block_scores=recipe.block_scores
         ),
-        description="Replace-1-block measures of every composed block: KL, LM loss, a task; and the order for layers to go.",
+        description="Replace-1-block measures of every composed block, KL and others; in which order layers may go.",
         in_child=True,
         checks=CHECKS["block_scores"],
     ),
