@@ -22,10 +22,9 @@ from functools import partial
 from pipeline.architecture import Architecture, BlockSpec
 from pipeline.costs import block_parameters
 from pipeline.errors import StageError
-from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.mip import Candidate, Problem, solve, violated_limits
 from pipeline.puzzle.predictions import CostModel, linear_limits
-from pipeline.puzzle.search_space import SearchSpace
+from pipeline.puzzle.search_space import SearchSpace, dropped
 from pipeline.recipe import Requirements, SearchConfig
 
 # The search's own child in the tables of children, and the same blocks with the weights that surgery cuts.

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec
+from pipeline.architecture import BlockSpec
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.score_functions import ScoreFunction
 from pipeline.puzzle.scoring import LayerBlock, score_blocks
-from pipeline.puzzle.search_space import LayerOptions, SearchSpace
+from pipeline.puzzle.search_space import LayerOptions, SearchSpace, dropped
 from pipeline.puzzle.tables import DEPTH, SCHEMAS, read_table
 
 KnownWithout = Callable[[Sequence[int]], Mapping[LayerBlock, Divergence]]
@@ -41,11 +41,6 @@ class DepthStep:
             return kl if math.isfinite(kl) else math.inf, -layer
 
         return sorted(self.found, key=rank)
-
-
-def dropped(layer: int) -> BlockSpec:
-    """Return what is left of a layer that is left out."""
-    return BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(layer,))
 
 
 def measure_depth(

@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import polars as pl
 
-from pipeline.architecture import NO_ATTENTION, NO_FFN, BlockSpec
-from pipeline.puzzle.search_space import LayerOptions, SearchSpace
+from pipeline.architecture import BlockSpec
+from pipeline.puzzle.search_space import LayerOptions, SearchSpace, dropped
 from pipeline.puzzle.tables import MEASURES, SCHEMAS, SCORES
 
-EMPTY = f"{NO_ATTENTION.key}+{NO_FFN.key}"
+EMPTY = dropped(0).key
 
 
 def measured_around(space: SearchSpace, base: Sequence[BlockSpec]) -> SearchSpace:

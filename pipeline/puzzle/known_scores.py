@@ -14,11 +14,10 @@ from typing import Any
 
 from pipeline.artifacts import ArtifactStore, read_json, write_atomically
 from pipeline.fingerprint import fingerprint
-from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.library import LibraryIndex
 from pipeline.puzzle.scoring import LayerBlock
-from pipeline.puzzle.search_space import SearchSpace
+from pipeline.puzzle.search_space import SearchSpace, dropped
 from pipeline.recipe import BlockScoresConfig
 
 SCORES_ASSET = "block_scores"

@@ -76,7 +76,7 @@ def refine(
     pool: Sequence[SolutionRecord],
     scores: pl.DataFrame,
     *,
-    others: Mapping[str, Sequence[BlockSpec] | None],
+    others: Callable[[Problem], Mapping[str, Sequence[BlockSpec] | None]],
     score_whole_models: ScoreWholeModels,
     score_around: ScoreAround,
     num_parts: int,
@@ -90,8 +90,8 @@ def refine(
     Args:
         pool: answers to the programme over `scores`.
         scores: replace-1-block scores around the parent.
-        others: children by the method that chose them; one that is no choice of the programme, as where it breaks a
-            limit, a pin or the pattern of layers, is left out.
+        others: gives, for the programme over `scores`, children by the method that chose them; one that is no choice
+            of the programme, as where it breaks a limit, a pin or the pattern of layers, is left out.
         score_whole_models: measures children.
         score_around: measures blocks in the company of a child's other blocks, on the tokens of the given round.
         num_parts: how many rounds have tokens of their own before the first one's come again.
@@ -125,7 +125,7 @@ def refine(
     problem = build(scores)
     starts = {f"{POOL} {number}": record for number, record in enumerate(pool)}
     least = math.fsum(pool[0].layer_scores)
-    for method, blocks in others.items():
+    for method, blocks in others(problem).items():
         choice = None if blocks is None else _as_solution(problem, blocks, least=least)
         if choice is None:
             why = "meets no limits" if blocks is None else "chooses no child that the programme may"

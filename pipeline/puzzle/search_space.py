@@ -105,6 +105,11 @@ def resolve(search_space: SearchSpaceConfig, architecture: Architecture) -> Sear
     return SearchSpace(parent=parent, layers=tuple(layers))
 
 
+def dropped(layer: int) -> BlockSpec:
+    """Return what is left of a layer that is left out."""
+    return BlockSpec(attention=NO_ATTENTION, ffn=NO_FFN, parent_layers=(layer,))
+
+
 def pinned_blocks(space: SearchSpace, pins: Sequence[Pin]) -> list[list[BlockSpec]]:
     """Return the blocks that a target's pins leave each layer of a space; see `pinned`."""
     return pinned([options.blocks for options in space.layers], pins, parent=space.parent, block_of=lambda block: block)

@@ -10,20 +10,21 @@ from pipeline.architecture import BlockSpec
 from pipeline.artifacts import ArtifactStore
 from pipeline.fingerprint import fingerprint
 from pipeline.model.checkpoint import TORCH_DTYPES, load_model, read_architecture
-from pipeline.puzzle.baselines import choices_from_library, choices_from_parent
+from pipeline.puzzle.baselines import Blocks, choices_from_library, choices_from_parent
 from pipeline.puzzle.batches import settle
-from pipeline.puzzle.depth import dropped, read_depth_order
+from pipeline.puzzle.depth import read_depth_order
 from pipeline.puzzle.devices import Ranks, num_threads, place
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.half_scores import measured_around, with_sums
 from pipeline.puzzle.importance import block_influence
 from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import read_index
+from pipeline.puzzle.mip import Problem
 from pipeline.puzzle.refinement import POOL, ROUND, Refinement, ScoredSolution, refine
 from pipeline.puzzle.score_table import read_scores, score_table, write_scores
 from pipeline.puzzle.scoring import score_blocks
-from pipeline.puzzle.search import build_problem, read_costs, read_pool, write_solution
-from pipeline.puzzle.search_space import resolve
+from pipeline.puzzle.search import read_costs, read_pool, write_solution
+from pipeline.puzzle.search_space import dropped, resolve
 from pipeline.puzzle.whole_models import score_models
 from pipeline.report.drawings import save_figures
 from pipeline.report.figures import architecture_strip
@@ -87,33 +88,31 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         read_costs(inputs["block_profile"], profile=config.profile),
         [one.limit for one in pool[0].limits],
     )
-    scores = read_scores(inputs["block_scores"])
+
+    def other_methods(problem: Problem) -> dict[str, Blocks | None]:
+        return {
+            **choices_from_parent(
+                space,
+                costs,
+                requirements,
+                influence=influence,
+                depth_order=read_depth_order(inputs["block_scores"]),
+                speed_margin=config.search.speed_margin,
+                may_drop=lambda layer: dropped(layer).key in {one.block.key for one in problem.layers[layer]},
+            ),
+            **choices_from_library(
+                problem, architecture, num_random=0, settings=config.search, note=inputs.reporter.note
+            ),
+        }
+
     with num_threads(inputs.execution.num_threads):
         influence = block_influence(
             parent, windows.compared, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
         )
-        problem = build_problem(scores, costs=costs, requirements=requirements, settings=config.search)
         refinement = refine(
             pool,
-            scores,
-            others={
-                **choices_from_parent(
-                    space,
-                    costs,
-                    requirements,
-                    influence=influence,
-                    depth_order=read_depth_order(inputs["block_scores"]),
-                    speed_margin=config.search.speed_margin,
-                    may_drop=lambda layer: dropped(layer).key in {one.block.key for one in problem.layers[layer]},
-                ),
-                **choices_from_library(
-                    problem,
-                    architecture,
-                    num_random=0,
-                    settings=config.search,
-                    note=inputs.reporter.note,
-                ),
-            },
+            read_scores(inputs["block_scores"]),
+            others=other_methods,
             score_whole_models=score_whole_models,
             score_around=score_around,
             num_parts=num_parts,

@@ -17,10 +17,10 @@ from pipeline.puzzle.baselines import (
     random_choice,
     uniform,
 )
-from pipeline.puzzle.depth import dropped
 from pipeline.puzzle.limits import LinearLimit
 from pipeline.puzzle.mip import Candidate, Problem
 from pipeline.puzzle.predictions import linear_limits
+from pipeline.puzzle.search_space import dropped
 from pipeline.recipe import LayerPattern, PoolConfig, RefinementConfig, SearchConfig
 from tests.pipeline.puzzle.builders import limit, make_architecture, make_costs
 

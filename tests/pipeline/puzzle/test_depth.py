@@ -11,10 +11,11 @@ import torch
 
 from pipeline.artifacts import ArtifactStore
 from pipeline.progress import SilentReporter
-from pipeline.puzzle.depth import DepthStep, depth_table, dropped, measure_depth, read_depth_order
+from pipeline.puzzle.depth import DepthStep, depth_table, measure_depth, read_depth_order
 from pipeline.puzzle.divergence import Divergence
 from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.scoring import LayerBlock
+from pipeline.puzzle.search_space import dropped
 from pipeline.puzzle.tables import DEPTH, read_table
 from pipeline.recipe import BlockScoresConfig
 from pipeline.stages import block_scores

@@ -123,7 +123,7 @@ def run(
     outcome = refine(
         pool,
         scores,
-        others=others or {},
+        others=lambda _: others or {},
         score_whole_models=score_whole_models,
         score_around=score_around_noting,
         num_parts=num_parts,
