@@ -1,6 +1,7 @@
 """block_scores: replace-1-block KL and LM loss of every composed block on held-out tokens.
 
-One number per layer and block: what the model loses when that block alone replaces the parent's.
+One number per layer and block: what the model loses when that block alone replaces the parent's. And the order in which
+whole layers cost least to leave out.
 """
 
 import dagster as dg

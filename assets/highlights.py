@@ -75,7 +75,7 @@ HIGHLIGHTS: Mapping[str, Highlight] = {
         },
     ),
     "block_scores": Highlight(
-        look_at="the layers whose replacement costs little: there the search saves.",
+        look_at="the layers whose replacement costs little: there the search saves. `depth`: their order to go.",
         numbers={
             "num_candidates": ("Blocks scored", ""),
             "parent_lm_loss": ("Parent's loss", "nats/token"),

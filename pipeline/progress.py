@@ -37,15 +37,20 @@ class SilentReporter:
 class EtaEstimator:
     """Remaining seconds from measured steps only; None until there is evidence.
 
-    The rate is taken over the steps of this process, so a resumed stage does not count what an earlier one did.
+    The rate is taken over the steps of this process, so a resumed stage does not count what an earlier one did. Work of
+    the same name that begins anew, which steps that fall tell, is measured anew.
     """
 
     def __init__(self) -> None:
         self._start: dict[str, tuple[float, int]] = {}
+        self._newest: dict[str, int] = {}
 
     def remaining_s(self, what: str, step: int, total: int) -> float | None:
         """Return the seconds left of `what`, or None before the second report."""
         now = time.monotonic()
+        if step < self._newest.get(what, step):
+            del self._start[what]
+        self._newest[what] = step
         began, first = self._start.setdefault(what, (now, step))
         done = step - first
         if done <= 0:

@@ -12,6 +12,8 @@ DISK = Range(low=1e8, expected=1e9, high=5e9)  # bytes per second
 START_S = Range(low=1, expected=4, high=15)  # a process that imports torch
 IN_PROCESS_S = Range(low=0, expected=0.5, high=5)
 PROMPT_TOKENS = 128  # of a generated task, template included
+# Of what the parent says at a token, logits and probabilities in fp32; pipeline.puzzle.divergence keeps so many bytes.
+PARENT_BYTES_PER_WORD, KEPT_PARENT_BYTES = 8, 2**30
 CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.scoring
 
 

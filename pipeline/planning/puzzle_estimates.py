@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from pipeline.costs import BYTES_PER_PARAMETER, block_parameters, kv_bytes_per_token
 from pipeline.planning import devices
-from pipeline.planning.case import CANDIDATE_TOKENS, DISK, START_S, Case, Estimate
+from pipeline.planning.case import (
+    CANDIDATE_TOKENS,
+    DISK,
+    KEPT_PARENT_BYTES,
+    PARENT_BYTES_PER_WORD,
+    START_S,
+    Case,
+    Estimate,
+)
 from pipeline.planning.memory import activation_bytes
 from pipeline.planning.ranges import ZERO, Range
 from pipeline.puzzle.bld_cost import (
@@ -18,7 +26,7 @@ from pipeline.puzzle.bld_cost import (
 )
 from pipeline.puzzle.block_keys import library_keys
 from pipeline.puzzle.half_scores import measured_around
-from pipeline.puzzle.search_space import SearchSpace
+from pipeline.puzzle.search_space import SearchSpace, dropped
 from pipeline.recipe import Backend, Scenario
 
 NUM_METHODS = 7  # of pipeline.stages.baselines, besides the random draws: six, and the search without distillation
@@ -130,29 +138,41 @@ def _block_training_parts(held: HeldBytes, *, kept_states: float | None) -> list
 
 def block_scores(case: Case) -> Estimate:
     """Return what scoring every block around the parent costs."""
-    config, space = case.recipe.block_scores, case.sizes.space
-    scored = _scoring(case, tokens=config.tokens, rounds=Range.of(1), num_models=Range.of(0))
-    # The first step's are candidates of nearly every space.
-    steps = [_without_layers(case, num_gone=number) for number in range(1, min(config.depth_steps, len(space.layers)))]
+    config, num_layers = case.recipe.block_scores, len(case.sizes.space.layers)
+    num_steps = min(config.depth_steps, num_layers)
+    scored = _scoring(
+        case, tokens=config.tokens, rounds=Range.of(1), num_models=Range.of(0), is_around_a_child=num_steps > 1
+    )
+    # The first step's are candidates, except of layers that the space does not let go.
+    kept = [
+        layer
+        for layer, options in enumerate(case.sizes.space.layers)
+        if dropped(layer).key not in {block.key for block in options.blocks}
+    ]
+    behind = [[num_layers - 1 - layer for layer in kept]]
+    # Whichever go, behind the first of those that are left are all the others, and behind the last none.
+    behind += [list(range(num_layers - num_gone)) for num_gone in range(1, num_steps)]
+    flops = sum(_without_layers(case, num_gone=num_gone, behind=one) for num_gone, one in enumerate(behind) if one)
     return replace(
         scored,
-        tokens=scored.tokens + config.tokens * sum(len(space.layers) - number for number in range(1, len(steps) + 1)),
-        work=(*scored.work, (Range.of(config.tokens * sum(steps)), devices.FORWARD)),
+        tokens=scored.tokens + config.tokens * sum(len(one) for one in behind),
+        work=(*scored.work, (Range.of(config.tokens * flops), devices.FORWARD)),
     )
 
 
-def _without_layers(case: Case, *, num_gone: int) -> float:
-    """Return the FLOPs a token of leaving out every remaining layer once, and those of the model around it."""
+def _without_layers(case: Case, *, num_gone: int, behind: Sequence[int]) -> float:
+    """Return the FLOPs a token of leaving out one layer at a time, that many others behind each, and of those around.
+
+    Around them: the parent, and the model without those that are gone, for its end and for what reaches each layer.
+    """
     length, num_layers = case.recipe.distillation_mix.sequence_length, len(case.sizes.space.layers)
     layer = case.sizes.parent_flops(context_tokens=length, with_head=False) / num_layers
+    parent_bytes = PARENT_BYTES_PER_WORD * case.recipe.block_scores.tokens * case.sizes.parent.vocab_size
+    share_kept = min(1.0, KEPT_PARENT_BYTES / parent_bytes)
+    num_heads = 2 + len(behind) * (2 - share_kept)
     num_left = num_layers - num_gone
-    # Behind the layer that is left out half of the others run, on the average. Around: the parent, the model without
-    # those that are gone twice, and the head of both.
-    return (
-        num_left * ((num_left - 1) / 2 * layer + case.sizes.head_flops)
-        + (num_layers + 2 * num_left) * layer
-        + 2 * case.sizes.head_flops
-    )
+    passes = num_layers + num_left + (num_left if num_gone else 0)  # around the parent its end is the parent's own
+    return (sum(behind) + passes) * layer + num_heads * case.sizes.head_flops
 
 
 def refined_solution(case: Case) -> Estimate:
@@ -170,7 +190,14 @@ def refined_solution(case: Case) -> Estimate:
     # Where layers are gone whole more is measured, up to all of the space.
     has_pairs = case.recipe.block_library.mode != "decoupled"
     measured = space if has_pairs else measured_around(space, [space.parent] * len(space.layers))
-    around = _scoring(case, tokens=of_round, rounds=rounds + steps, num_models=Range.of(0), measured=measured)
+    around = _scoring(
+        case,
+        tokens=of_round,
+        rounds=rounds + steps,
+        num_models=Range.of(0),
+        measured=measured,
+        is_around_a_child=True,
+    )
     whole = _scoring(case, tokens=tokens, rounds=Range.of(0), num_models=rounds.times(proposals) + num_starts)
     influence = tokens * case.sizes.parent_flops(
         context_tokens=case.recipe.distillation_mix.sequence_length, with_head=False
@@ -201,11 +228,18 @@ def baselines(case: Case) -> Estimate:
 
 
 def _scoring(
-    case: Case, *, tokens: int, rounds: Range, num_models: Range, measured: SearchSpace | None = None
+    case: Case,
+    *,
+    tokens: int,
+    rounds: Range,
+    num_models: Range,
+    measured: SearchSpace | None = None,
+    is_around_a_child: bool = False,
 ) -> Estimate:
     """Return that many rounds of every block's score on these tokens, and that many whole children scored.
 
-    `measured` are the blocks of a round; all of the space, unless told otherwise.
+    `measured` are the blocks of a round; all of the space, unless told otherwise. Around a child its own end is held
+    beside the parent's and what reaches a layer.
     """
     precision, space = case.recipe.block_scores.precision, measured or case.sizes.space
     length = case.recipe.distillation_mix.sequence_length
@@ -219,7 +253,7 @@ def _scoring(
         # A candidate is no larger than the layer it stands for; the parent's logits serve all of a pass.
         flops += num_candidates * ((num_layers - index) * layer + head) + math.ceil(num_candidates / at_once) * head
     weights = case.model_bytes(precision)
-    hidden = 2 * BYTES_PER_PARAMETER[precision] * tokens * case.sizes.parent.hidden_size
+    hidden = (2 + is_around_a_child) * BYTES_PER_PARAMETER[precision] * tokens * case.sizes.parent.hidden_size
     logits = 8.0 * min(tokens, 8192) * case.sizes.parent.vocab_size
     whole = num_layers * layer + head
     return Estimate(

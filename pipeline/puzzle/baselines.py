@@ -4,7 +4,7 @@
     max_parameters      the largest child within the limits, whatever its scores
     random              random scores in the programme: a library child with nothing known about quality
     drop_by_influence   whole layers left out, least influence on the hidden states first
-    drop_by_score       whole layers left out, each time the one without which the model is closest (depth.py)
+    drop_by_score       whole layers left out, those first without which the model stays closest (depth.py)
     drop_last           whole layers left out from the end, the very last kept
     uniform             one narrower FFN and one number of key/value heads for all layers: the largest that fits
 
@@ -86,7 +86,7 @@ def choices_from_parent(
         costs: what blocks cost.
         requirements: the target's.
         influence: each layer's on the hidden states.
-        depth_order: the layers by scores of leaving them out, the first to go first.
+        depth_order: the layers by scores of leaving them out, the first to go first; measured as if all may go.
         speed_margin: as the search asks for.
         may_drop: which layers may be left out; any, unless told otherwise.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.architecture import BlockSpec
+from pipeline.fingerprint import fingerprint
 from pipeline.model.heterogeneous import HeterogeneousLlamaForCausalLM
 from pipeline.progress import Reporter
 from pipeline.puzzle.divergence import Divergence
@@ -56,6 +57,8 @@ def measure_depth(
 ) -> list[DepthStep]:
     """Return the steps in which layers went, one at each but the last, whose order is that of all that remain.
 
+    A step of which all is known runs nothing.
+
     Args:
         model: the parent in the precision to score in.
         parent: its block.
@@ -71,23 +74,32 @@ def measure_depth(
     gone: list[int] = []
     steps: list[DepthStep] = []
     for number in range(min(num_steps, num_layers)):
-        reporter.note(f"layers left out one by one: {number} of {min(num_steps, num_layers) - 1} gone {gone or ''}")
-        left = [
-            LayerOptions(attention=(), ffn=(), blocks=() if layer in gone else (dropped(layer),))
-            for layer in range(num_layers)
-        ]
-        scores = score_blocks(
-            model,
-            SearchSpace(parent=parent, layers=tuple(left)),
-            lambda _: {},
-            functions,
-            work_dir=work_dir / f"depth-{number}",
-            max_activation_bytes=max_activation_bytes,
-            reporter=reporter,
-            base=[dropped(layer) if layer in gone else block for layer, block in enumerate(whole)] if gone else None,
-            known=known(gone),
-        )
-        steps.append(DepthStep(gone=tuple(gone), found={one.layer: one.divergence for one in scores.candidates}))
+        left = [layer for layer in range(num_layers) if layer not in gone]
+        there = known(gone)
+        if any((layer, dropped(layer).key) not in there for layer in left):
+            reporter.note(f"leaving out one of {len(left)} layers, {number} gone before")
+            options = [
+                LayerOptions(attention=(), ffn=(), blocks=(dropped(layer),) if layer in left else ())
+                for layer in range(num_layers)
+            ]
+            scores = score_blocks(
+                model,
+                SearchSpace(parent=parent, layers=tuple(options)),
+                lambda _: {},
+                functions,
+                # Named after what is gone: a run that was killed may find more known, and another layer gone by now.
+                work_dir=work_dir / f"depth-{number}-{fingerprint(sorted(gone))}",
+                max_activation_bytes=max_activation_bytes,
+                reporter=reporter,
+                base=[dropped(layer) if layer in gone else block for layer, block in enumerate(whole)]
+                if gone
+                else None,
+                known=there,
+            )
+            found = {one.layer: one.divergence for one in scores.candidates}
+        else:
+            found = {layer: there[layer, dropped(layer).key] for layer in left}
+        steps.append(DepthStep(gone=tuple(gone), found=found))
         gone.append(steps[-1].order[0])
     return steps
 

@@ -71,8 +71,8 @@ def _shared(upstream: Mapping[str, str], settings: Mapping[str, object]) -> dict
     return {"version": SCORES_VERSION, "upstream": dict(upstream), "settings": dict(settings)}
 
 
-def read_known(store: ArtifactStore) -> dict[str, Divergence]:
-    """Return all measures that finished block_scores of the store hold, by fingerprint.
+def read_known(store: ArtifactStore) -> dict[str, Mapping[str, Any]]:
+    """Return all measures that finished block_scores of the store hold, by fingerprint; those of any version.
 
     Raises:
         ArtifactError: for one that is broken, which says what to delete.
@@ -82,12 +82,14 @@ def read_known(store: ArtifactStore) -> dict[str, Divergence]:
         if (directory / KNOWN).is_file():
             store.open(SCORES_ASSET, directory.name)  # refuses one whose files are not of the size they had
             known |= read_json(directory / KNOWN)
-    return {name: Divergence(**measures) for name, measures in known.items()}
+    return known
 
 
-def known_among(known: Mapping[str, Divergence], wanted: Mapping[LayerBlock, str]) -> dict[LayerBlock, Divergence]:
+def known_among(
+    known: Mapping[str, Mapping[str, Any]], wanted: Mapping[LayerBlock, str]
+) -> dict[LayerBlock, Divergence]:
     """Return the measures of those candidates that are known."""
-    return {candidate: known[name] for candidate, name in wanted.items() if name in known}
+    return {candidate: Divergence(**known[name]) for candidate, name in wanted.items() if name in known}
 
 
 def write_known(directory: Path, found: Mapping[str, Divergence]) -> None:

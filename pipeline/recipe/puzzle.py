@@ -206,8 +206,8 @@ class BlockScoresConfig(Frozen):
 
     tokens: Positive = Field(description="validation tokens of distillation_mix")
     depth_steps: Positive = Field(
-        description="how often leaving out each whole layer is measured, one more gone each time; 1: around the parent "
-        "alone. It orders layers for the child of the method drop_by_score"
+        description="how often leaving out each whole layer is measured, one more gone each time, at most until all "
+        "are; 1: around the parent alone. It orders layers for the method drop_by_score"
     )
     task: MultipleChoiceSet | None = Field(description="null: no task")
     precision: Precision = Field(description="of weights and arithmetic")

@@ -7,6 +7,7 @@ And in which order whole layers may go, for the method drop_by_score, which know
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -36,15 +37,18 @@ from pipeline.stages.score_inputs import load_validation, score_functions
 
 
 def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageResult:
-    """Write scores.parquet: one row per layer and composed block, the parent's own with a KL of 0."""
+    """Write the scores, the order of layers, and known.json.
+
+    scores.parquet has one row per layer and composed block, the parent's own with a KL of 0; depth.parquet one a layer.
+    """
     architecture = read_architecture(inputs["parent_checkpoint"])
     space = resolve(config.search_space, architecture)
     settings = config.block_scores
     dtype, device = TORCH_DTYPES[settings.precision], Ranks().device
     index, store = read_index(inputs["block_library"]), ArtifactStore(inputs.store_root)
-    text = {asset: content_hash_of(inputs[asset]) for asset in ("parent_checkpoint", "distillation_mix")}
-    items = {"evaluation_sets": content_hash_of(inputs["evaluation_sets"])} if settings.task else {}
-    fingerprints = score_fingerprints(space, index, upstream={**text, **items}, settings=settings)
+    text_hashes = {asset: content_hash_of(inputs[asset]) for asset in ("parent_checkpoint", "distillation_mix")}
+    task_hashes = {"evaluation_sets": content_hash_of(inputs["evaluation_sets"])} if settings.task else {}
+    fingerprints = score_fingerprints(space, index, upstream={**text_hashes, **task_hashes}, settings=settings)
     known_before = read_known(store)
     known = known_among(known_before, fingerprints)
     inputs.reporter.note(f"{len(fingerprints)} candidates wanted, {len(fingerprints) - len(known)} to score")
@@ -63,14 +67,19 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
         )
 
         def known_without(gone: Sequence[int]) -> dict[LayerBlock, Divergence]:
-            scored = {} if gone else {(one.layer, one.block.key): one.divergence for one in scores.candidates}
-            names = depth_fingerprints(range(len(space.layers)), gone=gone, upstream=text, settings=settings)
+            names = depth_fingerprints(range(len(space.layers)), gone=gone, upstream=text_hashes, settings=settings)
+            # The first step's are candidates where the space lets a layer go; the order knows nothing of a task.
+            scored = {
+                (one.layer, one.block.key): replace(one.divergence, task_error=None)
+                for one in ([] if gone else scores.candidates)
+                if (one.layer, one.block.key) in names
+            }
             return known_among(known_before, names) | scored
 
         depth = measure_depth(
             parent,
             space.parent,
-            functions[:1],
+            functions[:1],  # on text; a task's items are many more tokens
             num_steps=settings.depth_steps,
             known=known_without,
             work_dir=out_dir / WORK_DIR,
@@ -80,19 +89,21 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
     table = score_table(scores, space)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_scores(out_dir, table)
-    write_table(out_dir, DEPTH, depth_table(depth))
+    order = depth_table(depth)
+    write_table(out_dir, DEPTH, order)
     found = {fingerprints[one.layer, one.block.key]: one.divergence for one in scores.candidates}
     for step in depth:
-        names = depth_fingerprints(step.found, gone=step.gone, upstream=text, settings=settings)
+        names = depth_fingerprints(step.found, gone=step.gone, upstream=text_hashes, settings=settings)
         found |= {name: step.found[layer] for (layer, _), name in names.items()}
     write_known(out_dir, found)
-    num_non_finite = sum(not math.isfinite(one.divergence.kl) for one in scores.candidates)
+    measured = [one.divergence for one in scores.candidates]
+    measured += [divergence for step in depth if step.gone for divergence in step.found.values()]
     composed = joint_against_sums(table, space).filter(pl.col("joint").is_finite() & (pl.col("sum") > 0))
     return StageResult(
         metrics={
             "num_candidates": len(scores.candidates),
             "num_scored_candidates": len(scores.candidates) - len(known),
-            "num_non_finite_scores": num_non_finite,
+            "num_non_finite_scores": sum(not math.isfinite(one.kl) for one in measured),
             "num_tokens": scores.base.num_tokens,
             "parent_lm_loss": scores.base.lm_loss,
             **({} if scores.base.task_error is None else {"parent_task_error": scores.base.task_error}),
@@ -103,7 +114,7 @@ def run(config: BlockScoresStage, inputs: StageInputs, out_dir: Path) -> StageRe
             "kl_nats_per_token": _heat_map(scores),
             "by_block": _by_block(scores),
             **({} if composed.is_empty() else {"joint_against_sums": _composition(composed)}),
-            "depth": _depth(depth_table(depth)),
+            "depth": _depth(order),
         },
     )
 
@@ -120,8 +131,9 @@ def _heat_map(scores: Scores) -> Table:
 
 def _depth(table: pl.DataFrame) -> Table:
     """Return in which order layers go, and how far the model is without each and those that had gone before."""
-    shown = table.with_columns(pl.col("kl").round(5))
-    return Table.of(tuple(shown.columns), shown.rows())
+    columns = ("place", "layer", "num_gone", "kl")
+    rows = table.select(columns).rows()
+    return Table.of(columns, [(place, layer, num_gone, _shown(kl)) for place, layer, num_gone, kl in rows])
 
 
 def _by_block(scores: Scores) -> Table:

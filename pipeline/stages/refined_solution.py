@@ -90,6 +90,9 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
     )
 
     def other_methods(problem: Problem) -> dict[str, Blocks | None]:
+        influence = block_influence(
+            parent, windows.compared, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
+        )
         return {
             **choices_from_parent(
                 space,
@@ -106,9 +109,6 @@ def run(config: RefinedStage, inputs: StageInputs, out_dir: Path) -> StageResult
         }
 
     with num_threads(inputs.execution.num_threads):
-        influence = block_influence(
-            parent, windows.compared, work_dir=out_dir / WORK_DIR / "influence", max_activation_bytes=max_bytes
-        )
         refinement = refine(
             pool,
             read_scores(inputs["block_scores"]),

@@ -47,6 +47,16 @@ def test_eta_of_a_resumed_stage_counts_its_own_steps_only(clock: Clock):
     assert eta.remaining_s("steps", 85, 100) == pytest.approx(30.0)
 
 
+def test_eta_of_work_that_begins_anew_under_its_name_is_measured_anew(clock: Clock):
+    eta = EtaEstimator()
+    eta.remaining_s("steps", 0, 100)
+    clock.now += 1000
+    eta.remaining_s("steps", 100, 100)
+    assert eta.remaining_s("steps", 0, 10) is None
+    clock.now += 1
+    assert eta.remaining_s("steps", 5, 10) == pytest.approx(1.0)
+
+
 def test_reporter_throttles_steps_and_always_writes_the_last(clock: Clock, tmp_path: Path):
     reporter = JsonlReporter(tmp_path / "progress.jsonl", label="kd", echo=False, min_interval_s=2.0)
     for step in range(1, 11):

@@ -255,6 +255,11 @@ def test_layers_left_out_one_by_one_are_planned_as_scores_of_what_remains():
     # Around them: the parent, the model without those that are gone, once for its end and once for what it reaches.
     second = 10 * layer + 5 * head + (6 + 2 * 5) * layer + 2 * head
     third = 6 * layer + 4 * head + (6 + 2 * 4) * layer + 2 * head
+    # Layer 0 keeps its attention: that it goes is no candidate, and five are behind it. Of the parent two passes.
+    space = settings.sizes.space
+    first = 5 * layer + head + 2 * 6 * layer + 2 * head
+    assert planned(1).tokens == Range.of(tokens * (space.num_candidates + 1))
+    assert planned(1).work[-1][0] == Range.of(tokens * first)
     assert planned(3).tokens.expected - planned(1).tokens.expected == tokens * (5 + 4)
     assert planned(3).flops.expected - planned(1).flops.expected == pytest.approx(tokens * (second + third))
     assert planned(99) == planned(6)

@@ -17,7 +17,7 @@ from pipeline.puzzle.score_functions import DivergenceScore
 from pipeline.puzzle.scoring import LayerBlock
 from pipeline.puzzle.search_space import dropped
 from pipeline.puzzle.tables import DEPTH, read_table
-from pipeline.recipe import BlockScoresConfig
+from pipeline.recipe import BlockScoresConfig, SearchSpaceConfig
 from pipeline.stages import block_scores
 from pipeline.stages.configs import BlockScoresStage
 from tests.pipeline.puzzle.line import SPACE, Line
@@ -86,8 +86,39 @@ def test_what_is_known_is_not_measured_again_and_what_is_not_finite_goes_last(wo
     marked = {(layer, dropped(layer).key): replace(first.found[layer], kl=kl) for layer, kl in mark.items()}
     steps = measure(workplace, tmp_path / "two", num_steps=2, known={(): marked})
     assert steps[0].order == [2, 1, 0]
-    assert not list((tmp_path / "two/depth-0").glob("layer-*"))
+    assert not list((tmp_path / "two").glob("depth-0-*"))
     assert steps[1].found[0].kl == pytest.approx(kl_without(workplace, [2, 0]), rel=1e-4)
+
+
+def test_a_run_that_goes_on_with_another_layer_gone_reads_no_sums_of_the_one_before(
+    workplace: Workplace, tmp_path: Path
+):
+    first, second = measure(workplace, tmp_path, num_steps=2)
+    taken, other = first.order[:2]
+    swapped = {(layer, dropped(layer).key): one for layer, one in first.found.items()}
+    swapped[other, dropped(other).key] = replace(first.found[other], kl=0.0)
+    again = measure(workplace, tmp_path, num_steps=2, known={(): swapped})
+    assert (second.gone, again[1].gone) == ((taken,), (other,))
+    (last,) = {0, 1, 2} - {taken, other}
+    assert again[1].found[last].kl == pytest.approx(kl_without(workplace, [other, last]), rel=1e-4)
+
+
+def test_block_scores_measures_layers_that_the_space_does_not_let_go(line: Line, tmp_path: Path):
+    overrides = [{"layers": [0], "attention": ["parent"]}, {"layers": [2], "ffn": ["parent"]}]
+    space = SearchSpaceConfig.model_validate(SPACE.model_dump() | {"overrides": overrides})
+    inputs = line.workplace.inputs(block_library=line.library_dir)
+    config = BlockScoresConfig(tokens=32, depth_steps=1, task=None, precision="fp32")
+    block_scores.run(BlockScoresStage(search_space=space, block_scores=config), inputs, tmp_path)
+    # That the one between them goes is a candidate.
+    assert {path.name for path in (tmp_path / "_work").glob("depth-0-*/layer-*")} == {
+        "layer-000.json",
+        "layer-002.json",
+    }
+    alone = {layer: kl_without(line.workplace, [layer], num_tokens=32) for layer in range(3)}
+    order = read_depth_order(tmp_path)
+    assert order == sorted(alone, key=lambda layer: alone[layer])
+    found = dict(read_table(tmp_path, DEPTH).select("layer", "kl").rows())
+    assert found == pytest.approx(alone, rel=1e-4)
 
 
 def test_block_scores_measures_only_the_steps_that_no_search_of_the_store_measured(line: Line, tmp_path: Path):
@@ -97,8 +128,8 @@ def test_block_scores_measures_only_the_steps_that_no_search_of_the_store_measur
     inputs = replace(line.workplace, store_root=store.root).inputs(block_library=line.library_dir)
     config = BlockScoresConfig(tokens=32, depth_steps=3, task=None, precision="fp32")
     block_scores.run(BlockScoresStage(search_space=SPACE, block_scores=config), inputs, tmp_path / "out")
-    measured = {path.parent.name for path in (tmp_path / "out/_work").glob("depth-*/layer-*")}
-    assert measured == {"depth-2"}
+    (measured,) = {path.parent.name for path in (tmp_path / "out/_work").glob("depth-*/layer-*")}
+    assert measured.startswith("depth-2-")
     order = read_depth_order(tmp_path / "out")
     assert order[:2] == read_depth_order(line.scores_dir)[:2]
     assert read_table(tmp_path / "out", DEPTH)["kl"].to_list() == pytest.approx(

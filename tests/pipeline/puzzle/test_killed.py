@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import ArtifactStore
-from pipeline.puzzle.tables import SCORES
+from pipeline.puzzle.known_scores import KNOWN
+from pipeline.puzzle.tables import DEPTH, SCORES
 from pipeline.recipe import BlockScoresConfig, SearchSpaceConfig
 from pipeline.stage import ExecutionSettings
 from pipeline.stages import block_library, block_scores
@@ -49,21 +50,23 @@ def test_block_scores_killed_at_random_ends_with_the_table_of_an_undisturbed_run
     spec_path = write_spec(out_dir / "_work" / SPEC_FILE, config, inputs, out_dir=out_dir)
     command = [sys.executable, "-m", "pipeline.stages", "block_scores", "--spec", str(spec_path)]
     rng, layers_left = random.Random(0), []
-    for num_layers in (0, 1, 2):
+    kept = "_work/layer-*.json"
+    for pattern, number in ((kept, 0), (kept, 1), (kept, 2), ("_work/depth-1-*/layer-*.json", 1)):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not _has_come(out_dir, num_layers=num_layers):
+            while process.poll() is None and not _has_come(out_dir, pattern=pattern, number=number):
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, spent_s / 10))
             process.kill()  # nothing, where the run was over first
-        layers_left.append(len(list(out_dir.glob("_work/layer-*.json"))))
+        layers_left.append(len(list(out_dir.glob(kept))))
     assert any(0 < count < 3 for count in layers_left)  # some kill fell between two layers
     assert layers_left == sorted(layers_left)  # what is finished is never lost
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert (out_dir / SCORES).read_bytes() == (tmp_path / "calm" / SCORES).read_bytes()
+    for name in (SCORES, DEPTH, KNOWN):
+        assert (out_dir / name).read_bytes() == (tmp_path / "calm" / name).read_bytes(), name
     assert undisturbed.metrics["num_candidates"] == 3 * 19
 
 
-def _has_come(out_dir: Path, *, num_layers: int) -> bool:
-    """Return whether a run has written its first states and finished so many layers."""
-    finished = list(out_dir.glob("_work/layer-*.json"))
-    return len(finished) >= num_layers and bool(list(out_dir.glob("_work/activations/*")))
+def _has_come(out_dir: Path, *, pattern: str, number: int) -> bool:
+    """Return whether a run has written its first states and finished so many layers of these."""
+    has_states = bool(list(out_dir.glob("_work/**/activations/*")))
+    return len(list(out_dir.glob(pattern))) >= number and has_states
