@@ -36,7 +36,7 @@ SCENARIO = Scenario(name="chat", batch_size=1, prompt_tokens=128, generation_tok
 SPACE = SearchSpaceConfig(
     attention=("parent", 1, "no_op"), ffn=("parent", 1024, 512, "no_op"), overrides=(), portable=False
 )
-MEASUREMENT = MeasurementConfig(rounds=7, warmups=1)
+NUM_ROUNDS, NUM_WARMUPS = 7, 1
 BACKENDS: tuple[Backend, ...] = ("torch", "llama_cpp", "vllm")
 FULL, ONE_HEAD = gqa(3), gqa(1)
 WIDE, MIDDLE, NARROW = swiglu(1536), swiglu(1024), swiglu(512)
@@ -139,7 +139,9 @@ def cost_model(parent: Architecture, config: ProfileConfig, *, keeper: Keeper, k
     )
 
 
-def rows_of(name: str, child: Architecture, *, costs: CostModel, work_dir: Path) -> list[Row]:
+def rows_of(
+    name: str, child: Architecture, *, costs: CostModel, measurement: MeasurementConfig, work_dir: Path
+) -> list[Row]:
     """Measure one child in turn with the parent."""
     measured = measure_as_profiled(
         {
@@ -148,7 +150,7 @@ def rows_of(name: str, child: Architecture, *, costs: CostModel, work_dir: Path)
         },
         profile=costs.profile,
         scenarios=[SCENARIO],
-        measurement=MEASUREMENT,
+        measurement=measurement,
         work_dir=work_dir,
         reporter=SilentReporter(),
     )
@@ -172,7 +174,7 @@ def rows_of(name: str, child: Architecture, *, costs: CostModel, work_dir: Path)
     return rows
 
 
-def compare(backend: Backend, keeper: Keeper) -> None:
+def compare(backend: Backend, measurement: MeasurementConfig, keeper: Keeper) -> None:
     """Profile, predict, measure, and print the ratio of every child and phase."""
     parent = load_architecture("smollm2-135m-instruct")
     config = ProfileConfig(
@@ -181,8 +183,8 @@ def compare(backend: Backend, keeper: Keeper) -> None:
         precision="fp32",
         served_precision="fp32",
         num_threads=1,
-        warmups=MEASUREMENT.warmups,
-        repeats=MEASUREMENT.rounds,
+        warmups=measurement.warmups,
+        repeats=measurement.rounds,
     )
     of_this = fingerprint({"config": config, "space": SPACE, "hardware": hardware_id(), **runtime_ids((backend,))})
     rows: list[Row] = []
@@ -192,7 +194,10 @@ def compare(backend: Backend, keeper: Keeper) -> None:
             key = f"{of_this} {name}"
             kept = keeper.get(key)
             if kept is None:
-                kept = [asdict(row) for row in rows_of(name, child, costs=costs, work_dir=Path(directory))]
+                kept = [
+                    asdict(row)
+                    for row in rows_of(name, child, costs=costs, measurement=measurement, work_dir=Path(directory))
+                ]
                 keeper.put(key, kept)
             assert isinstance(kept, list)
             for row in (Row(**fields) for fields in kept):
@@ -206,7 +211,7 @@ def compare(backend: Backend, keeper: Keeper) -> None:
     print(
         f"{backend}: {within} of {len(rows)} predictions within {WANTED_ERROR:.0%}, the worst off by "
         f"{max(abs(row.error) for row in rows):.1%} ({describe_hardware()}, 1 thread, fp32, {SCENARIO.prompt_tokens} "
-        f"prompt tokens, n = {MEASUREMENT.rounds} rounds, {rows[0].coverage:.0%} intervals)",
+        f"prompt tokens, n = {measurement.rounds} rounds, {rows[0].coverage:.0%} intervals)",
         flush=True,
     )
 
@@ -216,12 +221,14 @@ def main() -> None:
     there = {"torch": True, "llama_cpp": find_llama_cpp("llama-bench"), "vllm": find_python("vllm")}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be given several times")
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS, help="of every measurement; the profile's, too")
     parser.add_argument("--keep", type=Path, help="a JSON file of what was measured, to go on with")
     given = parser.parse_args()
     keeper = Keeper(given.keep)
+    measurement = MeasurementConfig(rounds=given.rounds, warmups=NUM_WARMUPS)
     for backend in BACKENDS:
         if backend in given.backend if given.backend else there[backend]:
-            compare(backend, keeper)
+            compare(backend, measurement, keeper)
 
 
 if __name__ == "__main__":
