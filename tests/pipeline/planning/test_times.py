@@ -50,8 +50,11 @@ def planned_s(device: Device) -> dict[tuple[str, ...], Range]:
 
 
 # Nobody measured the peak of the machine of that run. Another one with the same instructions reached 0.58 TFLOP/s; the
-# 4.1 TFLOP of channel_importance in 7 s, with the start of a process in them, need more than that.
-@pytest.mark.parametrize(("peak_tflops", "outside"), [(0.58, {("channel_importance",)}), (1.0, set())])
+# 4.1 TFLOP of channel_importance in 7 s, with the start of a process in them, need more than that. block_scores did not
+# order layers then, which is a hundredth of its work: at this peak its least is 0.8 s above what was measured.
+@pytest.mark.parametrize(
+    ("peak_tflops", "outside"), [(0.58, {("channel_importance",), ("block_scores",)}), (1.0, set())]
+)
 def test_what_smol_took_lies_in_the_planned_ranges(peak_tflops: float, outside: set[tuple[str, ...]]):
     planned = planned_s(device_of_peak(peak_tflops))
     assert {names for names, took in MEASURED_S.items() if not planned[names].holds(took)} == outside
