@@ -14,7 +14,7 @@ IN_PROCESS_S = Range(low=0, expected=0.5, high=5)
 PROMPT_TOKENS = 128  # of a generated task, template included
 # Of what the parent says at a token, logits and probabilities in fp32; pipeline.puzzle.divergence keeps so many bytes.
 PARENT_BYTES_PER_WORD, KEPT_PARENT_BYTES = 8, 2**30
-CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.scoring
+CANDIDATE_TOKENS = 2048  # of candidates that share a pass behind their layer; pipeline.puzzle.composition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

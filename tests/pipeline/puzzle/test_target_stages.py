@@ -1,7 +1,6 @@
 """The stages of one target, one after another on a tiny parent, as the graph runs them."""
 
 import json
-import shutil
 import statistics
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -13,44 +12,32 @@ import torch
 from pipeline.architecture import Architecture
 from pipeline.artifacts import ArtifactStore
 from pipeline.costs import num_parameters
-from pipeline.data.packed import PackedTokens
 from pipeline.errors import InfeasibleError, RecipeError
 from pipeline.model.checkpoint import TensorReader, load_model, read_architecture
 from pipeline.model.repacking import portable
-from pipeline.progress import SilentReporter
 from pipeline.puzzle.depth import read_depth_order
-from pipeline.puzzle.initial import library_variants
 from pipeline.puzzle.library import BlockKey, load_block, read_index
 from pipeline.puzzle.limits import memory_of
-from pipeline.puzzle.score_functions import DivergenceScore
-from pipeline.puzzle.scoring import score_blocks
 from pipeline.puzzle.search import read_pool, read_solution
-from pipeline.puzzle.search_space import resolve
-from pipeline.puzzle.tables import CHILDREN, SCORES, read_table
+from pipeline.puzzle.tables import CHILDREN, read_table
 from pipeline.recipe import (
     BaselinesConfig,
-    BlockScoresConfig,
     ProfileConfig,
     Requirements,
 )
 from pipeline.stages import (
     baselines,
-    block_library,
     block_profile,
-    block_scores,
     speed_report,
 )
 from pipeline.stages.configs import (
     BaselinesStage,
-    BlockLibraryStage,
     BlockProfileStage,
-    BlockScoresStage,
     SpeedStage,
 )
-from pipeline.stages.score_inputs import SearchWindows
 from tests.pipeline.puzzle.builders import limit
 from tests.pipeline.puzzle.fake_runtimes import install_llama_bench, install_vllm
-from tests.pipeline.puzzle.line import BLD, PROFILE, SEARCH, SPACE, SPEED, Line, target
+from tests.pipeline.puzzle.line import PROFILE, SEARCH, SPACE, SPEED, Line, target
 
 
 def test_mip_solution_meets_its_limits_with_answers_that_differ(line: Line, tmp_path: Path):
@@ -391,60 +378,3 @@ def test_depth_beyond_the_parents_positions_is_refused_before_anything_is_timed(
         speed_report.run(
             SpeedStage(profile=PROFILE, speed=speed, limits=(), speed_tolerance=0.05), inputs, tmp_path / "speed"
         )
-
-
-def test_rounds_over_a_library_with_pairs_measure_every_block(line: Line, tmp_path: Path):
-    """What was trained as a pair is no sum of its halves."""
-    store = ArtifactStore(tmp_path / "store")
-    shutil.copytree(line.workplace.store_root, store.root)
-    workplace = replace(line.workplace, store_root=store.root)
-    coupled = BlockLibraryStage(search_space=SPACE, block_library=BLD.model_copy(update={"mode": "coupled"}))
-    library = block_library.run(coupled, workplace.inputs(), tmp_path / "library")
-    index = read_index(tmp_path / "library")
-    assert library.metrics["num_trained_blocks"] > 0
-    assert index.has_pairs
-    scores = BlockScoresStage(
-        search_space=SPACE, block_scores=BlockScoresConfig(tokens=32, depth_steps=1, task=None, precision="fp32")
-    )
-    block_scores.run(scores, workplace.inputs(block_library=tmp_path / "library"), tmp_path / "scores")
-    with_pairs = replace(line, workplace=workplace, library_dir=tmp_path / "library", scores_dir=tmp_path / "scores")
-    wanted = target(limit("num_parameters", 0.8))
-    with_pairs.mip(wanted, tmp_path / "mip")
-    with_pairs.refined(wanted, tmp_path / "mip", tmp_path / "refined")
-    found = read_table(tmp_path / "refined", SCORES)
-    space = resolve(SPACE, workplace.architecture)
-    own = found.filter("is_base").sort("layer")
-    base = [
-        next(block for block in options.blocks if block.key == f"{row['attention']}+{row['ffn']}")
-        for options, row in zip(space.layers, own.iter_rows(named=True), strict=True)
-    ]
-    rows = {
-        (layer, attention, ffn): kl
-        for layer, attention, ffn, kl in found.filter(~found["is_base"])
-        .select("layer", "attention", "ffn", "kl")
-        .rows()
-    }
-
-    def measured_on(part: PackedTokens) -> dict[tuple[int, str, str], float]:
-        scores = score_blocks(
-            workplace.model(),
-            space,
-            library_variants(
-                workplace.architecture, index=index, store=store, dtype=torch.float32, device=torch.device("cpu")
-            ),
-            [DivergenceScore(packed=part)],
-            work_dir=tmp_path / f"on-{part.tokens_NT.sum()}",
-            max_activation_bytes=10**9,
-            reporter=SilentReporter(),
-            base=base,
-        )
-        return {(one.layer, one.block.attention.key, one.block.ffn.key): one.divergence.kl for one in scores.candidates}
-
-    parts = [measured_on(one) for one in SearchWindows.of(workplace.packed("validation"), SEARCH.refinement).rounds]
-    # Of rounds around this child there was one, or more, whose mean was kept.
-    means = [
-        {key: statistics.fmean(one[key] for one in group) for key in rows}
-        for size in range(1, len(parts) + 1)
-        for group in combinations(parts, size)
-    ]
-    assert any(rows == pytest.approx(mean, rel=1e-4) for mean in means)
